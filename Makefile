@@ -1,0 +1,62 @@
+# make train | test | lint | nightly | bench | clean      options for the command: make test ARGS="-k dialect -x"
+# The first one creates $(VENV) and installs moefx into it; later ones only after pyproject.toml or constraints.txt change.
+
+VENV ?= .venv
+PYTHON ?= python3
+
+# Always the environment's own interpreter, by path: another active environment does not matter.
+PY := $(abspath $(VENV))/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+STAMP := $(VENV)/.moefx-installed
+TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
+
+# Everything a wheel is built from.
+SOURCES := pyproject.toml LICENSE $(wildcard README.md) moefx passes kernels models
+CHECKED := $(abspath $(VENV))/checked-wheel
+
+.PHONY: help venv train test lint nightly bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n '1,2s/^# //p' Makefile
+
+venv: $(STAMP)
+
+# torch goes first and by its exact version: resolved from a range, it may come with gigabytes of CUDA packages.
+# setuptools comes before moefx because the build uses it from the environment, pinned, not a fresh download.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "moefx needs Python 3.10 or newer, but PYTHON=$(PYTHON) is: $$($(PYTHON) --version 2>&1)." >&2; \
+	  echo "Name another one, for example: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt $(TORCH)
+	$(PIP) install -c constraints.txt setuptools
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+train: $(STAMP)
+	$(abspath $(VENV))/bin/moefx train $(ARGS)
+
+test: $(STAMP)
+	$(PY) -m pytest $(ARGS)
+
+nightly: $(STAMP)
+	$(PY) -m pytest -m nightly $(ARGS)
+
+bench: $(STAMP)
+	$(PY) benchmarks/step_time.py $(ARGS)
+
+# mypy sees what users get: the wheel, built from a copy (an old build/ would leak deleted files into it).
+# It runs inside the unpacked wheel, because it also searches the current directory for packages.
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	@rm -rf $(CHECKED) && mkdir -p $(CHECKED)/src && cp -R $(SOURCES) $(CHECKED)/src
+	$(PIP) wheel -q --no-deps --no-build-isolation -w $(CHECKED) $(CHECKED)/src
+	$(PIP) install -q --no-deps --target $(CHECKED)/site $(CHECKED)/moefx-*.whl
+	cd $(CHECKED)/site && $(PY) -m mypy --strict --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p moefx
+
+# Leaves the environment and the results of training (runs/) alone.
+clean:
+	rm -rf build dist moefx.egg-info $(CHECKED) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . \( -path ./.git -o -path './$(VENV)' -o -path '$(VENV)' \) -prune -o -type d -name __pycache__ -exec rm -rf {} +

@@ -1,0 +1,66 @@
+"""Which implementation computes a dialect op: an ordered list of providers per op.
+
+A provider declares what it supports by a predicate over the op's own arguments. The first supporting provider in priority order
+runs; the op's readable reference is always last, so an op is never without an implementation. What ran is recorded, so that a
+report can say it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One implementation of one op. `supports(*args)` gets the op's arguments and must not look at tensor values."""
+
+    name: str
+    run: Callable[..., Any]
+    supports: Callable[..., bool]
+
+
+@dataclass
+class OpProviders:
+    """The providers of one op, best first, and how often each was used, keyed by (provider, device type, dtype)."""
+
+    providers: list[Provider] = field(default_factory=list)
+    used: dict[tuple[str, str, str], int] = field(default_factory=dict)
+
+
+_TABLE: dict[str, OpProviders] = {}
+
+
+def register(op: str, name: str, supports: Callable[..., bool]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: add a provider for `op` behind those that are already registered."""
+
+    def add(run: Callable[..., Any]) -> Callable[..., Any]:
+        _TABLE.setdefault(op, OpProviders()).providers.append(Provider(name, run, supports))
+        return run
+
+    return add
+
+
+def dispatch(op: str, *args: Any) -> Any:
+    """Run `op` through its first supporting provider. Called from inside the op, on real tensors."""
+    entry = _TABLE[op]
+    for provider in entry.providers:
+        if provider.supports(*args):
+            first = next(a for a in args if isinstance(a, torch.Tensor))
+            key = (provider.name, first.device.type, str(first.dtype).removeprefix("torch."))
+            entry.used[key] = entry.used.get(key, 0) + 1
+            return provider.run(*args)
+    raise LookupError(f"no provider of {op} supports these arguments; the reference should have been registered last")
+
+
+def used() -> dict[str, dict[str, int]]:
+    """Calls per op and `provider/device/dtype` since the process started."""
+    return {op: {"/".join(key): n for key, n in entry.used.items()} for op, entry in sorted(_TABLE.items()) if entry.used}
+
+
+def names(op: str) -> list[str]:
+    """Providers of `op` in priority order."""
+    return [p.name for p in _TABLE[op].providers]

@@ -1,0 +1,219 @@
+"""The one door to torch's private compiler API: Dynamo capture, the AOT joint export, partitioners, Inductor.
+
+Nothing else in moefx imports `torch._dynamo`, `torch._functorch`, `torch._inductor`, `torch._guards` or `torch._subclasses`, so a
+torch upgrade is a change to this file. Run with torch 2.11.0 and 2.13.0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch._dynamo
+import torch._functorch.config
+import torch._inductor.config
+from torch import fx
+from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.functional_export import dynamo_graph_capture_for_export
+from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
+from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils import _pytree as pytree
+
+Tensor = torch.Tensor
+DynamicDims = Mapping[str, Sequence[int]]
+CAPTURE_ERRORS: tuple[type[Exception], ...] = (TorchDynamoException,)
+
+
+# --- stage 2: forward capture ---------------------------------------------------------------------------------------------------
+
+
+def capture_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+    """Dynamo's whole-graph capture of `module(*args, **kwargs)`: torch-level nodes, original parameter names.
+
+    Dynamo's own errors come through (`CAPTURE_ERRORS`); the caller words them for users.
+    """
+    torch._dynamo.reset()
+    # Data-dependent sizes (nonzero, where) become unbacked symbols instead of graph breaks, as in a full-graph compile.
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
+        gm: fx.GraphModule = dynamo_graph_capture_for_export(module)(*args, **kwargs)
+    return gm
+
+
+@contextlib.contextmanager
+def dynamic_dims(tensors: Mapping[str, Tensor], dims: DynamicDims) -> Iterator[None]:
+    """While active, the given axes of the given tensors are captured as symbols. Marks are taken off again at the end."""
+    marked = [tensors[name] for name in dims]
+    try:
+        for name, axes in dims.items():
+            for axis in axes:
+                torch._dynamo.mark_dynamic(tensors[name], axis)
+        yield
+    finally:
+        for t in marked:
+            for attr in [a for a in vars(t) if a.startswith("_dynamo_")]:
+                delattr(t, attr)
+
+
+# --- stage 4: joint graph -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What one graph input or output stands for: `kind` is param, buffer, input, tangent (inputs); mutation, output, grad (outputs).
+
+    `key` is the dotted name of a parameter or buffer, or the position of a plain input or output.
+    """
+
+    kind: str
+    key: str | int
+
+
+@dataclass
+class ExportedGraph:
+    """A flat ATen graph with the meaning of each placeholder and output, and what AOT found about aliases and mutation."""
+
+    gm: fx.GraphModule
+    inputs: list[Slot]
+    outputs: list[Slot | None]
+    fake_mode: FakeTensorMode
+    out_spec: pytree.TreeSpec
+    aliases: dict[int, str]  # plain outputs that are views or inputs: {position: AOT's name for it}
+    input_outputs: dict[int, int]  # plain outputs that are exactly an input: {position: index into `inputs`}
+
+
+def export_graph(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], *, grad: bool, inductor: bool) -> ExportedGraph:
+    """AOT export of a captured graph: forward and backward together (`grad`), or the forward alone."""
+    fake_mode = gm.meta["fake_mode"]
+    table = None
+    patches: dict[str, Any] = {"fallback_random": True}  # same random stream as eager PyTorch
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(tracing(TracingContext(fake_mode)))
+        stack.enter_context(torch._inductor.config.patch(patches))
+        stack.enter_context(torch.set_grad_enabled(grad))
+        if inductor:
+            from torch._inductor.decomposition import select_decomp_table
+
+            table = select_decomp_table()
+        joint = aot_export_joint_with_descriptors(stack, gm, args, kwargs, decompositions=table)
+    out = joint.graph_module
+    out.graph.set_codegen(fx.graph.CodeGen())
+    node = out.graph.output_node()
+    node.args = (tuple(pytree.tree_leaves(node.args[0], is_leaf=lambda x: x is None)),)
+    out.recompile()
+    meta = joint._aot_state.fw_metadata
+    odd = {i: o for i, o in enumerate(meta.output_info) if o.output_type.name != "non_alias"}
+    return ExportedGraph(
+        out,
+        [_slot(n.meta["desc"]) for n in out.graph.find_nodes(op="placeholder")],
+        [None if d is None else _slot(d) for d in node.meta["desc"]],
+        fake_mode,
+        joint.out_spec,
+        {i: o.output_type.name for i, o in odd.items()},
+        {i: int(o.base_idx) for i, o in odd.items() if o.output_type.name == "is_input" and o.base_idx is not None},
+    )
+
+
+def _slot(desc: Any) -> Slot:
+    """Translate AOT's descriptor objects; an exotic one keeps its class name as kind, for the caller to refuse by name."""
+    kind = type(desc).__name__
+    if kind in ("ParamAOTInput", "BufferAOTInput"):
+        return Slot("param" if kind[0] == "P" else "buffer", desc.target)
+    if kind == "PlainAOTInput":
+        return Slot("input", desc.idx)
+    if kind == "PlainAOTOutput":
+        return Slot("output", desc.idx)
+    if kind == "TangentAOTInput":
+        return Slot("tangent", _slot(desc.output).key)
+    if kind == "InputMutationAOTOutput":
+        inner = _slot(desc.mutated_input)
+        return Slot(f"mutation:{inner.kind}", inner.key)
+    if kind == "GradAOTOutput":
+        inner = _slot(desc.grad_of)
+        return Slot("grad", inner.key)
+    return Slot(kind, repr(desc))
+
+
+# --- stage 6: partition and code generation ---------------------------------------------------------------------------------------
+
+
+def partition(gm: fx.GraphModule, fwd_outputs: int, *, recompute: bool) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Split a joint graph. `recompute` lets the min-cut partitioner trade cheap recomputation for saved bytes.
+
+    Only worth it when a code generator fuses the recomputed pointwise work; plain execution would pay for it.
+    """
+    fn = min_cut_rematerialization_partition if recompute else default_partition
+    inputs = [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")]
+    fake_mode = detect_fake_mode(inputs)
+    context = tracing(TracingContext(fake_mode)) if fake_mode is not None else contextlib.nullcontext()
+    with context, torch.no_grad(), disable_autocast():
+        fw, bw = fn(gm, inputs, num_fwd_outputs=fwd_outputs, static_lifetime_input_indices=[])
+    return fw, bw
+
+
+def inductor_compile(gm: fx.GraphModule, *, backward: bool, inference: bool = False) -> Callable[[list[Any]], Sequence[Any]]:
+    """Compile a flat ATen graph with Inductor. The callable takes one list, which it empties, and returns a sequence."""
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    inputs = [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")]
+    out = gm.graph.output_node()
+    # All outputs keep their strides: saved tensors cross to the backward, whose graph was traced with these layouts.
+    out.meta["user_visible_output_idxs"] = [i for i, a in enumerate(out.args[0]) if isinstance(a, fx.Node)]  # type: ignore[union-attr, arg-type]
+    fake_mode = detect_fake_mode(inputs)
+    context = tracing(TracingContext(fake_mode)) if fake_mode is not None else contextlib.nullcontext()
+    with context, torch.no_grad(), disable_autocast(), torch._inductor.config.patch(fallback_random=True):
+        compiled = compile_fx_inner(gm, inputs, is_backward=backward, is_inference=inference)
+    return compiled  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def disable_autocast() -> Iterator[None]:
+    """Run a traced graph as traced: the casts that autocast asked for are nodes in it already."""
+    with torch._C._DisableAutocast():
+        yield
+
+
+# --- fake tensors ---------------------------------------------------------------------------------------------------------------
+
+
+def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode | None:
+    """The fake mode that the given values live in, if any."""
+    mode: FakeTensorMode | None = detect_fake_mode(list(values))
+    return mode
+
+
+def is_fake(value: object) -> bool:
+    """Whether a value is a fake tensor."""
+    return isinstance(value, FakeTensor)
+
+
+@contextlib.contextmanager
+def no_fake() -> Iterator[None]:
+    """Leave a surrounding fake mode, for code that needs real tensors."""
+    with unset_fake_temporarily():
+        yield
+
+
+def guard_expression(fake_mode: FakeTensorMode, fakes: Sequence[Any]) -> str | None:
+    """The condition on input sizes under which a graph with symbolic sizes is valid, or None when it has none."""
+    env = fake_mode.shape_env
+    return None if env is None else env.produce_guards_expression(list(fakes), ignore_static=False)
+
+
+def guards_hold(fake_mode: FakeTensorMode, expression: str | None, values: Sequence[Any]) -> bool:
+    """Evaluate `guard_expression` on real inputs."""
+    env = fake_mode.shape_env
+    return expression is None or env is None or bool(env.evaluate_guards_expression(expression, list(values)))
+
+
+def is_symbol(value: object) -> bool:
+    """Whether a value is a symbolic size."""
+    return isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool)
+
+
+getitem = operator.getitem

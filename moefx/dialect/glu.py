@@ -1,0 +1,162 @@
+"""Activations between the two expert products: gated (GLU) and plain, with an optional weight per row.
+
+A kind is a short string that a printed graph shows: the activation, with `plain` in front when there is no gate (h is [S, I]) and
+`interleaved` when gate and up columns alternate instead of being two halves of h [S, 2I]:
+
+    silu, gelu, gelu_tanh, relu, relu2 (squared ReLU)        act(gate) * up, or act(h) when plain
+    clamp(limit,alpha)                                       gpt-oss: g = min(gate, limit), u = clamp(up, -limit, limit),
+                                                             g * sigmoid(alpha * g) * (u + 1); gated only
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import moefx.kernels.glu  # noqa: F401  registers the CPU provider before the reference
+from moefx.errors import InputError, nearest
+
+from ._op import define
+
+Tensor = torch.Tensor
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "clamp")
+
+
+@dataclass(frozen=True)
+class GluKind:
+    """Parsed form of a kind string. `limit` and `alpha` are those of `clamp`."""
+
+    act: str
+    gated: bool = True
+    interleaved: bool = False
+    limit: float = 0.0
+    alpha: float = 0.0
+
+    @staticmethod
+    @lru_cache
+    def parse(text: str) -> GluKind:
+        """Read `[plain |interleaved ]act[(limit,alpha)]`; raises `InputError` on anything else."""
+        words = text.split(" ")
+        match = re.fullmatch(r"(\w+)(?:\(([^,]+),([^,]+)\))?", words[-1])
+        if match is None or match[1] not in ACTIVATIONS or (match[1] == "clamp") != (match[2] is not None):
+            raise InputError(f"unknown activation kind {text!r}", todo=nearest(words[-1].split("(")[0], ACTIVATIONS))
+        flags = set(words[:-1])
+        if flags - {"plain", "interleaved"} or flags == {"plain", "interleaved"} or (match[1] == "clamp" and "plain" in flags):
+            raise InputError(f"contradictory activation kind {text!r}", todo="use one of '', 'plain', 'interleaved' before the name")
+        return GluKind(match[1], "plain" not in flags, "interleaved" in flags, float(match[2] or 0), float(match[3] or 0))
+
+    def __str__(self) -> str:
+        name = f"{self.act}({self.limit:g},{self.alpha:g})" if self.act == "clamp" else self.act
+        return ("" if self.gated else "plain ") + ("interleaved " if self.interleaved else "") + name
+
+
+def _split(h: Tensor, kind: GluKind) -> tuple[Tensor, Tensor]:
+    if kind.interleaved:
+        return h[..., ::2], h[..., 1::2]
+    gate, up = h.chunk(2, -1)
+    return gate, up
+
+
+def _join(dgate: Tensor, dup: Tensor, kind: GluKind) -> Tensor:
+    return torch.stack([dgate, dup], -1).flatten(-2) if kind.interleaved else torch.cat([dgate, dup], -1)
+
+
+def _act(g: Tensor, act: str) -> Tensor:
+    if act == "silu":
+        return g * torch.sigmoid(g)
+    if act == "gelu":
+        return g * 0.5 * (1 + torch.erf(g * math.sqrt(0.5)))
+    if act == "gelu_tanh":
+        return 0.5 * g * (1 + torch.tanh(math.sqrt(2 / math.pi) * (g + 0.044715 * g * g * g)))
+    return torch.relu(g) if act == "relu" else torch.relu(g).square()
+
+
+def _act_derivative(g: Tensor, act: str) -> Tensor:
+    if act == "silu":
+        s = torch.sigmoid(g)
+        return s * (1 + g * (1 - s))
+    if act == "gelu":
+        return 0.5 * (1 + torch.erf(g * math.sqrt(0.5))) + g * torch.exp(-0.5 * g * g) * (1 / math.sqrt(2 * math.pi))
+    if act == "gelu_tanh":
+        c = math.sqrt(2 / math.pi)
+        t = torch.tanh(c * (g + 0.044715 * g * g * g))
+        return 0.5 * (1 + t) + 0.5 * g * (1 - t * t) * c * (1 + 3 * 0.044715 * g * g)
+    return (g > 0).to(g.dtype) if act == "relu" else 2 * torch.relu(g)
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def glu_reference(h: Tensor, w_S: Tensor | None, kind: str) -> Tensor:
+    """Definition of `glu`, computed in fp32 (float64 for float64) and rounded once."""
+    k = GluKind.parse(kind)
+    if not k.gated:
+        a = _act(_wide(h), k.act)
+    else:
+        gate, up = _split(_wide(h), k)
+        if k.act == "clamp":
+            g = gate.clamp(max=k.limit)
+            a = g * torch.sigmoid(k.alpha * g) * (up.clamp(-k.limit, k.limit) + 1)
+        else:
+            a = _act(gate, k.act) * up
+    if w_S is not None:
+        a = a * _wide(w_S)[:, None]
+    return a.to(h.dtype)
+
+
+def glu_backward_reference(da: Tensor, h: Tensor, w_S: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
+    """Gradients with respect to `h` and the row weights (an empty tensor when there are none)."""
+    k = GluKind.parse(kind)
+    d, wide = _wide(da), _wide(h)
+    dw = da.new_empty(0)
+    if w_S is not None:
+        dw = (d * _wide(glu_reference(wide, None, kind))).sum(-1).to(w_S.dtype)
+        d = d * _wide(w_S)[:, None]
+    if not k.gated:
+        return (d * _act_derivative(wide, k.act)).to(h.dtype), dw
+    gate, up = _split(wide, k)
+    if k.act == "clamp":
+        g, u = gate.clamp(max=k.limit), up.clamp(-k.limit, k.limit)
+        s = torch.sigmoid(k.alpha * g)
+        dgate = torch.where(gate <= k.limit, d * (u + 1) * s * (1 + k.alpha * g * (1 - s)), 0)
+        dup = torch.where((up >= -k.limit) & (up <= k.limit), d * g * s, 0)
+    else:
+        dgate, dup = d * up * _act_derivative(gate, k.act), d * _act(gate, k.act)
+    return _join(dgate, dup, k).to(h.dtype), dw
+
+
+def _glu_fake(h: Tensor, w: Tensor | None, kind: str) -> Tensor:
+    width = h.shape[-1]
+    return h.new_empty(*h.shape[:-1], width // 2 if GluKind.parse(kind).gated else width)
+
+
+def _glu_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    h, w, ctx.kind = inputs
+    ctx.save_for_backward(h, w)
+
+
+def _glu_backward(ctx: Any, da: Tensor) -> tuple[Any, ...]:
+    h, w = ctx.saved_tensors
+    dh, dw = torch.ops.moefx.glu_backward(da, h, w, ctx.kind)
+    return dh, None if w is None else dw, None
+
+
+glu = define(
+    "glu",
+    "(Tensor h, Tensor? w, str kind) -> Tensor",
+    reference=glu_reference,
+    fake=_glu_fake,
+    setup=_glu_setup,
+    backward=_glu_backward,
+)
+glu_backward = define(
+    "glu_backward",
+    "(Tensor da, Tensor h, Tensor? w, str kind) -> (Tensor, Tensor)",
+    reference=glu_backward_reference,
+    fake=lambda da, h, w, kind: (h.new_empty(h.shape), da.new_empty(0) if w is None else w.new_empty(w.shape)),
+)

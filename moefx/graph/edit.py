@@ -1,0 +1,151 @@
+"""Editing FX graphs so that nothing is lost: every new node gets its module path, source line and shape from where it came.
+
+Both graph levels are served. Model graphs (from Dynamo) keep a node's value under `example_value`, training graphs under `val`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+
+from moefx import compat
+
+# Meta keys that say where a node came from; they are inherited by what replaces it.
+ORIGIN_KEYS = ("nn_module_stack", "fwd_nn_module_stack", "stack_trace", "seq_nr", "partitioner_tag", "custom")
+
+
+def value(node: fx.Node) -> Any:
+    """The fake value of a node on either graph level, or None when it has none."""
+    return node.meta.get("val", node.meta.get("example_value"))
+
+
+def set_value(node: fx.Node, val: Any, level: str) -> None:
+    """Store a node's fake value under the key of its graph level."""
+    node.meta["val"] = val
+    if level == "model":
+        node.meta["example_value"] = val
+
+
+def module_path(node: fx.Node) -> str:
+    """Dotted path of the innermost module that the node was traced in, or ''."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    path = path.replace("L['self']", "").replace("L['fn']", "").replace("L['s']", "")
+    for junk in ("._modules['", "']", "['"):
+        path = path.replace(junk, ".")
+    return path.strip(".").replace("..", ".").removeprefix("_orig_mod.")
+
+
+def source_line(node: fx.Node) -> str:
+    """`file:line` of the user's code behind the node, or ''."""
+    trace = str(node.meta.get("stack_trace") or "")
+    files = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
+    if not files:
+        return ""
+    parts = files[-1].split('"')
+    line = parts[2].split("line ")[1].split(",")[0] if len(parts) > 2 and "line " in parts[2] else "?"
+    return f"{parts[1]}:{line}"
+
+
+def is_backward(node: fx.Node) -> bool:
+    """Whether a training-graph node belongs to the backward."""
+    return node.meta.get("partitioner_tag") == "is_backward"
+
+
+def origin(node: fx.Node) -> dict[str, Any]:
+    """The part of a node's meta that a node made from it inherits."""
+    return {k: node.meta[k] for k in ORIGIN_KEYS if k in node.meta}
+
+
+@contextmanager
+def inheriting(graph: fx.Graph, node: fx.Node) -> Iterator[Callable[..., fx.Node]]:
+    """Insert before `node`; the yielded `call(target, *args, **kwargs)` makes nodes that inherit its origin."""
+
+    def call(target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        new = graph.call_function(target, args, kwargs)
+        new.meta = origin(node)
+        return new
+
+    with graph.inserting_before(node):
+        yield call
+
+
+def unpack(call: Callable[..., fx.Node], node: fx.Node, count: int) -> list[fx.Node]:
+    """`count` getitem nodes of a multi-output node."""
+    return [call(compat.getitem, node, i) for i in range(count)]
+
+
+def outputs(node: fx.Node) -> dict[int, fx.Node]:
+    """The getitem users of a multi-output node by index."""
+    return {int(u.args[1]): u for u in node.users if u.target is compat.getitem}  # type: ignore[arg-type]
+
+
+def replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
+    """Let every user of `old` read `new`, and take `old` out."""
+    old.replace_all_uses_with(new)
+    graph.erase_node(old)
+
+
+def targets(*ops: Callable[..., Any]) -> frozenset[Any]:
+    """The spellings of ops as node targets: model graphs hold packets (`op`), training graphs overloads (`op.default`)."""
+    spelled: set[Any] = set()
+    for op in ops:
+        spelled.add(op)
+        if isinstance(op, torch._ops.OpOverloadPacket):
+            spelled.update(getattr(op, o) for o in op.overloads())
+    return frozenset(spelled)
+
+
+def find(graph: fx.Graph, *ops: Callable[..., Any]) -> list[fx.Node]:
+    """Call nodes of the given functions or ops in graph order, in any spelling."""
+    wanted = targets(*ops)
+    return [n for n in graph.nodes if n.op == "call_function" and n.target in wanted]
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """Arguments of an op node by schema name, defaults filled in."""
+    schema = node.target._schema if isinstance(node.target, torch._ops.OpOverload) else node.target.default._schema  # type: ignore[union-attr]
+    bound = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+    bound.update({a.name: v for a, v in zip(schema.arguments, node.args, strict=False)})
+    bound.update(node.kwargs)
+    return bound
+
+
+def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """A GraphModule with its own graph (nodes and meta copied) over the same submodules and tensors. Flat calling convention."""
+    new = fx.Graph(owning_module=gm)
+    table: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        table[node] = new.node_copy(node, lambda n: table[n])
+    return fx.GraphModule(gm, new, class_name=gm.__class__.__name__)
+
+
+def copy_plain(graph: fx.Graph) -> fx.Graph:
+    """A copy of a graph alone, for snapshots: same names, shallow-copied meta, plain code generation."""
+    new = fx.Graph()
+    table: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        table[node] = new.node_copy(node, lambda n: table[n])
+        table[node].meta = copy.copy(node.meta)
+    return new
+
+
+def map_values(nodes: Iterable[Any]) -> list[Any]:
+    """Fake values of a list of node arguments, constants unchanged."""
+    return [value(n) if isinstance(n, fx.Node) else n for n in nodes]
+
+
+def same_value(a: Any, b: Any) -> bool:
+    """Whether two fake values agree in structure, shape, dtype and device."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+    if isinstance(a, Sequence) and isinstance(b, Sequence) and not isinstance(a, str):
+        return len(a) == len(b) and all(same_value(x, y) for x, y in zip(a, b, strict=True))
+    return type(a) is type(b)

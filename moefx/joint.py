@@ -1,0 +1,170 @@
+"""Stages 4 and 6: the training graph (forward and backward in one), and its split into two callables.
+
+A `Joint` is flat: placeholders are parameters, buffers, inputs, then one tangent per differentiable output; outputs are buffer
+updates, the model's own outputs, then one gradient per input. Each placeholder and output says what it is by a `Slot`.
+
+Outputs that get no gradient cost nothing: `prune_tangents` specialises the backward to the tangents that are there. A transformers
+model returns logits beside the loss; with a zero tangent in its place a plain backward would go through the vocabulary twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from . import compat
+from .capture import Captured
+from .errors import CaptureError
+from .graph.edit import copy_graph
+
+Tensor = torch.Tensor
+Compiler = Callable[[fx.GraphModule], Callable[[list[Any]], Sequence[Any]]]
+
+
+@dataclass
+class Joint:
+    """A training graph (or, with no tangents, a forward-only graph) that training-level passes edit in place."""
+
+    gm: fx.GraphModule
+    inputs: list[compat.Slot]
+    outputs: list[compat.Slot | None]
+    out_spec: pytree.TreeSpec
+    fake_mode: Any
+    passthrough: dict[int, int]  # plain outputs that are an input unchanged: {output position: index into `inputs`}
+    grad: bool
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The FX graph that training-level passes edit in place."""
+        return self.gm.graph
+
+    @property
+    def fwd_outputs(self) -> int:
+        """How many leading graph outputs belong to the forward; the rest are gradients."""
+        primals = sum(s.kind != "tangent" for s in self.inputs)
+        return len(self.outputs) - (primals if self.grad else 0)
+
+
+def trace_joint(captured: Captured, *, grad: bool, codegen: str) -> Joint:
+    """Trace forward and backward of a captured model into one ATen graph (forward alone without `grad`).
+
+    Parameters keep their dotted names; nodes carry module path, source line and, in the backward, `partitioner_tag`.
+    Raises `CaptureError` for aliasing or mutation that the runtime does not reproduce.
+    """
+    inductor = codegen == "inductor"
+    exported = compat.export_graph(captured.gm, captured.args, captured.kwargs, grad=grad, inductor=inductor)
+    views = [i for i in exported.aliases if i not in exported.input_outputs]
+    if views:
+        # A returned view of another tensor would have to be rebuilt from its base at run time. A copy has no base.
+        _clone_outputs(captured.gm, views)
+        exported = compat.export_graph(captured.gm, captured.args, captured.kwargs, grad=grad, inductor=inductor)
+    joint = Joint(
+        exported.gm, exported.inputs, exported.outputs, exported.out_spec, exported.fake_mode, exported.input_outputs, grad
+    )
+    _refuse_unknown(joint)
+    for node in joint.graph.nodes:
+        if "nn_module_stack" not in node.meta and "fwd_nn_module_stack" in node.meta:
+            node.meta["nn_module_stack"] = node.meta["fwd_nn_module_stack"]
+    return joint
+
+
+def _clone_outputs(gm: fx.GraphModule, positions: list[int]) -> None:
+    out = gm.graph.output_node()
+    args = list(out.args[0])  # type: ignore[arg-type]
+    for i in positions:
+        with gm.graph.inserting_before(out):
+            node = args[i]
+            assert isinstance(node, fx.Node)
+            args[i] = gm.graph.call_method("clone", (node,))
+            args[i].meta = {k: v for k, v in node.meta.items() if k != "tensor_dict"}
+    out.args = (tuple(args),)
+    gm.recompile()
+
+
+def _refuse_unknown(joint: Joint) -> None:
+    known_in = {"param", "buffer", "input", "tangent"}
+    known_out = {"output", "grad", "mutation:buffer", "mutation:input", "mutation:param"}
+    odd = [s for s in joint.inputs if s.kind not in known_in] + [s for s in joint.outputs if s and s.kind not in known_out]
+    if odd:
+        raise CaptureError(
+            f"the model's calling convention needs {odd[0].kind}, which moefx does not run",
+            why=f"{odd[0].key}",
+            todo="tensor subclasses, effect tokens and functionalised random states are not supported in a region",
+        )
+
+
+def split(joint: Joint, *, codegen: str) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Stage 6, first half: forward and backward graph modules. With Inductor, cheap work is recomputed rather than saved."""
+    copy = copy_graph(joint.gm)
+    return compat.partition(copy, joint.fwd_outputs, recompute=codegen == "inductor")
+
+
+def compiler(codegen: str, *, backward: bool = False, inference: bool = False) -> Compiler:
+    """Stage 6, second half: turn a flat graph module into a callable over one list of values."""
+    if codegen == "inductor":
+        return lambda gm: compat.inductor_compile(gm, backward=backward, inference=inference)
+    return lambda gm: lambda values: gm(*values)
+
+
+def prune_tangents(bw: fx.GraphModule, absent: frozenset[str]) -> fx.GraphModule:
+    """The backward graph when the tangents named in `absent` (placeholder names) do not exist.
+
+    A backward is linear in its tangents and autograd's formulas are linear step by step, so a node is absent when it depends on
+    tangents and everything that it depends on through them is absent: what eager autograd never runs. A sum of a present and an
+    absent value is the present one; anywhere else an absent value meets a present one, zeros of its shape stand in, as eager does.
+    """
+    gm = copy_graph(bw)
+    graph = gm.graph
+    tangents = {n for n in graph.find_nodes(op="placeholder") if "tangents" in n.name}
+    depends: set[fx.Node] = set(tangents)
+    gone = {n for n in tangents if n.name in absent}
+    add = torch.ops.aten.add.Tensor
+    for node in list(graph.nodes):
+        if node.op in ("placeholder", "output") or not depends.intersection(node.all_input_nodes):
+            continue
+        depends.add(node)
+        via = [n for n in node.all_input_nodes if n in depends]
+        dead = [n for n in via if n in gone]
+        if len(dead) == len(via):
+            gone.add(node)
+        elif dead and node.target is add and not node.kwargs:
+            other = next(a for a in node.args if a not in gone)
+            if isinstance(other, fx.Node) and _same(other, node):
+                node.replace_all_uses_with(other)
+                graph.erase_node(node)
+                depends.add(other)
+            else:
+                _fill(graph, node, dead)
+        elif dead:
+            _fill(graph, node, dead)
+    out = graph.output_node()
+    out.args = (tuple(None if a in gone else a for a in out.args[0]),)  # type: ignore[union-attr]
+    graph.eliminate_dead_code()
+    for n in [n for n in graph.find_nodes(op="placeholder") if n in gone]:
+        graph.erase_node(n)  # refuses when the absent tangent is still read
+    gm.recompile()
+    return gm
+
+
+def _same(a: fx.Node, b: fx.Node) -> bool:
+    x, y = a.meta["val"], b.meta["val"]
+    return bool(x.shape == y.shape and x.dtype == y.dtype)
+
+
+def _fill(graph: fx.Graph, node: fx.Node, dead: list[fx.Node]) -> None:
+    """Let `node` read zeros in place of its absent inputs (all parts of a multi-output one)."""
+    for d in dead:
+        val = d.meta["val"]
+        with graph.inserting_before(node):
+            zeros = graph.call_function(
+                torch.ops.aten.full.default,
+                ([int(s) if isinstance(s, int) else s for s in val.shape], 0),
+                {"dtype": val.dtype, "device": val.device, "layout": torch.strided, "pin_memory": False},
+            )
+        zeros.meta = {**d.meta}
+        node.replace_input_with(d, zeros)

@@ -1,0 +1,226 @@
+"""Stage 7: `OptimizedModule`, the original model with compiled graphs in place of its forward.
+
+It owns no parameter of its own: its registries are the original's, so `state_dict`, `parameters`, optimizers, `to`, hooks and
+checkpoints see the same objects under the same names. Graphs are kept per call signature (mode, grad mode, autocast, shapes, dtypes,
+constants, which parameters train) and compiled when a signature is first met.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from . import compat
+from .errors import InputError
+from .program import Program
+
+Tensor = torch.Tensor
+_OWN = frozenset({"_original", "_options", "_compile", "_variants", "_structure", "_report", "_refs"})
+
+
+@dataclass
+class Variant:
+    """A compiled program and the signature it is valid for. `guard` is set when some sizes are symbolic."""
+
+    program: Program
+    signature: dict[str, Any]
+    loose_key: Any
+    guard: Callable[[list[Any]], bool] | None = None
+
+
+class OptimizedModule(nn.Module):
+    """What `moefx.optimize` returns. Calls run the compiled graphs; everything else is the original's.
+
+    Attributes that are not found here are looked up on the original (`generate`, `config`, `save_pretrained`, ...), which runs its
+    own, unoptimized code for them. `original` is the model itself, `report` says what was done, `graphs` maps stage and pass names
+    to graphs.
+    """
+
+    def __init__(self, original: nn.Module, compile_variant: Callable[..., Variant], options: Any, report: Any) -> None:
+        own = self.__dict__
+        own["_original"] = original
+        own["_compile"], own["_options"], own["_report"] = compile_variant, options, report
+        own["_variants"], own["_structure"], own["_refs"] = {}, None, {}
+        super().__init__()
+        for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            own[registry] = original.__dict__[registry]
+
+    # --- the original shows through ---------------------------------------------------------------------------------------------
+
+    @property
+    def original(self) -> nn.Module:
+        """The model that was optimized; it shares all parameters and buffers with this module."""
+        return self.__dict__["_original"]
+
+    @property
+    def report(self) -> Any:
+        """What every stage and pass did (`moefx.Report`)."""
+        return self.__dict__["_report"]
+
+    @property
+    def graphs(self) -> Mapping[str, fx.GraphModule]:
+        """Stage and pass names -> graph after it, in order; of the first signature that was compiled."""
+        return self.report.graphs
+
+    @property
+    def training(self) -> bool:  # type: ignore[override]
+        """The original's mode."""
+        return self.original.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if "_modules" in self.__dict__ and self.__dict__["_modules"] is self.original._modules:
+            self.original.training = mode
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_original"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _OWN or name.startswith("_forward") or name.startswith("_backward"):
+            self.__dict__[name] = value
+        elif name == "training" or isinstance(value, nn.Module | nn.Parameter) or name in self._buffers:
+            super().__setattr__(name, value)
+        elif "_modules" in self.__dict__ and hasattr(self.original, name):
+            setattr(self.original, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The original's state dict: same keys, same order, same tensors."""
+        return self.original.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load into the original."""
+        return self.original.load_state_dict(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> OptimizedModule:
+        """Set the original's mode; train and eval have graphs of their own."""
+        self.original.train(mode)
+        return self
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> OptimizedModule:
+        self.original._apply(fn, recurse)  # type: ignore[arg-type]
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModule:
+        """A copy with its own parameters. Compiled programs are shared: they hold no tensor of the model."""
+        new = OptimizedModule(copy.deepcopy(self.original, memo), self.__dict__["_compile"], self._options, self.report)
+        new.__dict__["_variants"] = dict(self._variants)
+        return new
+
+    def __reduce__(self) -> Any:
+        """Pickle the original and the options; graphs are compiled again when next called."""
+        return (_rebuild, (self.original, self._options))
+
+    def extra_repr(self) -> str:
+        """One line for `print(module)`."""
+        return f"moefx: {len(self._variants)} compiled signature(s) of {type(self.original).__name__}"
+
+    # --- calls ------------------------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the variant of this call's signature, compiling it when it is new."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if self._structure is None or not self._structure.holds():
+            self.__dict__["_structure"] = Structure(self.original)
+            self.__dict__["_refs"] = {}
+        key = (spec, *(_leaf_key(v, exact=True) for v in leaves), self._structure.mode(), _context_key())
+        variant = self._variants.get(key)
+        if variant is None:
+            variant = self._find_dynamic(leaves, spec) or self._compile(self, args, kwargs, self._loose_key(leaves, spec))
+            self._variants[key] = variant
+        program = variant.program
+        refs = self._refs.get(id(program))
+        if refs is None:
+            refs = self._refs[id(program)] = [_reference(self.original, s) for s in program.inputs]
+        primals = [leaves[r] if isinstance(r, int) else r[0][r[1]] for r in refs]
+        outs = program(primals)
+
+        def target(slot: compat.Slot) -> Tensor:
+            kind = slot.kind.split(":")[1]
+            where = _reference(self.original, compat.Slot(kind, slot.key))
+            found: Tensor = leaves[where] if isinstance(where, int) else where[0][where[1]]
+            return found
+
+        return program.finish(outs, primals, target)
+
+    def _loose_key(self, leaves: list[Any], spec: Any) -> Any:
+        """The signature with sizes left out, for variants with symbolic sizes."""
+        return (spec, *(_leaf_key(v, exact=False) for v in leaves), self._structure.mode(), _context_key())
+
+    def _find_dynamic(self, leaves: list[Any], spec: Any) -> Variant | None:
+        dynamic = {id(v): v for v in self._variants.values() if v.guard is not None}
+        if not dynamic:
+            return None
+        loose = self._loose_key(leaves, spec)
+        return next((v for v in dynamic.values() if v.loose_key == loose and v.guard is not None and v.guard(leaves)), None)
+
+
+def _rebuild(original: nn.Module, options: Any) -> nn.Module:
+    from .optimize import reoptimize
+
+    return reoptimize(original, options)
+
+
+class Structure:
+    """What a compiled graph assumed about the module tree, cheap to check at every call.
+
+    Replaced submodules, modes of single submodules, `requires_grad`, dtype, device and shape of every parameter and buffer, and the
+    plain values of the config are watched. Python attributes of modules are not: after changing one, call `optimize` again.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = list(model.modules())
+        self.children = [(m._modules, n, c) for m in self.modules for n, c in m._modules.items()]
+        self.sizes = [(m._modules, len(m._modules)) for m in self.modules]
+        self.tensors = [(d, n) for m in self.modules for d in (m._parameters, m._buffers) for n in d]
+        config = getattr(model, "config", None)
+        self.config = getattr(config, "__dict__", {})
+
+    def holds(self) -> bool:
+        """Whether the module tree is still made of the same modules."""
+        return all(d.get(n) is c for d, n, c in self.children) and all(len(d) == n for d, n in self.sizes)
+
+    def mode(self) -> Any:
+        """Hashable state that graphs are specialised to."""
+        tensors = tuple(
+            None if t is None else (t.requires_grad, t.dtype, t.shape, t.device) for t in (d.get(n) for d, n in self.tensors)
+        )
+        config = tuple((k, v) for k, v in self.config.items() if type(v) in (bool, int, float, str, type(None)) and k != "use_cache")
+        return (tensors, tuple(m.training for m in self.modules), config)
+
+
+def _leaf_key(v: Any, *, exact: bool) -> Any:
+    if isinstance(v, Tensor):
+        sizes = (v.shape, v.stride()) if exact else v.dim()
+        return (sizes, v.dtype, v.device, v.requires_grad)
+    if isinstance(v, bool | int | float | str | torch.dtype | torch.device | type(None)):
+        return (type(v), v)
+    raise InputError(
+        f"an argument of type {type(v).__name__} reached an optimized model",
+        why="graphs take tensors and plain constants",
+        todo="call opt.original(...) for caches and other objects (opt.generate(...) does so by itself)",
+    )
+
+
+def _context_key() -> Any:
+    casts = tuple((d, torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d))
+    return (torch.is_grad_enabled(), casts)
+
+
+def _reference(model: nn.Module, slot: compat.Slot) -> Any:
+    """Where a program input lives: a position in the flat call, or (registry, name) on the module that owns it."""
+    if slot.kind == "input":
+        return int(slot.key)
+    path, _, leaf = str(slot.key).rpartition(".")
+    owner = model.get_submodule(path)
+    return (owner._parameters if leaf in owner._parameters else owner._buffers, leaf)

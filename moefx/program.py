@@ -1,0 +1,172 @@
+"""The runtime of one compiled variant: flat callables for forward and backward behind one autograd function.
+
+torch's own AOT runtime is not used because it fills the tangents of unused outputs with zeros. Here a missing tangent stays missing
+and selects a backward that was specialised to it (`joint.prune_tangents`); each is compiled when first needed and kept.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from . import compat
+from .joint import Compiler, Joint, prune_tangents
+
+Tensor = torch.Tensor
+Runner = Callable[[list[Any]], Sequence[Any]]
+
+
+class Program:
+    """Runs a joint graph that was split into `fw` and (for training) `bw`.
+
+    Attributes:
+        inputs: what each forward argument is (`Slot`s of parameters, buffers, plain inputs), in calling order.
+        fw_graph, bw_graph: the graph modules before code generation.
+        saved_bytes: bytes kept for the backward besides parameters, buffers and inputs; None where sizes are symbolic.
+    """
+
+    def __init__(self, joint: Joint, fw: fx.GraphModule, bw: fx.GraphModule | None, compile_fw: Compiler, compile_bw: Compiler) -> None:
+        placeholders = list(joint.graph.find_nodes(op="placeholder"))
+        names = [n.name for n, s in zip(placeholders, joint.inputs, strict=True) if s.kind != "tangent"]
+        self.inputs = [s for s in joint.inputs if s.kind != "tangent"]
+        self.out_spec, self.passthrough = joint.out_spec, joint.passthrough
+        self.fw_graph, self.bw_graph, self._compile_bw = fw, bw, compile_bw
+
+        outs = joint.outputs[: joint.fwd_outputs]
+        self.mutations = [(i, s) for i, s in enumerate(outs) if s is not None and s.kind.startswith("mutation")]
+        self.results = [i for i, s in enumerate(outs) if s is not None and s.kind == "output"]
+        self.count = len(outs)
+
+        position = {name: i for i, name in enumerate(names)}
+        self.fw_order = [position[n.name] for n in fw.graph.find_nodes(op="placeholder")]
+        fw_out: Sequence[Any] = fw.graph.output_node().args[0]  # type: ignore[assignment]
+        self.saved = [n.name for n in fw_out[self.count :]]
+        mutated = {(s.kind.split(":")[1], s.key) for _, s in self.mutations}
+        # A buffer that the forward updates and the backward reads must be kept as it was before the update.
+        self.clone_inputs = [i for i, s in enumerate(self.inputs) if (s.kind, s.key) in mutated and names[i] in set(self.saved)]
+        self.saved_bytes = _bytes([n for n in fw_out[self.count :] if n.op != "placeholder"])
+
+        tangents = [(n, int(s.key)) for n, s in zip(placeholders, joint.inputs, strict=True) if s.kind == "tangent"]
+        self.tangents = [(n.name, key, n.meta["val"]) for n, key in tangents]
+        self.differentiable = {key for _, key, _ in self.tangents}
+        # Inputs whose gradient is None in every variant are kept out of autograd, as untouched inputs are in eager execution.
+        grads: Sequence[Any] = joint.graph.output_node().args[0][self.count :]  # type: ignore[index, assignment]
+        self.no_grad_inputs = [i for i, g in enumerate(grads) if g is None] if joint.grad else []
+        self.fw = compile_fw(fw)
+        self._backwards: dict[frozenset[str], tuple[Runner, list[str]]] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def backward_variants(self) -> list[list[int]]:
+        """For each backward compiled so far, the outputs whose tangents it expects."""
+        return [sorted(key for name, key, _ in self.tangents if name not in absent) for absent in self._backwards]
+
+    def __call__(self, primals: list[Any]) -> Any:
+        """Run on values in `inputs` order; returns the model's output structure. Buffers are updated in place."""
+        for i in self.clone_inputs:
+            primals[i] = primals[i].detach().clone()
+        if self.bw_graph is None or not torch.is_grad_enabled():
+            with torch.no_grad(), compat.disable_autocast():
+                outs: Sequence[Any] = self.fw([primals[i] for i in self.fw_order])
+        else:
+            args = list(primals)
+            for i in self.no_grad_inputs:
+                if isinstance(args[i], Tensor) and args[i].requires_grad:
+                    args[i] = args[i].detach()
+            outs = _Run.apply(self, *args)
+        return outs
+
+    def finish(self, outs: Sequence[Any], primals: Sequence[Any], targets: Callable[[Any], Tensor]) -> Any:
+        """Write buffer updates back and rebuild the output structure."""
+        with torch.no_grad():
+            for i, slot in self.mutations:
+                targets(slot).copy_(outs[i])
+        values = [outs[i] for i in self.results]
+        for position, index in self.passthrough.items():
+            values[position] = primals[index]
+        return pytree.tree_unflatten(values, self.out_spec)
+
+    def backward(self, saved: dict[str, Any], tangents: Sequence[Tensor | None]) -> Sequence[Any]:
+        """Gradients of all inputs, None where there is none.
+
+        Args:
+            saved: saved values by node name; consumed.
+            tangents: one per differentiable output in graph order, None where that output has no gradient.
+        """
+        absent = frozenset(name for (name, _, _), t in zip(self.tangents, tangents, strict=True) if t is None)
+        if absent not in self._backwards:
+            with self._lock:
+                if absent not in self._backwards:
+                    self._backwards[absent] = self._build_backward(absent)
+        run, names = self._backwards[absent]
+        for (name, _, val), tangent in zip(self.tangents, tangents, strict=True):
+            if tangent is not None:
+                saved[name] = _like_traced(tangent, val)
+        values = [saved.pop(n) for n in names]
+        saved.clear()
+        with torch.no_grad(), compat.disable_autocast():
+            return run(values)
+
+    def _build_backward(self, absent: frozenset[str]) -> tuple[Runner, list[str]]:
+        assert self.bw_graph is not None
+        gm = prune_tangents(self.bw_graph, absent)
+        return self._compile_bw(gm), [n.name for n in gm.graph.find_nodes(op="placeholder")]
+
+
+class _Run(torch.autograd.Function):
+    """The one autograd node of a variant."""
+
+    @staticmethod
+    def forward(ctx: Any, program: Program, *primals: Any) -> tuple[Any, ...]:
+        with compat.disable_autocast():
+            outs = program.fw([primals[i] for i in program.fw_order])
+        values = outs[program.count :]
+        tensors = [v for v in values if isinstance(v, Tensor)]
+        ctx.program = program
+        ctx.save_for_backward(*tensors)
+        ctx.others = [None if isinstance(v, Tensor) else v for v in values]
+        ctx.set_materialize_grads(False)
+        user = tuple(outs[: program.count])
+        plain = set(program.results)
+        position = {i: p for p, i in enumerate(program.results)}
+        ctx.mark_non_differentiable(
+            *[
+                o
+                for i, o in enumerate(user)
+                if isinstance(o, Tensor) and (i not in plain or position[i] not in program.differentiable)
+            ]
+        )
+        return user
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        program: Program = ctx.program
+        tensors = iter(ctx.saved_tensors)
+        saved = {n: next(tensors) if o is None else o for n, o in zip(program.saved, ctx.others, strict=True)}
+        tangents = [grads[program.results[key]] for _, key, _ in program.tangents]
+        return (None, *program.backward(saved, tangents))
+
+
+def _like_traced(tangent: Tensor, val: Tensor) -> Tensor:
+    """A tangent in the memory layout that the backward was traced with."""
+    if tuple(tangent.stride()) == tuple(val.stride()):
+        return tangent
+    return tangent.contiguous() if val.is_contiguous() else torch.empty_strided(
+        tangent.shape, [int(s) for s in val.stride()], dtype=tangent.dtype, device=tangent.device
+    ).copy_(tangent)
+
+
+def _bytes(nodes: Sequence[fx.Node]) -> int | None:
+    total = 0
+    for n in nodes:
+        val = n.meta.get("val")
+        if isinstance(val, Tensor):
+            if any(not isinstance(s, int) for s in val.shape):
+                return None
+            total += val.numel() * val.element_size()
+    return total

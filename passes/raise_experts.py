@@ -1,0 +1,185 @@
+"""Stage 1: let the MoE blocks of a model emit `moefx.experts` while it is captured, and put everything back afterwards.
+
+transformers looks the implementation of an experts class up by name at call time. moefx registers its own for the length of a
+capture: it reads the layout from the flags that the class carries, and the activation by running the module's own gate on random
+numbers and comparing with the dialect's kinds. Nothing is raised on looks: a gate that matches no kind stays the module's own code
+between dialect ops, and a module whose layout cannot be read is left alone and reported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from moefx.dialect.experts import ExpertsSpec
+from moefx.dialect.glu import GluKind, glu_reference
+from moefx.errors import InputError
+
+Tensor = torch.Tensor
+ops = torch.ops.moefx
+NAME = "moefx"
+
+
+@dataclass(frozen=True)
+class Block:
+    """What became of one MoE-looking module. `error` is the largest difference found between its gate and the dialect's."""
+
+    path: str
+    cls: str
+    raised: bool
+    idiom: str | None = None
+    error: float | None = None
+    reason: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Row of the report."""
+        return dict(vars(self))
+
+
+def find_blocks(model: nn.Module) -> list[Block]:
+    """All expert banks of a model and its look-alikes, with the reason where one cannot be raised."""
+    blocks = []
+    for path, module in model.named_modules():
+        if _is_interface(module):
+            blocks.append(_inspect(path, module))
+        elif (reason := _look_alike(module)) is not None:
+            blocks.append(Block(path, type(module).__qualname__, False, None, None, reason))
+    inside = {b.path + "." for b in blocks if b.raised}
+    return [b for b in blocks if b.raised or not any(b.path.startswith(p) for p in inside)]
+
+
+@contextlib.contextmanager
+def raised(model: nn.Module) -> Iterator[list[Block]]:
+    """While active, every raisable experts module of `model` runs dialect ops. Undone at the end, also on error."""
+    blocks = find_blocks(model)
+    modules = {b.path: model.get_submodule(b.path) for b in blocks if b.raised}
+    if not modules:
+        yield blocks
+        return
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    configs = {id(m.config): (m.config, m.config._experts_implementation) for m in modules.values()}
+    by_path = {b.path: b for b in blocks}
+    ALL_EXPERTS_FUNCTIONS.register(NAME, _emit)
+    try:
+        for path, module in modules.items():
+            object.__setattr__(module, "_moefx_spec", by_path[path].idiom)
+        for config, _ in configs.values():
+            config._experts_implementation = NAME
+        yield blocks
+    finally:
+        for config, previous in configs.values():
+            config._experts_implementation = previous
+        for module in modules.values():
+            if "_moefx_spec" in module.__dict__:
+                object.__delattr__(module, "_moefx_spec")
+        ALL_EXPERTS_FUNCTIONS._global_mapping.pop(NAME, None)
+
+
+def _is_interface(module: nn.Module) -> bool:
+    flags = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_is_expert_parallel")
+    return all(hasattr(module, f) for f in flags) and hasattr(getattr(module, "config", None), "_experts_implementation")
+
+
+def _inspect(path: str, module: nn.Module) -> Block:
+    cls = type(module).__qualname__
+    try:
+        weights = _weights(module)
+        kind, error = _activation(module)
+    except (AttributeError, InputError) as e:
+        return Block(path, cls, False, None, None, f"its weights could not be read: {e}")
+    layout = "kn" if module.is_transposed else "nk"
+    post = getattr(module, "has_post_expert_norm", False)
+    if kind is None or post or len({w.dtype for w in weights}) > 1:
+        why = "a norm after the experts" if post else "an activation of its own"
+        return Block(path, cls, True, f"opaque | {layout}{' bias' if module.has_bias else ''}", None, f"experts with {why}")
+    return Block(path, cls, True, str(ExpertsSpec(kind, layout, bool(module.has_bias))), error)
+
+
+def _weights(module: Any) -> list[Tensor]:
+    up = "gate_up_proj" if module.has_gate else "up_proj"
+    names = [up, f"{up}_bias", "down_proj", "down_proj_bias"] if module.has_bias else [up, "down_proj"]
+    found = [getattr(module, n) for n in names]
+    for name, w in zip(names, found, strict=True):
+        if not isinstance(w, Tensor) or w.dim() != (2 if name.endswith("bias") else 3):
+            raise InputError(f"{name} is no stacked tensor")
+    return found
+
+
+def _activation(module: Any) -> tuple[GluKind | None, float | None]:
+    """The dialect kind that equals the module's own gate on a probe, and the largest difference; (None, None) if none does.
+
+    The probe covers both signs, large values (clamps act) and the neighbourhood of zero, in float64 where the module allows.
+    """
+    limit, alpha = float(getattr(module, "limit", 0) or 0), float(getattr(module, "alpha", 0) or 0)
+    kinds = [GluKind(act, gated=module.has_gate) for act in ("silu", "gelu", "gelu_tanh", "relu", "relu2")]
+    if module.has_gate:
+        kinds += [GluKind(k.act, interleaved=True) for k in kinds]
+        if limit and alpha:
+            kinds += [GluKind("clamp", True, i, limit, alpha) for i in (True, False)]
+    h = torch.linspace(-30, 30, 32 * 64, dtype=torch.float64)
+    h = h[torch.randperm(h.numel(), generator=torch.Generator().manual_seed(0))].view(32, 64)
+    h = torch.cat([h, h / 16])
+    with torch.no_grad(), torch.device("cpu"):
+        try:
+            want = module._apply_gate(h.clone()) if module.has_gate else module.act_fn(h.clone())
+        except Exception:  # the gate needs something that a probe on the CPU does not offer: keep it as its own code
+            return None, None
+    for kind in kinds:
+        got = glu_reference(h, None, str(kind))
+        if got.shape == want.shape and torch.allclose(got, want.double(), rtol=1e-6, atol=1e-9):
+            return kind, float((got - want).abs().max())
+    return None, None
+
+
+def _emit(module: Any, x_TH: Tensor, idx_Tk: Tensor, w_Tk: Tensor) -> Tensor:
+    """What runs in place of the experts' forward during capture."""
+    spec: str = module._moefx_spec
+    up = module.gate_up_proj if module.has_gate else module.up_proj
+    down = module.down_proj
+    x = x_TH.to(up.dtype)
+    if not spec.startswith("opaque"):
+        weights = [up, down]
+        if module.has_bias:
+            bias = module.gate_up_proj_bias if module.has_gate else module.up_proj_bias
+            weights = [up, bias, down, module.down_proj_bias]
+        return ops.experts(x, idx_Tk, w_Tk, weights, spec).to(x_TH.dtype)
+    if module.is_transposed:
+        up, down = up.transpose(1, 2), down.transpose(1, 2)
+    token, order, slot, offsets = ops.plan(idx_Tk, up.shape[0], 1)
+    h = ops.grouped_mm(ops.permute(x, token, slot), up, offsets)
+    if module.has_bias:
+        h = ops.grouped_bias(h, module.gate_up_proj_bias if module.has_gate else module.up_proj_bias, offsets)
+    a = module._apply_gate(h) if module.has_gate else module.act_fn(h)
+    y = ops.grouped_mm(a.to(down.dtype), down, offsets)
+    if module.has_bias:
+        y = ops.grouped_bias(y, module.down_proj_bias, offsets)
+    if getattr(module, "has_post_expert_norm", False):
+        y = module.post_expert_norm(y)
+    return ops.unpermute(y, token, order, slot, w_Tk).to(x_TH.dtype)
+
+
+# --- look-alikes ------------------------------------------------------------------------------------------------------------------
+
+_MOE_NAME = re.compile(r"expert|moe", re.IGNORECASE)
+
+
+def _look_alike(module: nn.Module) -> str | None:
+    """Why a module that looks like an expert bank is not raised, or None when it does not look like one."""
+    name = type(module).__name__
+    stacked = [n for n, p in module._parameters.items() if p is not None and p.dim() == 3]
+    if stacked and _MOE_NAME.search(name):
+        return f"stacked parameters {', '.join(stacked)}, but its forward does not go through the transformers experts interface"
+    for child_name, child in module._modules.items():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict) and _MOE_NAME.search(child_name) and len(child) > 1:
+            return f"{len(child)} experts in a {type(child).__name__} named {child_name!r}: a hand-written loop is not raised"
+    return None
+
+
+Emit = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]

@@ -30,7 +30,7 @@ class Captured:
     gm: fx.GraphModule
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    params: dict[str, str] = field(default_factory=dict)  # placeholder name -> dotted parameter or buffer name
+    names: dict[str, str] = field(default_factory=dict)  # placeholder -> dotted parameter or buffer name, or input name
 
     @property
     def graph(self) -> fx.Graph:
@@ -97,8 +97,11 @@ def capture(
             gm = compat.capture_forward(model, args, kwargs)
         except compat.CAPTURE_ERRORS as e:
             raise _explained(e, model) from e
-    names = gm.meta.get("dynamo_flat_name_to_original_fqn", {})
-    return Captured(gm, args, kwargs, {n.name: names.get(n.target, n.target) for n in gm.graph.find_nodes(op="placeholder")})
+    known = {id(t): n for n, t in (*tensors.items(), *model.named_buffers(), *model.named_parameters())}
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    values = compat.flat_inputs(gm, args, kwargs)
+    names = {p.name: known.get(id(v), p.name) for p, v in zip(placeholders, values, strict=True)}
+    return Captured(gm, args, kwargs, names)
 
 
 def warm_up(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

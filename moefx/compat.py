@@ -45,6 +45,11 @@ def capture_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict
     return gm
 
 
+def flat_inputs(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Values of a captured graph's placeholders for a call: parameters and buffers of the model, and the call's tensors."""
+    return list(gm._dynamo_bytecode_flatten(*args, *kwargs.values()))
+
+
 @contextlib.contextmanager
 def dynamic_dims(tensors: Mapping[str, Tensor], dims: DynamicDims) -> Iterator[None]:
     """While active, the given axes of the given tensors are captured as symbols. Marks are taken off again at the end."""
@@ -139,6 +144,20 @@ def _slot(desc: Any) -> Slot:
     return Slot(kind, repr(desc))
 
 
+def trace_aten(fn: Callable[..., Any], values: Sequence[Any]) -> fx.GraphModule:
+    """`fn` on fake values as a graph of ATen nodes, in Inductor's decomposition."""
+    from torch._inductor.decomposition import select_decomp_table
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    mode = detect_fake_mode(list(values))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(disable_autocast())
+        stack.enter_context(torch.no_grad())
+        if mode is not None:
+            stack.enter_context(mode)
+        return make_fx(fn, decomposition_table=select_decomp_table())(*values)
+
+
 # --- stage 6: partition and code generation ---------------------------------------------------------------------------------------
 
 
@@ -169,6 +188,14 @@ def inductor_compile(gm: fx.GraphModule, *, backward: bool, inference: bool = Fa
     with context, torch.no_grad(), disable_autocast(), torch._inductor.config.patch(fallback_random=True):
         compiled = compile_fx_inner(gm, inputs, is_backward=backward, is_inference=inference)
     return compiled  # type: ignore[return-value]
+
+
+def boxed(gm: fx.GraphModule) -> Callable[[list[Any]], Sequence[Any]]:
+    """Plain execution of a flat graph. The list of inputs is emptied, so that saved tensors die at their last use."""
+    gm.graph.set_codegen(fx.graph._BoxedCodeGen())
+    gm.recompile()
+    run: Callable[[list[Any]], Sequence[Any]] = gm.forward
+    return run
 
 
 @contextlib.contextmanager
@@ -217,3 +244,13 @@ def is_symbol(value: object) -> bool:
 
 
 getitem = operator.getitem
+
+
+@contextlib.contextmanager
+def propagating(fake_mode: FakeTensorMode | None) -> Iterator[None]:
+    """Compute fake values of rewritten nodes in a graph's own fake mode; new tensors made inside are fake too."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if fake_mode is not None:
+            stack.enter_context(fake_mode)
+        yield

@@ -9,6 +9,7 @@ model returns logits beside the loss; with a zero tangent in its place a plain b
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -104,11 +105,22 @@ def split(joint: Joint, *, codegen: str) -> tuple[fx.GraphModule, fx.GraphModule
     return compat.partition(copy, joint.fwd_outputs, recompute=codegen == "inductor")
 
 
-def compiler(codegen: str, *, backward: bool = False, inference: bool = False) -> Compiler:
-    """Stage 6, second half: turn a flat graph module into a callable over one list of values."""
-    if codegen == "inductor":
-        return lambda gm: compat.inductor_compile(gm, backward=backward, inference=inference)
-    return lambda gm: lambda values: gm(*values)
+def compiler(
+    codegen: str, *, backward: bool = False, inference: bool = False, progress: Callable[[fx.GraphModule, float], None] | None = None
+) -> Compiler:
+    """Stage 6, second half: a function that turns a flat graph module into a callable over one list, which it empties.
+
+    `progress(graph_module, seconds)` is called after each compilation.
+    """
+
+    def compile_one(gm: fx.GraphModule) -> Callable[[list[Any]], Sequence[Any]]:
+        start = time.perf_counter()
+        run = compat.inductor_compile(gm, backward=backward, inference=inference) if codegen == "inductor" else compat.boxed(gm)
+        if progress is not None:
+            progress(gm, time.perf_counter() - start)
+        return run
+
+    return compile_one
 
 
 def prune_tangents(bw: fx.GraphModule, absent: frozenset[str]) -> fx.GraphModule:

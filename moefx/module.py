@@ -125,19 +125,16 @@ class OptimizedModule(nn.Module):
         """One line for `print(module)`."""
         return f"moefx: {len(self._variants)} compiled signature(s) of {type(self.original).__name__}"
 
+    @property
+    def options(self) -> Any:
+        """What this module is compiled with (`moefx.optimize.Options`)."""
+        return self.__dict__["_options"]
+
     # --- calls ------------------------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the variant of this call's signature, compiling it when it is new."""
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        if self._structure is None or not self._structure.holds():
-            self.__dict__["_structure"] = Structure(self.original)
-            self.__dict__["_refs"] = {}
-        key = (spec, *(_leaf_key(v, exact=True) for v in leaves), self._structure.mode(), _context_key())
-        variant = self._variants.get(key)
-        if variant is None:
-            variant = self._find_dynamic(leaves, spec) or self._compile(self, args, kwargs, self._loose_key(leaves, spec))
-            self._variants[key] = variant
+        variant, leaves = self.prepare(args, kwargs)
         program = variant.program
         refs = self._refs.get(id(program))
         if refs is None:
@@ -152,6 +149,19 @@ class OptimizedModule(nn.Module):
             return found
 
         return program.finish(outs, primals, target)
+
+    def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Variant, list[Any]]:
+        """The variant of a call's signature, compiled if it is new, and the call's flat arguments. Runs nothing."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if self._structure is None or not self._structure.holds():
+            self.__dict__["_structure"] = Structure(self.original)
+            self.__dict__["_refs"] = {}
+        key = (spec, *(_leaf_key(v, exact=True) for v in leaves), self._structure.mode(), _context_key())
+        variant = self._variants.get(key)
+        if variant is None:
+            variant = self._find_dynamic(leaves, spec) or self._compile(self, args, kwargs, self._loose_key(leaves, spec))
+            self._variants[key] = variant
+        return variant, leaves
 
     def _loose_key(self, leaves: list[Any], spec: Any) -> Any:
         """The signature with sizes left out, for variants with symbolic sizes."""

@@ -1,29 +1,237 @@
-"""`moefx.optimize`: the whole compiler on one page."""
+"""`moefx.optimize`: the whole compiler on one page. The stages are those of docs/architecture.md, in order."""
+
 from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
+
 import torch
-from torch import nn
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
 from . import compat
-from .capture import as_call, capture, warm_up
-from .joint import trace_joint, split, compiler
+from .capture import as_call, capture, check_call, warm_up
+from .errors import CaptureError, InputError, PassError, nearest
+from .graph.edit import copy_plain, value
+from .joint import Joint, compiler, split, trace_joint
+from .manager import Pass, PassManager
 from .module import OptimizedModule, Variant
+from .passes import as_pipeline
 from .passes.raise_experts import raised
+from .precision.recipe import Recipe, get_recipe
 from .program import Program
+from .report import Report
+from .verify import Verifier
 
-def compile_variant(module, args, kwargs, loose_key):
-    model=module.original
-    o=module._options
-    grad = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
-    warm_up(model,args,kwargs)
-    with raised(model) as blocks:
-        captured = capture(model, args, kwargs)
-    joint = trace_joint(captured, grad=grad, codegen=o["codegen"])
-    if grad:
-        fw,bw=split(joint, codegen=o["codegen"])
-    else: fw,bw=joint.gm,None
-    prog=Program(joint, fw,bw,compiler(o["codegen"],inference=bw is None),compiler(o["codegen"],backward=True))
-    return Variant(prog,{},loose_key)
+CODEGENS = ("inductor", "eager")
 
-def optimize(model, example_inputs, *, codegen="inductor"):
-    m=OptimizedModule(model, compile_variant, dict(codegen=codegen), None)
-    return m
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `optimize` that every variant is compiled with."""
+
+    recipe: Recipe
+    passes: PassManager
+    codegen: str
+    verify: bool
+    dynamic: compat.DynamicDims | None
+
+
+def optimize(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    recipe: str | Recipe = "bf16",
+    router: Any = None,
+    losses: Sequence[Any] = (),
+    passes: PassManager | Sequence[Pass | str] | None = None,
+    regions: str = "model",
+    codegen: str = "inductor",
+    verify: bool = False,
+    dynamic: compat.DynamicDims | None = None,
+    mesh: Any = None,
+) -> OptimizedModule:
+    """Compile a Mixture-of-Experts model for training. The model keeps its parameters; nothing of it is changed.
+
+    Args:
+        model: any nn.Module with MoE blocks that moefx can raise (transformers 5 models; docs/models.md).
+        example_inputs: a dict of keyword tensors or a tuple of positional ones. The signature they make (mode, shapes, dtypes) is
+            compiled now; others when they are first met.
+        recipe: precision recipe; "bf16" computes in the dtypes that the model has.
+        passes: a pipeline, or a list of passes and names, instead of the recipe's own.
+        codegen: "inductor" (needs a C++ or CUDA compiler) or "eager" (plain graph execution).
+        verify: compare outputs and gradients around every pass on the example inputs, within its numerics class.
+        dynamic: input name -> axes whose size may vary without a new compilation.
+        router, losses, regions, mesh: reserved; only the defaults are accepted in this version.
+
+    Returns:
+        An `OptimizedModule` with `.original`, `.report` and `.graphs`.
+
+    Raises:
+        InputError, CaptureError, RecipeError, PassError: with what, where, why and what to do.
+    """
+    reserved = {"router": (router, None), "losses": (tuple(losses), ()), "mesh": (mesh, None), "regions": (regions, "model")}
+    for name, (given, only) in reserved.items():
+        if given != only:
+            raise InputError(f"{name}={given!r} is not available in this version", todo=f"leave {name} at its default {only!r}")
+    if not isinstance(model, nn.Module):
+        raise InputError(f"the model is a {type(model).__name__}, not an nn.Module", todo="pass the module itself")
+    if codegen not in CODEGENS:
+        raise InputError(f"unknown codegen {codegen!r}", todo=nearest(str(codegen), CODEGENS))
+    chosen = get_recipe(recipe)
+    options = Options(chosen, as_pipeline(passes, chosen, codegen), codegen, verify, dynamic)
+    options.passes.ordered()  # an unsatisfiable order is an error now, not after a long capture
+    opt = reoptimize(model.original if isinstance(model, OptimizedModule) else model, options)
+    args, kwargs = as_call(example_inputs)
+    check_call(opt.original, args, kwargs)
+    opt.prepare(args, kwargs)
+    return opt
+
+
+def reoptimize(model: nn.Module, options: Options) -> OptimizedModule:
+    """An optimized module without compiled variants; each is compiled when its signature is first called."""
+    report = Report(type(model).__qualname__, options.recipe.name, options.codegen)
+    return OptimizedModule(model, compile_variant, options, report)
+
+
+def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[str, Any], loose_key: Any) -> Variant:
+    """Stages 1 to 6 for one call signature, in the model's present mode and the caller's grad mode and autocast."""
+    model, o, first = opt.original, opt.options, not opt.report.signatures
+    report = opt.report if first else Report(opt.report.model, o.recipe.name, o.codegen)
+    stage = Stages(report, show=type(model).__qualname__)
+    leaves = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*model.parameters(), *leaves))
+
+    with stage("warm-up"):
+        warm_up(model, args, kwargs)
+    with stage("capture") as done, raised(model) as blocks:  # stages 1 and 2
+        if not blocks:
+            raise _no_blocks(model)
+        captured = done(capture(model, args, kwargs, o.dynamic))
+    report.blocks = [b.to_dict() for b in blocks]
+    _label_inputs(captured.graph, captured.names)
+    report.graphs.keep("captured", captured.gm, copy_plain(captured.graph))
+
+    with stage("model passes") as done:  # stage 3
+        verifier = Verifier(compat.flat_inputs(captured.gm, args, kwargs), grad) if o.verify else None
+        o.passes.run("model", captured.gm, report, captured.gm.meta["fake_mode"], verifier)
+        done(captured)
+
+    with stage("joint") as done:  # stage 4
+        joint = done(trace_joint(captured, grad=grad, codegen=o.codegen))
+    _label_inputs(joint.graph, {n.name: str(s.key) for n, s in zip(joint.graph.find_nodes(op="placeholder"), joint.inputs, strict=True)})
+    report.graphs.keep("joint", joint.gm, copy_plain(joint.graph))
+
+    with stage("training passes") as done:  # stage 5
+        verifier = Verifier(_joint_values(model, joint, args, kwargs), False) if o.verify else None
+        with compat.disable_autocast():
+            o.passes.run("training", joint.gm, report, joint.fake_mode, verifier)
+        done(joint)
+
+    with stage("partition") as done:  # stage 6
+        fw, bw = split(joint, codegen=o.codegen) if grad else (joint.gm, None)
+        done(fw)
+    report.graphs.keep("forward", fw, copy_plain(fw.graph))
+    if bw is not None:
+        report.graphs.keep("backward", bw, copy_plain(bw.graph))
+    with stage("codegen") as done:
+        make = compiler(o.codegen, backward=True, progress=stage.backward)
+        program = Program(joint, fw, bw, compiler(o.codegen, inference=bw is None), make)
+        done(fw)
+    report.memory = {"saved_bytes": program.saved_bytes if grad else 0}
+
+    signature = describe(model, leaves, grad, stage.total)
+    opt.report.signatures.append(signature)
+    guard = _guard(joint, len(pytree.tree_leaves((args, kwargs)))) if o.dynamic else None
+    return Variant(program, signature, loose_key, guard)
+
+
+class Stages:
+    """Times stages into the report, and says on standard error what is going on once it takes longer than two seconds."""
+
+    def __init__(self, report: Report, show: str) -> None:
+        self.report, self.show, self.start = report, show, time.perf_counter()
+
+    @property
+    def total(self) -> float:
+        """Seconds since the first stage began."""
+        return time.perf_counter() - self.start
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[Any]:
+        begin, nodes = time.perf_counter(), [0]
+
+        def done(result: Any) -> Any:
+            graph = getattr(result, "graph", None)
+            nodes[0] = len(graph.nodes) if isinstance(graph, fx.Graph) else 0
+            return result
+
+        yield done
+        row = self.report.stages.setdefault(name, {"seconds": 0.0, "nodes": 0})
+        row["seconds"], row["nodes"] = row["seconds"] + time.perf_counter() - begin, nodes[0] or row["nodes"]
+        if self.total > 2:
+            print(f"moefx: {self.show}: {name} {row['seconds']:.1f} s, {row['nodes']} nodes ({self.total:.1f} s so far)", file=sys.stderr)
+
+    def backward(self, gm: fx.GraphModule, seconds: float) -> None:
+        """Add the compilation of a backward variant, which happens at the first backward."""
+        row = self.report.stages.setdefault("codegen backward", {"seconds": 0.0, "nodes": 0})
+        row["seconds"], row["nodes"] = row["seconds"] + seconds, len(gm.graph.nodes)
+        if seconds > 2:
+            print(f"moefx: {self.show}: codegen backward {seconds:.1f} s", file=sys.stderr)
+
+
+def describe(model: nn.Module, leaves: Sequence[torch.Tensor], grad: bool, seconds: float) -> dict[str, Any]:
+    """A signature for the report."""
+    shapes = [f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in leaves]
+    return {"mode": "train" if model.training else "eval", "grad": grad, "inputs": shapes, "seconds": seconds}
+
+
+def _no_blocks(model: nn.Module) -> CaptureError:
+    return CaptureError(
+        "no MoE block was found",
+        where=type(model).__qualname__,
+        why="no module carries transformers' experts interface, and none looks like a bank of experts",
+        todo="moefx optimizes Mixture-of-Experts models; see docs/models.md for what is recognised",
+    )
+
+
+def _label_inputs(graph: fx.Graph, names: dict[str, str]) -> None:
+    for node in graph.find_nodes(op="placeholder"):
+        node.meta["moefx_name"] = names.get(node.name, node.name)
+
+
+def _joint_values(model: nn.Module, joint: Joint, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    flat = pytree.tree_leaves((args, kwargs))
+    state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    gen = torch.Generator().manual_seed(0)
+    values = []
+    for slot, node in zip(joint.inputs, joint.graph.find_nodes(op="placeholder"), strict=True):
+        if slot.kind == "tangent":
+            val = value(node)
+            values.append(torch.randn([int(s) for s in val.shape], generator=gen).to(val.device, val.dtype))
+        else:
+            values.append(flat[int(slot.key)] if slot.kind == "input" else state[str(slot.key)].detach())
+    return values
+
+
+def _guard(joint: Joint, count: int) -> Any:
+    """Whether a call's sizes satisfy what tracing assumed about the symbolic ones."""
+    fakes = {int(s.key): value(n) for s, n in zip(joint.inputs, joint.graph.find_nodes(op="placeholder"), strict=True) if s.kind == "input"}
+    order = sorted(fakes)
+    expression = compat.guard_expression(joint.fake_mode, [fakes[i] for i in order])
+
+    def holds(leaves: list[Any]) -> bool:
+        values = [leaves[i] for i in order]
+        static = all(
+            isinstance(w, torch.SymInt) or w == h for i, v in zip(order, values, strict=True) for w, h in zip(fakes[i].shape, v.shape, strict=True)
+        )
+        return static and compat.guards_hold(joint.fake_mode, expression, values)
+
+    return holds
+
+
+__all__ = ["CODEGENS", "Options", "PassError", "compile_variant", "optimize", "reoptimize"]

@@ -1,0 +1,101 @@
+"""The passes, one file each, and the pipelines that recipes are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from moefx.errors import PassError, nearest
+from moefx.manager import Pass, PassManager, check_pass
+from moefx.precision.recipe import Recipe, get_recipe
+
+from .dead_code import DeadCode
+from .drop_noops import DropNoops
+from .expand_experts import ExpandExperts
+from .fold_combine import FoldCombine
+from .fuse_plan_permute import FusePlanPermute
+from .inline_pointwise import InlinePointwise
+from .merge_routers import MergeRouters
+from .orient_wgrad import OrientWgrad
+from .share_plans import SharePlans
+
+_REGISTRY: dict[str, Callable[[], Pass]] = {}
+
+
+def register_pass(factory: Callable[[], Pass]) -> Callable[[], Pass]:
+    """Make a pass known by name, for `passes=[...]` and the command line. Usable as a class decorator.
+
+    Raises `PassError` when the name is taken by another pass.
+    """
+    p = factory()
+    check_pass(p)
+    if _REGISTRY.get(p.name, factory) is not factory:
+        raise PassError(f"a pass named {p.name!r} is registered already", todo="choose another class name")
+    _REGISTRY[p.name] = factory
+    return factory
+
+
+for _factory in (
+    MergeRouters,
+    ExpandExperts,
+    SharePlans,
+    FoldCombine,
+    FusePlanPermute,
+    DeadCode,
+    DropNoops,
+    OrientWgrad,
+    lambda: DeadCode(level="training"),
+    InlinePointwise,
+):
+    register_pass(_factory)
+
+
+def get_pass(name: str) -> Pass:
+    """A registered pass by name; raises `PassError` with the nearest name otherwise."""
+    if name not in _REGISTRY:
+        raise PassError(f"no pass named {name!r}", todo=nearest(name, _REGISTRY))
+    return _REGISTRY[name]()
+
+
+def pass_names() -> list[str]:
+    """Names of all registered passes, built-in ones in pipeline order."""
+    return list(_REGISTRY)
+
+
+def pipeline(recipe: str | Recipe = "bf16", *, codegen: str = "inductor") -> PassManager:
+    """The passes that `optimize` runs for a recipe. Edit with `insert` and `remove`, and hand it back as `passes=`.
+
+    `inline_pointwise` is part of it only for `codegen="inductor"`.
+    """
+    names = list(get_recipe(recipe).passes)
+    if codegen == "inductor":
+        names.append("inline_pointwise")
+    return PassManager(tuple(get_pass(n) for n in names))
+
+
+def as_pipeline(passes: PassManager | Sequence[Pass | str] | None, recipe: str | Recipe, codegen: str) -> PassManager:
+    """What the `passes` argument of `optimize` means: None is the recipe's pipeline, a sequence is exactly these passes."""
+    if passes is None:
+        return pipeline(recipe, codegen=codegen)
+    if isinstance(passes, PassManager):
+        return passes
+    if isinstance(passes, str) or not isinstance(passes, Sequence):
+        raise PassError(f"passes is {passes!r}", todo="give a pipeline (moefx.pipeline(...)) or a list of passes and pass names")
+    return PassManager(tuple(get_pass(p) if isinstance(p, str) else p for p in passes))
+
+
+__all__ = [
+    "DeadCode",
+    "DropNoops",
+    "ExpandExperts",
+    "FoldCombine",
+    "FusePlanPermute",
+    "InlinePointwise",
+    "MergeRouters",
+    "OrientWgrad",
+    "SharePlans",
+    "as_pipeline",
+    "get_pass",
+    "pass_names",
+    "pipeline",
+    "register_pass",
+]

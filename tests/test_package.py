@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     ("moefx", "moefx.cli", "moefx.train", "moefx.plan"),
     ("moefx.models",),
-    ("moefx.optimize", "moefx.backend", "moefx.module"),
+    ("moefx.optimize", "moefx.backend", "moefx.module", "moefx.program"),
     ("moefx.passes",),
     ("moefx.manager", "moefx.graph", "moefx.capture", "moefx.joint", "moefx.report", "moefx.view"),
     ("moefx.dialect",),

@@ -118,6 +118,36 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     return bound
 
 
+_IN_PLACE_OPERATORS = frozenset(f"i{n}" for n in ("add", "sub", "mul", "truediv", "floordiv", "pow", "and", "or", "xor", "matmul"))
+
+
+def mutated(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose tensors this node writes into (`x.add_()`, `x += y`, `x[i] = y`, in-place ops)."""
+    if node.op == "call_method":
+        name = str(node.target)
+        writes = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
+    elif node.op == "call_function":
+        target: Any = node.target
+        if isinstance(target, torch._ops.OpOverload):
+            schema = target._schema.arguments
+            return [
+                a
+                for a, s in zip(node.args, schema, strict=False)
+                if isinstance(a, fx.Node) and s.alias_info is not None and s.alias_info.is_write
+            ]
+        name = getattr(target, "__name__", "")
+        writes = name in _IN_PLACE_OPERATORS or name == "setitem" or (name.endswith("_") and not name.endswith("__"))
+    else:
+        return []
+    return [node.args[0]] if writes and node.args and isinstance(node.args[0], fx.Node) else []
+
+
+def is_effect(node: fx.Node) -> bool:
+    """Whether a node must stay although nobody reads it: writes, grad-mode switches, assertions, random draws."""
+    name = str(getattr(node.target, "__name__", node.target))
+    return bool(node.is_impure() or mutated(node) or name.startswith(("_set_grad", "_assert", "_enter", "_exit", "sym_constrain")))
+
+
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     """A GraphModule with its own graph (nodes and meta copied) over the same submodules and tensors. Flat calling convention."""
     new = fx.Graph(owning_module=gm)
@@ -149,3 +179,28 @@ def same_value(a: Any, b: Any) -> bool:
     if isinstance(a, Sequence) and isinstance(b, Sequence) and not isinstance(a, str):
         return len(a) == len(b) and all(same_value(x, y) for x, y in zip(a, b, strict=True))
     return type(a) is type(b)
+
+
+def inline(graph: fx.Graph, node: fx.Node, fn: Callable[..., Any]) -> None:
+    """Replace a training-level call by the ATen nodes of `fn` (same arguments), traced on the fake values of its inputs.
+
+    Every traced node inherits the origin of `node`.
+    """
+    leaves = list(dict.fromkeys(node.all_input_nodes))
+    traced = compat.trace_aten(
+        lambda *values: fn(*fx.map_arg(node.args, dict(zip(leaves, values, strict=True)).__getitem__)), [value(n) for n in leaves]
+    )
+    table: dict[fx.Node, fx.Node] = dict(zip(traced.graph.find_nodes(op="placeholder"), leaves, strict=True))
+    out: Any = traced.graph.output_node().args[0]
+    with graph.inserting_before(node):
+        for inner in traced.graph.nodes:
+            if inner.op == "call_function":
+                table[inner] = graph.node_copy(inner, lambda n: table[n])
+                table[inner].meta = {**origin(node), "val": inner.meta["val"]}
+    if isinstance(out, fx.Node):
+        node.replace_all_uses_with(table[out])
+    else:
+        for i, user in outputs(node).items():
+            user.replace_all_uses_with(table[out[i]])
+            graph.erase_node(user)
+    graph.erase_node(node)

@@ -306,7 +306,11 @@ ENTRIES: tuple[Entry, ...] = (
         config_class="GptOssConfig",
         model_class="GptOssForCausalLM",
         kwargs=dict(
-            **_COMMON,
+            **{
+                **_COMMON,
+                # The default position scaling is tied to this length and warns about any other.
+                "max_position_embeddings": 131072,
+            },
             **_GQA,
             head_dim=16,
             num_hidden_layers=2,
@@ -466,7 +470,7 @@ ENTRIES: tuple[Entry, ...] = (
         experts="MiniMaxM2Experts",
         router_seed=123,
         router_logits=True,
-        mixed="sigmoid in fp32, weights stay fp32; the correction bias is on the block and in the model dtype",
+        mixed="sigmoid in fp32, weights stay fp32; correction bias on the block, in the model dtype",
         **_SIGMOID,
     ),
     Entry(
@@ -771,7 +775,7 @@ def _fill(model: torch.nn.Module, entry: Entry, seed: int) -> None:
     if (corrections > 0) != (entry.correction_std > 0):
         raise AssertionError(f"{entry.name}: found {corrections} correction biases")
 
-    for name, p in model.named_parameters():
+    for p in model.parameters():
         if id(p) in done:
             continue
         if not torch.isfinite(p).all():

@@ -1,0 +1,284 @@
+"""Passes and the manager that runs them: order, checks, provenance, snapshots, timing.
+
+A pass only rewrites. Everything that must hold for any rewrite is checked here, once, for all passes, including a user's:
+the graph lints, every new or changed node has a value that agrees with its inputs, outputs keep their shapes, a second run changes
+nothing, and with `verify=True` outputs and gradients before and after agree within the pass's numerics class.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from . import compat
+from .errors import MoefxError, PassError, nearest
+from .graph import edit
+from .report import PassRow, Report
+from .verify import Verifier
+
+LEVELS = ("model", "training")
+NUMERICS = ("exact", "rounding", "changes")
+
+
+class Pass:
+    """Base of all passes. Subclass it as a frozen dataclass whose fields are the pass's options.
+
+    Class attributes:
+        level: "model" (forward graph, autograd comes later) or "training" (forward and backward in one ATen graph).
+        requires, provides: tags that order passes; a pass runs after all that provide what it requires.
+        conflicts: tags that no other pass of the pipeline may provide.
+        numerics: "exact" (bitwise), "rounding" (same mathematics, other rounding) or "changes".
+    """
+
+    level: ClassVar[str] = "model"
+    requires: ClassVar[frozenset[str] | set[str]] = frozenset()
+    provides: ClassVar[frozenset[str] | set[str]] = frozenset()
+    conflicts: ClassVar[frozenset[str] | set[str]] = frozenset()
+    numerics: ClassVar[str] = "exact"
+
+    @property
+    def name(self) -> str:
+        """Snake-case class name: `FoldCasts` is `fold_casts`."""
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__).lower()
+
+    def run(self, graph: fx.Graph, ctx: Context) -> None:
+        """Edit `graph` in place; tell `ctx` what was matched and what was rejected and why."""
+        raise NotImplementedError(f"pass {self.name} has no run()")
+
+
+@dataclass
+class Context:
+    """What a pass is given besides the graph, and where it reports."""
+
+    row: PassRow
+    level: str
+    node: fx.Node | None = None
+
+    def matched(self, node: fx.Node, note: str | None = None) -> None:
+        """Count one rewrite at `node`."""
+        self.row.matched += 1
+        if note:
+            self.row.notes.append(note)
+
+    def rejected(self, node: fx.Node, why: str) -> None:
+        """Record a candidate that was left alone."""
+        path = edit.module_path(node)
+        self.row.rejected.append({"node": f"{path}:{node.name}" if path else node.name, "why": why})
+
+    def at(self, nodes: Iterable[fx.Node]) -> Iterable[fx.Node]:
+        """Iterate while remembering the current node, so that an error can name it."""
+        for node in nodes:
+            self.node = node
+            yield node
+        self.node = None
+
+
+@dataclass
+class PassManager:
+    """An ordered list of passes. Edited by copies: `pipeline("bf16").insert(after="share_plans", p)`."""
+
+    passes: tuple[Pass, ...] = ()
+    given: frozenset[str] = field(default_factory=lambda: frozenset({"captured", "moe_raised"}))
+
+    @property
+    def names(self) -> list[str]:
+        """Pass names as listed."""
+        return [p.name for p in self.passes]
+
+    def insert(self, p: Pass, *, before: str | None = None, after: str | None = None) -> PassManager:
+        """A copy with `p` next to the named pass, or at the end."""
+        check_pass(p)
+        if before is None and after is None:
+            return PassManager((*self.passes, p), self.given)
+        at = self._index(before if before is not None else str(after)) + (before is None)
+        return PassManager((*self.passes[:at], p, *self.passes[at:]), self.given)
+
+    def remove(self, name: str) -> PassManager:
+        """A copy without the named pass."""
+        at = self._index(name)
+        return PassManager((*self.passes[:at], *self.passes[at + 1 :]), self.given)
+
+    def _index(self, name: str) -> int:
+        if name not in self.names:
+            raise PassError(f"no pass named {name!r} in this pipeline", todo=nearest(name, self.names))
+        return self.names.index(name)
+
+    def ordered(self) -> list[Pass]:
+        """Passes in running order: model level first, each after the providers of what it requires, else as listed.
+
+        Raises `PassError` for a requirement that nothing provides, a conflict, or a cycle.
+        """
+        for p in self.passes:
+            check_pass(p)
+            others = {t: q.name for q in self.passes if q is not p for t in q.provides}
+            for tag in p.requires:
+                if tag not in others and tag not in self.given:
+                    known = set(others) | self.given
+                    raise PassError(
+                        f"pass {p.name} requires {tag!r}, which nothing in the pipeline provides",
+                        todo=f"insert a pass that provides it; {nearest(tag, known)}",
+                    )
+            for tag in p.conflicts:
+                if tag in others:
+                    raise PassError(f"pass {p.name} conflicts with {others[tag]}, which provides {tag!r}", todo="remove one of the two")
+        pending = sorted(self.passes, key=lambda p: LEVELS.index(p.level))
+        done: list[Pass] = []
+        while pending:
+            open_tags = {id(p): set().union(*(q.provides for q in pending if q is not p)) for p in pending}
+            ready = next((p for p in pending if not open_tags[id(p)] & set(p.requires)), None)
+            if ready is None or (done and LEVELS.index(ready.level) < LEVELS.index(done[-1].level)):
+                stuck = ready or pending[0]
+                waits = {q.name for q in pending if q is not stuck and set(q.provides) & set(stuck.requires)}
+                raise PassError(
+                    f"the order of passes cannot be satisfied: {', '.join(p.name for p in pending)} wait for each other",
+                    where=stuck.name,
+                    why=f"{stuck.name} ({stuck.level} level) requires {sorted(stuck.requires)}; waiting for {sorted(waits) or 'nothing'}",
+                    todo="break the cycle in requires/provides; a model-level pass cannot require a training-level one",
+                )
+            pending.remove(ready)
+            done.append(ready)
+        return done
+
+    def run(self, level: str, gm: fx.GraphModule, report: Report, fake_mode: Any, verifier: Verifier | None = None) -> None:
+        """Run this level's passes on `gm` in place; rows and snapshots go to the report."""
+        for p in self.ordered():
+            if p.level == level:
+                _run_one(p, gm, report, fake_mode, verifier)
+
+
+def check_pass(p: object) -> None:
+    """Raise `PassError` when an object does not keep the pass contract's outward form."""
+    if not isinstance(p, Pass):
+        what = f"{p!r} is the class, not an instance" if isinstance(p, type) else f"{p!r} is not a moefx.Pass"
+        raise PassError(what, todo="pass instances of frozen dataclasses derived from moefx.Pass")
+    for attr, allowed in (("level", LEVELS), ("numerics", NUMERICS)):
+        if getattr(p, attr) not in allowed:
+            raise PassError(f"pass {p.name} has {attr} {getattr(p, attr)!r}", todo=f"use one of {', '.join(allowed)}")
+
+
+def _run_one(p: Pass, gm: fx.GraphModule, report: Report, fake_mode: Any, verifier: Verifier | None) -> None:
+    graph = gm.graph
+    row = PassRow(p.name, p.level, p.numerics, nodes_before=len(graph.nodes))
+    report.passes.append(row)
+    start = time.perf_counter()
+    before_graph = edit.copy_plain(graph) if verifier is not None else None
+    shapes = edit.map_values(_flat_outputs(graph))
+    try:
+        changed = _apply(p, graph, Context(row, p.level))
+        if changed:
+            graph.lint()
+            refresh(graph, changed, p.level, fake_mode)
+            _check_outputs(graph, shapes)
+            again = _apply(p, graph, Context(PassRow(p.name, p.level, p.numerics), p.level), mark=False)
+            if again:
+                raise PassError("a second run changed the graph again", where=_where(again[0]), todo="make the rewrite skip its own result")
+            gm.recompile()
+    except PassError as e:
+        raise PassError(f"pass {p.name}: {e.what}", e.where, e.why, e.todo) from e
+    except MoefxError:
+        raise
+    except Exception as e:
+        raise PassError(
+            f"pass {p.name} broke the graph",
+            why=f"{type(e).__name__}: {e}",
+            todo=f"leave the pass out (passes=moefx.pipeline(...).remove({p.name!r})) or mend it; the model itself is unchanged",
+        ) from e
+    row.seconds, row.nodes_after = time.perf_counter() - start, len(graph.nodes)
+    if changed:
+        report.graphs.keep(p.name, gm, edit.copy_plain(graph))
+        if verifier is not None and before_graph is not None:
+            row.error = verifier.compare(p.name, p.numerics, before_graph, gm)
+
+
+def _apply(p: Pass, graph: fx.Graph, ctx: Context, *, mark: bool = True) -> list[fx.Node]:
+    """Run a pass; the nodes that are new or read something else than before, in graph order."""
+    before = {n: (n.target, n.args, n.kwargs) for n in graph.nodes}
+    try:
+        p.run(graph, ctx)
+    except PassError:
+        raise
+    except Exception as e:
+        raise PassError(
+            "its code failed",
+            where=_where(ctx.node) if ctx.node is not None else None,
+            why=f"{type(e).__name__}: {e}",
+            todo="the model itself is unchanged; mend the pass or leave it out",
+        ) from e
+    changed = [n for n in graph.nodes if n not in before or (n.target, n.args, n.kwargs) != before[n]]
+    if mark:
+        for n in changed:
+            if n.op != "output":
+                passes = n.meta.get("moefx_passes", ())
+                n.meta["moefx_passes"] = (*passes, p.name) if p.name not in passes else passes
+    gone = len(before) + sum(n not in before for n in graph.nodes) - len(graph.nodes)
+    return changed or ([graph.output_node()] if gone else [])
+
+
+def _flat_outputs(graph: fx.Graph) -> list[Any]:
+    out: Any = graph.output_node().args[0]
+    return list(out) if isinstance(out, tuple | list) else [out]
+
+
+def _check_outputs(graph: fx.Graph, shapes: Sequence[Any]) -> None:
+    now = _flat_outputs(graph)
+    if len(now) != len(shapes):
+        raise PassError(f"the graph had {len(shapes)} outputs and now has {len(now)}", todo="a pass keeps the graph's outputs")
+    for i, (node, was) in enumerate(zip(now, shapes, strict=True)):
+        val = edit.value(node) if isinstance(node, fx.Node) else node
+        if not edit.same_value(val, was):
+            raise PassError(
+                f"output {i} changed from {_typed(was)} to {_typed(val)}",
+                where=_where(node) if isinstance(node, fx.Node) else None,
+                todo="cast or reshape back before the output",
+            )
+
+
+def _typed(val: Any) -> str:
+    return f"{val.dtype} {tuple(val.shape)}" if isinstance(val, torch.Tensor) else repr(val)
+
+
+def _where(node: fx.Node) -> str:
+    parts = [f"node {node.name}", edit.module_path(node), edit.source_line(node)]
+    return ", ".join(p for p in parts if p)
+
+
+def refresh(graph: fx.Graph, changed: Iterable[fx.Node], level: str, fake_mode: Any) -> None:
+    """Recompute the fake values of `changed` nodes, then of their users for as long as values change.
+
+    Raises `PassError` naming the node whose operands no longer fit its op.
+    """
+    stale = set(changed)
+    with compat.propagating(fake_mode):
+        for node in graph.nodes:
+            if node not in stale or node.op in ("placeholder", "output", "get_attr"):
+                continue
+            was = edit.value(node)
+            args = fx.map_arg(node.args, edit.value)
+            kwargs = fx.map_arg(node.kwargs, edit.value)
+            try:
+                val = _call(node, args, kwargs)
+            except Exception as e:
+                inputs = ", ".join(f"{i.name} {_typed(edit.value(i))}" for i in node.all_input_nodes)
+                raise PassError(
+                    f"node {node.name} cannot be computed from its inputs",
+                    where=_where(node),
+                    why=f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''} (inputs: {inputs})",
+                    todo="check shapes and dtypes of what the pass put in",
+                ) from e
+            edit.set_value(node, val, level)
+            if was is None or not edit.same_value(was, val):
+                stale.update(node.users)
+
+
+def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    target: Any = node.target
+    if node.op == "call_method":
+        return getattr(args[0], target)(*args[1:], **kwargs)
+    run: Callable[..., Any] = target
+    return run(*args, **kwargs)

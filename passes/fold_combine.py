@@ -1,0 +1,59 @@
+"""The routing weight moves from the output rows of the experts to their activations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from moefx.graph.edit import arguments, find, inheriting, replace, targets
+from moefx.manager import Context, Pass
+
+ops = torch.ops.moefx
+
+
+@dataclass(frozen=True)
+class FoldCombine(Pass):
+    """`sum_j w_j (a_j W)` is `sum_j (w_j a_j) W`: weight the activations of width I instead of the output rows of width H.
+
+    The output rows then need not be kept for the backward, and the gradient of the weights is an inner product of width I computed
+    where the activation's gradient is at hand (SonicMoE's identity, arXiv 2512.14080). Not legal with a bias behind the product.
+    """
+
+    requires: ClassVar[set[str]] = {"experts_expanded"}
+    provides: ClassVar[set[str]] = {"combine_folded"}
+    numerics: ClassVar[str] = "rounding"
+
+    def run(self, graph: fx.Graph, ctx: Context) -> None:
+        for node in ctx.at(find(graph, ops.unpermute)):
+            a = arguments(node)
+            y, weight = a["y"], a["w"]
+            if weight is None:
+                continue
+            if y.target in targets(ops.grouped_bias):
+                ctx.rejected(node, "a bias is added after the down product, and it is weighted too")
+                continue
+            if y.target not in targets(ops.grouped_mm) or len(y.users) > 1:
+                ctx.rejected(node, "its rows do not come from one product that nobody else reads")
+                continue
+            act = arguments(y)["x"]
+            if act.target not in targets(ops.glu) or len(act.users) > 1 or arguments(act)["w"] is not None:
+                ctx.rejected(node, "the product does not read an unweighted activation of its own")
+                continue
+            glu, product = arguments(act), arguments(y)
+            # The weights are read at the product, where both they and the activation are known to exist.
+            if weight > y:
+                ctx.rejected(node, "the weights are computed after the product")
+                continue
+            with inheriting(graph, y) as call:
+                w_rows = call(ops.gather_weights, weight, a["order"])
+                new_act = call(ops.glu, glu["h"], w_rows, glu["kind"])
+                rows = call(ops.grouped_mm, new_act, product["w"], product["offsets"])
+            with inheriting(graph, node) as call:
+                new = call(ops.unpermute, rows, a["token"], a["order"], a["slot"], None)
+            replace(graph, node, new)
+            graph.erase_node(y)
+            graph.erase_node(act)
+            ctx.matched(new)

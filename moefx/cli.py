@@ -1,0 +1,137 @@
+"""The `moefx` command. Every command takes `--json`; errors go to standard error with exit status 2."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+import moefx
+
+from .errors import InputError, MoefxError
+from .passes import get_pass, pass_names
+from .precision.recipe import get_recipe
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="A compiler for Mixture-of-Experts training.")
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Model = Annotated[str, typer.Argument(help="'default', a transformers config.json or its folder, or module:factory.")]
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Option(help="'default', a transformers config.json or its folder, or module:factory.")] = "default",
+    data: Annotated[list[Path] | None, typer.Option(help="Text files, or one .bin token file. Default: text of the Python installation.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints, metrics and report.json.")] = Path("runs/train"),
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 200,
+    batch: Annotated[int, typer.Option(help="Sequences per step.")] = 8,
+    seq: Annotated[int, typer.Option(help="Tokens per sequence.")] = 128,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the weights and of the order of data.")] = 0,
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    recipe: Annotated[str, typer.Option(help="Precision recipe (moefx recipes).")] = "bf16",
+    codegen: Annotated[str, typer.Option(help="inductor or eager.")] = "inductor",
+    compare: Annotated[str, typer.Option(help="Train the original too: all, none, or a number of steps.")] = "all",
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out.")] = False,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves PyTorch's default.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Train a model through moefx on real text, and the original beside it; ends with a table and report.json."""
+    from .train import story
+
+    given = {k: v for k, v in {"lr": lr}.items() if v is not None}
+    result = story.run_training(
+        model=model, data=data, out=out, steps=steps, batch=batch, seq=seq, seed=seed, dtype=dtype, recipe=recipe,
+        codegen=codegen, compare=compare, resume=resume, threads=threads, quiet=as_json, **given,
+    )  # fmt: skip
+    if as_json:
+        print(json.dumps(result))
+
+
+@app.command()
+def inspect(
+    model: Model = "default",
+    batch: Annotated[int, typer.Option(help="Sequences in the example input.")] = 2,
+    seq: Annotated[int, typer.Option(help="Tokens per sequence in the example input.")] = 32,
+    recipe: Annotated[str, typer.Option(help="Precision recipe (moefx recipes).")] = "bf16",
+    codegen: Annotated[str, typer.Option(help="inductor or eager.")] = "eager",
+    verify: Annotated[bool, typer.Option(help="Compare outputs and gradients around every pass.")] = False,
+    stage: Annotated[str | None, typer.Option(help="Print the graph after this stage or pass.")] = None,
+    diff: Annotated[tuple[str, str] | None, typer.Option(help="Print what changed between two stages.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Optimize a model and show the report, the graph of a stage, or the difference between two."""
+    from .train.models import load_model
+
+    module = load_model(model, seed=0).train()
+    vocab = int(getattr(getattr(module, "config", None), "vocab_size", 256))
+    ids = torch.randint(0, vocab, (batch, seq), generator=torch.Generator().manual_seed(0))
+    opt = moefx.optimize(module, {"input_ids": ids, "labels": ids}, recipe=recipe, codegen=codegen, verify=verify)
+    wanted = [s for s in (stage, *(diff or ())) if s is not None]
+    for name in wanted:
+        if name not in opt.graphs:
+            raise InputError(f"no stage named {name!r}", todo=f"stages of this run: {', '.join(opt.graphs)}")
+    graphs: dict[str, Any] = {}
+    if stage is not None:
+        graphs["stage"] = moefx.render(opt.graphs[stage])
+    if diff is not None:
+        graphs["diff"] = moefx.diff(opt.graphs[diff[0]], opt.graphs[diff[1]])
+    if as_json:
+        print(json.dumps({**opt.report.to_dict(), "graphs": list(opt.graphs), **graphs}))
+    else:
+        print("\n".join(graphs.values()) if graphs else str(opt.report) + f"\ngraphs: {', '.join(opt.graphs)}")
+
+
+@app.command()
+def recipes(as_json: AsJson = False) -> None:
+    """List the precision recipes."""
+    rows = {name: get_recipe(name) for name in moefx.recipes}
+    if as_json:
+        print(json.dumps({name: {"about": r.about, "passes": list(r.passes)} for name, r in rows.items()}))
+    else:
+        for name, r in rows.items():
+            print(f"{name}: {r.about}\n  passes: {', '.join(r.passes)}")
+
+
+@app.command()
+def passes(as_json: AsJson = False) -> None:
+    """List the registered passes with their contracts."""
+    rows = []
+    for name in pass_names():
+        p = get_pass(name)
+        about = (type(p).__doc__ or "").strip().splitlines()
+        rows.append(
+            {
+                "name": name,
+                "level": p.level,
+                "numerics": p.numerics,
+                "requires": sorted(p.requires),
+                "provides": sorted(p.provides),
+                "about": about[0] if about else "",
+            }
+        )
+    if as_json:
+        print(json.dumps(rows))
+    else:
+        for r in rows:
+            print(f"{r['name']:<20}{r['level']:<10}{r['numerics']:<10}{r['about']}")
+
+
+def main() -> None:
+    """Entry point: run the command; a MoefxError becomes a message and exit status 2."""
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    try:
+        app()
+    except MoefxError as e:
+        if "--json" in sys.argv:
+            print(json.dumps({"error": {"type": type(e).__name__, "what": e.what, "where": e.where, "why": e.why, "todo": e.todo}}))
+        print(f"{type(e).__name__}: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,6 +6,7 @@ torch upgrade is a change to this file. Run with torch 2.11.0 and 2.13.0.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,6 +43,9 @@ def capture_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict
     # Data-dependent sizes (nonzero, where) become unbacked symbols instead of graph breaks, as in a full-graph compile.
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
         gm: fx.GraphModule = dynamo_graph_capture_for_export(module)(*args, **kwargs)
+    # torch 2.11 looks the builtins that the captured code names (`type`) up among its globals and does not find them.
+    for half in (gm._dynamo_bytecode_flatten, gm._dynamo_bytecode_unflatten):
+        half.f_globals = {**vars(builtins), **half.f_globals}
     return gm
 
 

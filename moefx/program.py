@@ -49,7 +49,7 @@ class Program:
         mutated = {(s.kind.split(":")[1], s.key) for _, s in self.mutations}
         # A buffer that the forward updates and the backward reads must be kept as it was before the update.
         self.clone_inputs = [i for i, s in enumerate(self.inputs) if (s.kind, s.key) in mutated and names[i] in set(self.saved)]
-        self.saved_bytes = _bytes([n for n in fw_out[self.count :] if n.op != "placeholder"])
+        self.saved_bytes = _bytes(fw_out[self.count :])
 
         tangents = [(n, int(s.key)) for n, s in zip(placeholders, joint.inputs, strict=True) if s.kind == "tangent"]
         self.tangents = [(n.name, key, n.meta["val"]) for n, key in tangents]
@@ -161,10 +161,21 @@ def _like_traced(tangent: Tensor, val: Tensor) -> Tensor:
     ).copy_(tangent)
 
 
+def _is_view_of_input(node: fx.Node) -> bool:
+    """Whether a saved value is a view of a parameter or an input, and so keeps nothing alive by itself."""
+    while node.op == "call_function":
+        schema = getattr(node.target, "_schema", None)
+        info = schema.returns[0].alias_info if schema is not None and schema.returns else None
+        if info is None or info.is_write or not isinstance(node.args[0], fx.Node):
+            return False
+        node = node.args[0]
+    return node.op == "placeholder"
+
+
 def _bytes(nodes: Sequence[fx.Node]) -> int | None:
     total = 0
     for n in nodes:
-        val = n.meta.get("val")
+        val = None if _is_view_of_input(n) else n.meta.get("val")
         if isinstance(val, Tensor):
             if any(not isinstance(s, int) for s in val.shape):
                 return None

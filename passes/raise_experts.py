@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,7 +117,7 @@ def _activation(module: Any) -> tuple[GluKind | None, float | None]:
 
     The probe covers both signs, large values (clamps act) and the neighbourhood of zero, in float64 where the module allows.
     """
-    limit, alpha = float(getattr(module, "limit", 0) or 0), float(getattr(module, "alpha", 0) or 0)
+    limit, alpha = (float(getattr(module, n, 0) or getattr(module, f"swiglu_{n}", 0) or 0) for n in ("limit", "alpha"))
     kinds = [GluKind(act, gated=module.has_gate) for act in ("silu", "gelu", "gelu_tanh", "relu", "relu2")]
     if module.has_gate:
         kinds += [GluKind(k.act, interleaved=True) for k in kinds]
@@ -181,5 +181,3 @@ def _look_alike(module: nn.Module) -> str | None:
             return f"{len(child)} experts in a {type(child).__name__} named {child_name!r}: a hand-written loop is not raised"
     return None
 
-
-Emit = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]

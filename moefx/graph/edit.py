@@ -6,6 +6,7 @@ Both graph levels are served. Model graphs (from Dynamo) keep a node's value und
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -46,12 +47,10 @@ def module_path(node: fx.Node) -> str:
 def source_line(node: fx.Node) -> str:
     """`file:line` of the user's code behind the node, or ''."""
     trace = str(node.meta.get("stack_trace") or "")
-    files = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
-    if not files:
-        return ""
-    parts = files[-1].split('"')
-    line = parts[2].split("line ")[1].split(",")[0] if len(parts) > 2 and "line " in parts[2] else "?"
-    return f"{parts[1]}:{line}"
+    frames = re.findall(r'File "([^"]+)", line (\d+)', trace)
+    # Frames of moefx itself (the stand-in for an experts forward) are not the user's code; the caller above them is.
+    user = [f for f in frames if not f[0].endswith("raise_experts.py")] or frames
+    return f"{user[-1][0]}:{user[-1][1]}" if user else ""
 
 
 def is_backward(node: fx.Node) -> bool:

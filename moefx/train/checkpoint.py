@@ -1,0 +1,306 @@
+"""Checkpoints that are complete or absent, and that say what is wrong with them.
+
+A checkpoint is a directory `step-00000100` with `model.safetensors` (weights and buffers), `state.pt` (optimizer, random states,
+history) and `manifest.json` (step, sizes and SHA-256 of both files, aliases of tied tensors, the run's fingerprint). It is written
+under a temporary name, flushed to disk and renamed; whatever carries the final name was written to its end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..errors import MissingPackageError, MoefxError
+from .rng import get_rng_state, set_rng_state
+
+FORMAT = 1
+MODEL, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
+_NAME = re.compile(r"step-(\d{8,})(\.old)?")
+
+
+class CheckpointError(MoefxError):
+    """A checkpoint is missing, damaged, or belongs to another run."""
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What `load` read besides the weights: the number of completed steps, and the history given to `save`."""
+
+    step: int
+    history: dict[str, Any]
+
+
+def save(
+    directory: Path,
+    *,
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer,
+    fingerprint: Mapping[str, Any],
+    history: Mapping[str, Any],
+    keep: int = 2,
+) -> Path:
+    """Write a checkpoint below `directory` and delete all but the newest `keep`.
+
+    Args:
+        step: completed optimizer steps.
+        fingerprint: JSON values that a run must share to continue from here.
+        history: tensors, numbers, strings, lists and dicts of them.
+
+    Returns:
+        The directory of the checkpoint. Tensors that share all their memory (tied weights) are stored once.
+
+    Raises:
+        CheckpointError: the disk refused; older checkpoints are untouched.
+        MissingPackageError: safetensors is not installed.
+    """
+    final = directory / f"step-{step:08d}"
+    temporary = directory / f".tmp-{final.name}-{os.getpid()}"
+    tensors, aliases, extra = _collect(model)
+    state = {"optimizer": optimizer.state_dict(), "rng": get_rng_state(), "history": dict(history), "extra": extra}
+    try:
+        for left in directory.glob(".tmp-step-*"):  # of a process that was killed while it wrote
+            shutil.rmtree(left, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        _safetensors().save_file(tensors, temporary / MODEL)
+        torch.save(state, temporary / STATE)
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "fingerprint": dict(fingerprint),
+            "files": {name: _digest(temporary / name) for name in (MODEL, STATE)},
+            "tensors": {name: _kind(t) for name, t in tensors.items()},
+            "aliases": aliases,
+        }
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for path in (*temporary.iterdir(), temporary):
+            _flush(path)
+        if (
+            final.exists()
+        ):  # a rename does not replace a directory; the old one stays loadable until the new one is in place
+            old = final.with_name(final.name + ".old")
+            shutil.rmtree(old, ignore_errors=True)
+            final.rename(old)
+        temporary.rename(final)
+        _flush(directory)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        why, todo = (
+            error.strerror or str(error),
+            "free disk space or choose another output directory; earlier checkpoints are intact",
+        )
+        raise CheckpointError("a checkpoint could not be written", where=str(final), why=why, todo=todo) from error
+    shutil.rmtree(final.with_name(final.name + ".old"), ignore_errors=True)
+    for stale in checkpoints(directory)[: -max(keep, 1)]:
+        if stale != final:
+            shutil.rmtree(stale, ignore_errors=True)
+    return final
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """All checkpoints below `directory`, the newest (highest step) last; empty when there are none."""
+    found = []
+    for path in directory.glob("step-*"):
+        match = _NAME.fullmatch(path.name)
+        if match and path.is_dir():
+            found.append((int(match[1]), match[2] is None, path))
+    return [path for _, _, path in sorted(found)]
+
+
+def latest(directory: Path) -> Path:
+    """The newest checkpoint below `directory`. Raises CheckpointError when there is none."""
+    found = checkpoints(directory)
+    if not found:
+        why = "it holds no checkpoint" if directory.is_dir() else "the directory does not exist"
+        todo = "start without resuming, or name the directory of the run to continue"
+        raise CheckpointError("there is no checkpoint to resume from", where=str(directory), why=why, todo=todo)
+    return found[-1]
+
+
+def load(path: Path, *, model: nn.Module, optimizer: Optimizer, fingerprint: Mapping[str, Any]) -> Restored:
+    """Restore weights, optimizer and the random states of the process from one checkpoint directory.
+
+    Everything is read and compared before the first tensor is written: after an error, model and optimizer are as they were.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the checkpoint belongs to another model or configuration.
+        MissingPackageError: safetensors is not installed.
+    """
+    manifest = _read_manifest(path)
+    _verify_files(path, manifest)
+    _compare(path, manifest["fingerprint"], fingerprint)
+    present, present_aliases, _ = _collect(model)
+    _compare_tensors(path, manifest, present, present_aliases)
+    try:
+        state = torch.load(path / STATE, map_location="cpu", weights_only=True)
+        tensors = _safetensors().load_file(path / MODEL)
+    except MoefxError:
+        raise
+    except (
+        Exception
+    ) as error:  # both readers raise many kinds; the hashes matched, so the file was written in another way
+        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+    full = {**tensors, **{alias: tensors[name] for alias, name in manifest["aliases"].items()}, **state["extra"]}
+    try:
+        # The optimizer goes first: it checks its groups before it changes anything.
+        optimizer.load_state_dict(state["optimizer"])
+    except ValueError as error:
+        raise CheckpointError(
+            "the checkpoint's optimizer does not fit", where=str(path), why=str(error), todo=_OTHER_RUN
+        ) from error
+    model.load_state_dict(full)
+    set_rng_state(state["rng"])
+    return Restored(step=int(manifest["step"]), history=dict(state["history"]))
+
+
+_OTHER_RUN = "resume with the settings of the run that wrote it, or start a new run in another directory"
+
+
+def _collect(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any]]:
+    """Tensors to store (own memory, contiguous, on the CPU), aliases {name: stored name}, and state that is no tensor."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    extra: dict[str, Any] = {}
+    owners: dict[tuple[Any, ...], str] = {}
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            extra[name] = value
+            continue
+        memory = (
+            value.device,
+            value.untyped_storage().data_ptr(),
+            value.storage_offset(),
+            value.shape,
+            value.stride(),
+            value.dtype,
+        )
+        owner = owners.setdefault(memory, name) if value.numel() else name
+        if owner != name:
+            aliases[name] = owner
+            continue
+        stored = value.detach().cpu().contiguous()
+        # Views into a larger tensor (fused weights split by name): safetensors wants memory that belongs to one name.
+        shares = stored.untyped_storage().nbytes() != stored.numel() * stored.element_size()
+        tensors[name] = stored.clone() if shares else stored
+    return tensors, aliases, extra
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise CheckpointError("a checkpoint is missing", where=str(path), todo="name an existing checkpoint directory")
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(path, f"{MANIFEST}: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        todo = "load it with the version of moefx that wrote it"
+        raise CheckpointError(
+            "a checkpoint has another format", where=str(path), why=f"format {found!r}, expected {FORMAT}", todo=todo
+        )
+    absent = {"step", "fingerprint", "files", "tensors", "aliases"} - set(manifest)
+    if absent:
+        raise _damaged(path, f"{MANIFEST} lacks {', '.join(sorted(absent))}")
+    return manifest
+
+
+def _verify_files(path: Path, manifest: Mapping[str, Any]) -> None:
+    for name in (MODEL, STATE):
+        expected = manifest["files"].get(name)
+        if not (path / name).is_file():
+            raise _damaged(path, f"{name} is missing")
+        size = (path / name).stat().st_size
+        if not isinstance(expected, dict) or size != expected.get("bytes"):
+            written = expected.get("bytes") if isinstance(expected, dict) else "an unknown number of"
+            raise _damaged(path, f"{name} has {size} bytes, {written} were written")
+        if _digest(path / name) != expected:
+            raise _damaged(path, f"the SHA-256 of {name} differs from the manifest's")
+
+
+def _damaged(path: Path, why: str) -> CheckpointError:
+    others = [p for p in checkpoints(path.parent) if p != path]
+    todo = (
+        f"delete it to resume from {others[-1].name}"
+        if others
+        else "it cannot be used; start the run again without resuming"
+    )
+    return CheckpointError("a checkpoint is damaged", where=str(path), why=why, todo=todo)
+
+
+def _compare(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    wanted = json.loads(json.dumps(wanted))  # tuples become lists, as they did in the file
+    differing = [k for k in (*wanted, *(k for k in stored if k not in wanted)) if stored.get(k) != wanted.get(k)]
+    if differing:
+        why = ", ".join(f"{k} was {stored.get(k)!r}, is {wanted.get(k)!r}" for k in differing)
+        raise CheckpointError(
+            "the checkpoint belongs to a run with other settings", where=str(path), why=why, todo=_OTHER_RUN
+        )
+
+
+def _compare_tensors(
+    path: Path, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], aliases: Mapping[str, str]
+) -> None:
+    stored = {**manifest["tensors"], **{a: manifest["tensors"].get(n) for a, n in manifest["aliases"].items()}}
+    present = {n: _kind(t) for n, t in tensors.items()}
+    present.update({a: present[n] for a, n in aliases.items()})
+    differing = [n for n in (*present, *(n for n in stored if n not in present)) if stored.get(n) != present.get(n)]
+    if differing:
+        shown = [f"{n}: stored {stored.get(n, 'nothing')}, model {present.get(n, 'nothing')}" for n in differing[:3]]
+        more = f", and {len(differing) - 3} more" if len(differing) > 3 else ""
+        why = "; ".join(shown) + more
+        raise CheckpointError(
+            "the checkpoint belongs to another model", where=str(path), why=why, todo="build the model that wrote it"
+        )
+    if manifest["aliases"] != dict(aliases):
+        # Loading untied weights into tied ones would keep whichever came last.
+        why = f"tied when stored: {manifest['aliases'] or 'nothing'}; tied now: {dict(aliases) or 'nothing'}"
+        raise CheckpointError(
+            "the checkpoint ties other weights than the model",
+            where=str(path),
+            why=why,
+            todo="build the model that wrote it",
+        )
+
+
+def _digest(file: Path) -> dict[str, Any]:
+    digest, size = hashlib.sha256(), 0
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+            size += len(block)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _flush(path: Path) -> None:
+    if path.is_dir() and os.name != "posix":  # elsewhere a directory cannot be opened
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _safetensors() -> Any:
+    try:
+        return importlib.import_module("safetensors.torch")
+    except ImportError as error:
+        raise MissingPackageError(
+            "safetensors is needed for checkpoints", why=str(error), todo="pip install 'moefx[train]'"
+        ) from error

@@ -1,0 +1,209 @@
+"""The models that `moefx train` can build: a small default, any transformers configuration, or the user's own factory."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import InputError, MissingPackageError, nearest
+from .data import BYTES
+
+
+def default_config(vocab_size: int = BYTES) -> Any:
+    """A transformers Qwen3MoeConfig of 1.8 M parameters (vocabulary 256): 4 layers, each with 8 experts of which 2 are active.
+
+    `norm_topk_prob` stays at the class's default False. With True, a token whose router probabilities nearly tie swaps half of its
+    expert output on a rounding error, and two correct implementations drift apart 100 times faster.
+    """
+    return _transformers().Qwen3MoeConfig(
+        vocab_size=vocab_size,
+        hidden_size=128,
+        intermediate_size=256,
+        moe_intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=False,
+        max_position_embeddings=1024,
+        tie_word_embeddings=False,
+        output_router_logits=True,  # adds the load-balancing loss
+        use_cache=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+
+
+def default_model(seed: int = 0, vocab_size: int = BYTES) -> nn.Module:
+    """`default_config` with random fp32 weights, in train mode. The same seed gives the same weights."""
+    return _from_config(default_config(vocab_size), seed, "default")
+
+
+def load_model(spec: str, seed: int = 0, vocab_size: int = BYTES) -> nn.Module:
+    """Build the model that `--model` names, with random weights, in train mode. The global random state is left as it was.
+
+    Args:
+        spec: "default"; a transformers configuration (a JSON file, or a directory with a config.json); or "module:factory", a
+            callable without arguments that returns an nn.Module.
+        seed: of the weights.
+        vocab_size: of the data; the default model takes it over, other models have their own.
+
+    Raises:
+        InputError: the spec names nothing that can be built.
+        MissingPackageError: transformers is needed and not installed.
+    """
+    if spec == "default":
+        return default_model(seed, vocab_size)
+    path = Path(spec)
+    if path.is_dir() or path.is_file() or path.suffix == ".json":
+        return _from_config(_read_config(path / "config.json" if path.is_dir() else path), seed, spec)
+    if ":" in spec:
+        return _from_factory(spec, seed)
+    raise InputError(
+        f"no such model: {spec!r}",
+        why="it is neither 'default', nor an existing configuration file or directory, nor of the form module:factory",
+        todo="check the spelling; models are never downloaded",
+    )
+
+
+def vocab_size_of(model: nn.Module) -> int | None:
+    """The number of token ids that a model accepts; None where it cannot be told."""
+    config = getattr(model, "config", None)
+    for holder in (config, getattr(config, "text_config", None), model):
+        size = getattr(holder, "vocab_size", None)
+        if isinstance(size, int):
+            return size
+    return None
+
+
+def _transformers() -> Any:
+    try:
+        return importlib.import_module("transformers")
+    except ImportError as error:
+        raise MissingPackageError(
+            "transformers is needed to build this model",
+            why=str(error),
+            todo="pip install 'moefx[hf]', or give a module:factory",
+        ) from error
+
+
+def _read_config(path: Path) -> Any:
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            "a model configuration cannot be read", where=str(path), why=error.strerror, todo="check the path"
+        ) from error
+    except ValueError as error:
+        raise InputError(
+            "a model configuration is not JSON", where=str(path), why=str(error), todo="give a config.json"
+        ) from error
+    kind = entries.get("model_type") if isinstance(entries, dict) else None
+    if not isinstance(kind, str):
+        raise InputError(
+            "a model configuration has no model_type", where=str(path), todo='add one, such as "qwen3_moe"'
+        )
+    auto = _transformers().models.auto
+    known = auto.configuration_auto.CONFIG_MAPPING_NAMES
+    if kind not in known:
+        raise InputError(f"transformers knows no model_type {kind!r}", where=str(path), todo=nearest(kind, known))
+    given = {k: v for k, v in entries.items() if k != "model_type"}
+    try:
+        config = auto.AutoConfig.for_model(kind, **given)
+    except Exception as error:  # configuration classes validate with whatever exception they like
+        raise InputError(
+            "a model configuration is refused", where=str(path), why=str(error), todo="correct the named field"
+        ) from error
+    config.use_cache = False
+    if hasattr(config, "output_router_logits"):
+        config.output_router_logits = True  # so that the load-balancing loss is part of the training
+    return config
+
+
+def _from_config(config: Any, seed: int, spec: str) -> nn.Module:
+    auto = _transformers().AutoModelForCausalLM
+    with _seeded(seed):
+        try:
+            # Master weights are fp32 whatever the configuration says; bf16 training computes under autocast.
+            model: nn.Module = auto.from_config(config, dtype=torch.float32)
+        except Exception as error:  # every architecture checks its own fields, in its own way
+            raise InputError(
+                "transformers cannot build a language model from this configuration",
+                where=spec,
+                why=f"{type(error).__name__}: {error}",
+                todo="give the configuration of a causal language model",
+            ) from error
+    return model.train()
+
+
+def _from_factory(spec: str, seed: int) -> nn.Module:
+    module_name, _, attribute = spec.partition(":")
+    with _importable(Path.cwd()):
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            missing = (
+                "the module of the model's factory"
+                if error.name == module_name
+                else f"a module that {module_name} imports"
+            )
+            raise InputError(
+                f"{missing} was not found",
+                where=spec,
+                why=str(error),
+                todo="check the name; the current directory is searched",
+            ) from error
+        except Exception as error:
+            raise InputError(
+                f"importing {module_name} failed",
+                where=spec,
+                why=f"{type(error).__name__}: {error}",
+                todo="correct the module",
+            ) from error
+        factory = getattr(module, attribute, None)
+        if not callable(factory):
+            names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+            what = "has no" if factory is None else "has something that cannot be called as its"
+            raise InputError(f"{module_name} {what} {attribute!r}", where=spec, todo=nearest(attribute, names))
+        with _seeded(seed):
+            try:
+                model = factory()
+            except Exception as error:
+                why = f"{type(error).__name__}: {error}"
+                raise InputError(
+                    "the model's factory failed", where=spec, why=why, todo="it is called without arguments"
+                ) from error
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            "the model's factory returned no nn.Module", where=spec, why=f"it returned a {type(model).__name__}"
+        )
+    return model.train()
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _importable(directory: Path) -> Iterator[None]:
+    # A console script, unlike `python -m`, does not search the current directory.
+    sys.path.insert(0, os.fspath(directory))
+    try:
+        yield
+    finally:
+        sys.path.remove(os.fspath(directory))

@@ -2,8 +2,8 @@
 
     python benchmarks/compile_time.py [--layers 8,16,32]
 
-Each depth runs in a process of its own, so that caches and the torch import do not favour the later ones. Raw rows go to
-benchmarks/results/compile_time.csv.
+Each depth runs in a process of its own, so that caches and the torch import do not favour the later ones. Raw rows go
+to benchmarks/results/compile_time.csv.
 """
 
 from __future__ import annotations
@@ -54,11 +54,16 @@ def main() -> None:
         return
     rows = []
     for layers in args.layers.split(","):
-        out = subprocess.run([sys.executable, __file__, "--one", layers], capture_output=True, text=True, check=True).stdout
+        out = subprocess.run(
+            [sys.executable, __file__, "--one", layers], capture_output=True, text=True, check=True
+        ).stdout
         row = json.loads(out.strip().splitlines()[-1])
         rows.append(row)
         stages = ", ".join(f"{k} {v:.2f}" for k, v in row.items() if k not in ("layers", "total", "nodes"))
-        print(f"{layers} layers: {row['total']:.1f} s, {row['total'] / int(layers):.2f} s a layer, {row['nodes']:.0f} joint nodes ({stages})")
+        print(
+            f"{layers} layers: {row['total']:.1f} s, {row['total'] / int(layers):.2f} s a layer, "
+            f"{row['nodes']:.0f} joint nodes ({stages})"
+        )
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("w", newline="") as f:
         writer = csv.DictWriter(f, list(rows[0]))

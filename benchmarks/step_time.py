@@ -1,10 +1,11 @@
 """CPU time of one training step: moefx against transformers' own implementations, as ratios measured in one run.
 
-Single thread, process CPU time. Arms are interleaved, so that a machine whose speed drifts slows all alike; a ratio is taken within
-each round, and its median and quartiles over rounds are printed. Raw rows go to benchmarks/results/step_time.csv.
+Single thread, process CPU time. Arms are interleaved, so that a machine whose speed drifts slows all alike; a ratio is
+taken within each round, and its median and quartiles over rounds are printed. Raw rows go to
+benchmarks/results/step_time.csv.
 
-    python benchmarks/step_time.py                    the layer of docs/performance.md and the default model, fp32 and bf16
-    python benchmarks/step_time.py --quick            few rounds, the layer in fp32 only
+    python benchmarks/step_time.py                    the layer of docs/performance.md and the default model, fp32 and
+    bf16 python benchmarks/step_time.py --quick            few rounds, the layer in fp32 only
 """
 
 from __future__ import annotations
@@ -84,7 +85,9 @@ def implementation(model: torch.nn.Module, name: str) -> torch.nn.Module:
     return model
 
 
-def measure(case: str, model: torch.nn.Module, inputs: dict[str, torch.Tensor], rounds: int, codegens: list[str]) -> list[dict[str, Any]]:
+def measure(
+    case: str, model: torch.nn.Module, inputs: dict[str, torch.Tensor], rounds: int, codegens: list[str]
+) -> list[dict[str, Any]]:
     import moefx
 
     arms: dict[str, torch.nn.Module] = {f"hf {n}": implementation(model, n) for n in ("grouped_mm", "eager")}
@@ -143,7 +146,15 @@ def main() -> None:
         with RESULTS.open("w", newline="") as f:
             writer = csv.DictWriter(f, [*rows[0], "torch", "machine"])
             writer.writeheader()
-            writer.writerows({**r, "cpu_ms": f"{r['cpu_ms']:.3f}", "torch": torch.__version__, "machine": platform.processor() or platform.machine()} for r in rows)
+            writer.writerows(
+                {
+                    **r,
+                    "cpu_ms": f"{r['cpu_ms']:.3f}",
+                    "torch": torch.__version__,
+                    "machine": platform.processor() or platform.machine(),
+                }
+                for r in rows
+            )
         print(f"\nraw rows: {RESULTS.relative_to(Path.cwd()) if RESULTS.is_relative_to(Path.cwd()) else RESULTS.name}")
 
 

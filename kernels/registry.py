@@ -1,8 +1,8 @@
 """Which implementation computes a dialect op: an ordered list of providers per op.
 
-A provider declares what it supports by a predicate over the op's own arguments. The first supporting provider in priority order
-runs; the op's readable reference is always last, so an op is never without an implementation. What ran is recorded, so that a
-report can say it.
+A provider declares what it supports by a predicate over the op's own arguments. The first supporting provider in
+priority order runs; the op's readable reference is always last, so an op is never without an implementation. What ran
+is recorded, so that a report can say it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def dispatch(op: str, *args: Any) -> Any:
 
 def used() -> dict[str, dict[str, int]]:
     """Calls per op and `provider/device/dtype` since the process started."""
-    return {op: {"/".join(key): n for key, n in entry.used.items()} for op, entry in sorted(_TABLE.items()) if entry.used}
+    return {
+        op: {"/".join(key): n for key, n in entry.used.items()} for op, entry in sorted(_TABLE.items()) if entry.used
+    }
 
 
 def names(op: str) -> list[str]:

@@ -1,7 +1,8 @@
 """Stage 2: a model and example inputs become the model graph, a forward FX graph at the level of torch functions.
 
-Route: one warm-up forward, then Dynamo's whole-graph capture. The warm-up is needed because transformers installs its recording
-hooks under a lock at the first forward, which Dynamo cannot trace; it leaves no trace on buffers or random state.
+Route: one warm-up forward, then Dynamo's whole-graph capture. The warm-up is needed because transformers installs its
+recording hooks under a lock at the first forward, which Dynamo cannot trace; it leaves no trace on buffers or random
+state.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ Tensor = torch.Tensor
 
 @dataclass
 class Captured:
-    """A model graph with the call it was captured from. `graph` nodes carry `example_value`, module stack and source line."""
+    """A model graph with the call it was captured from. `graph` nodes carry `example_value`, module stack and source
+    line.
+    """
 
     gm: fx.GraphModule
     args: tuple[Any, ...]
@@ -39,7 +42,7 @@ class Captured:
 
 
 def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """`example_inputs` as (args, kwargs): a dict of keyword arguments, a tuple of positional ones, or a single tensor."""
+    """`example_inputs` as (args, kwargs): a dict of keywords, a tuple of positional arguments, or one tensor."""
     if isinstance(example_inputs, dict) or hasattr(example_inputs, "keys"):
         return (), dict(example_inputs)
     if isinstance(example_inputs, Tensor):
@@ -48,12 +51,14 @@ def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return tuple(example_inputs), {}
     raise InputError(
         f"example_inputs has type {type(example_inputs).__name__}",
-        todo="pass a dict of keyword tensors, for example {'input_ids': ids, 'labels': ids}, or a tuple of positional ones",
+        todo="pass a dict of keyword tensors, like {'input_ids': ids, 'labels': ids}, or a tuple of positional ones",
     )
 
 
 def check_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Bind a call to the model's forward; the arguments by name. Raises `InputError` when they do not fit its signature."""
+    """Bind a call to the model's forward; the arguments by name. Raises `InputError` when they do not fit its
+    signature.
+    """
     signature = inspect.signature(model.forward)
     try:
         bound = signature.bind(*args, **kwargs)
@@ -64,7 +69,9 @@ def check_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             "the example inputs do not fit the model's forward", where=type(model).__qualname__, why=str(e), todo=hint
         ) from e
     if not any(isinstance(v, Tensor) for v in (*args, *kwargs.values())):
-        raise InputError("the example inputs hold no tensor", where=type(model).__qualname__, todo="pass at least one tensor")
+        raise InputError(
+            "the example inputs hold no tensor", where=type(model).__qualname__, todo="pass at least one tensor"
+        )
     flat = dict(bound.arguments)
     for p in signature.parameters.values():
         if p.kind is p.VAR_KEYWORD:
@@ -90,7 +97,7 @@ def capture(
         if name not in tensors or any(not 0 <= a < tensors[name].dim() for a in axes):
             raise InputError(
                 f"dynamic names {name!r}, axes {list(axes)}, which the example inputs do not have",
-                todo=f"name tensors and axes of {({k: tuple(v.shape) for k, v in tensors.items()})}",
+                todo=f"name tensors and axes of { ({k: tuple(v.shape) for k, v in tensors.items()}) }",
             )
     with _no_cache(model), compat.no_fake(), compat.dynamic_dims(tensors, dynamic or {}):
         try:
@@ -130,7 +137,8 @@ def warm_up(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 @contextlib.contextmanager
 def _no_cache(model: nn.Module) -> Iterator[None]:
     """Switch `use_cache` off in every config object of the model: a training graph returns no key-value cache."""
-    configs = {id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", None)}
+    found: list[Any] = [getattr(m, "config", None) for m in model.modules()]
+    configs = {id(c): c for c in found if getattr(c, "use_cache", None)}
     try:
         for c in configs.values():
             c.use_cache = False
@@ -152,7 +160,7 @@ def _explained(e: Exception, model: nn.Module) -> CaptureError:
         where=where,
         why=f"{type(e).__name__}: {first}",
         todo=(
-            "this code runs Python control flow on tensor values (a loop over the experts that were hit, an `if` on a count): "
+            "this code runs Python control flow on tensor values (a loop over hit experts, an `if` on a count): "
             "write the experts so that moefx raises them (docs/models.md), or compute without looking at values"
             if loop
             else "rewrite the construct named above so that it does not leave the tracer, or move it out of forward"

@@ -17,39 +17,56 @@ from .errors import InputError, MoefxError
 from .passes import get_pass, pass_names
 from .precision.recipe import get_recipe
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="A compiler for Mixture-of-Experts training.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="A compiler for Mixture-of-Experts training.")
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
-Model = Annotated[str, typer.Argument(help="'default', a transformers config.json or its folder, or module:factory.")]
+MODEL_HELP = "'default', a transformers config.json or its folder, or module:factory."
+Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
 
 
 @app.command()
 def train(
-    model: Annotated[str, typer.Option(help="'default', a transformers config.json or its folder, or module:factory.")] = "default",
-    data: Annotated[list[Path] | None, typer.Option(help="Text files, or one .bin token file. Default: text of the Python installation.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for checkpoints, metrics and report.json.")] = Path("runs/train"),
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "default",
+    data: Annotated[list[Path] | None, typer.Option(help="Text files, or one .bin file of tokens.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints, metrics and report.json.")] = Path("runs/default"),
     steps: Annotated[int, typer.Option(help="Training steps.")] = 200,
-    batch: Annotated[int, typer.Option(help="Sequences per step.")] = 8,
+    batch: Annotated[int, typer.Option(help="Sequences per microbatch.")] = 8,
     seq: Annotated[int, typer.Option(help="Tokens per sequence.")] = 128,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    grad_accum: Annotated[int, typer.Option(help="Microbatches per step.")] = 1,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-4,
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the order of data.")] = 0,
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    dtype: Annotated[str, typer.Option(help="fp32, or bf16 (autocast).")] = "fp32",
     recipe: Annotated[str, typer.Option(help="Precision recipe (moefx recipes).")] = "bf16",
     codegen: Annotated[str, typer.Option(help="inductor or eager.")] = "inductor",
     compare: Annotated[str, typer.Option(help="Train the original too: all, none, or a number of steps.")] = "all",
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out.")] = False,
-    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves PyTorch's default.")] = 0,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train a model through moefx on real text, and the original beside it; ends with a table and report.json."""
-    from .train import story
+    """Train a model through moefx on real text, and the original beside it; ends with a table and report.json.
 
-    given = {k: v for k, v in {"lr": lr}.items() if v is not None}
-    result = story.run_training(
-        model=model, data=data, out=out, steps=steps, batch=batch, seq=seq, seed=seed, dtype=dtype, recipe=recipe,
-        codegen=codegen, compare=compare, resume=resume, threads=threads, quiet=as_json, **given,
+    Without --data the text is the documentation and the sources of the Python standard library, as bytes.
+    """
+    from rich.console import Console
+
+    from .train import story
+    from .train.config import TrainConfig
+
+    cfg = TrainConfig(
+        steps=steps, batch=batch, seq=seq, grad_accum=grad_accum, lr=lr, seed=seed, dtype=dtype, out=out,
+        threads=threads,
     )  # fmt: skip
+    result = story.run_training(
+        model=model,
+        data=data or (),
+        cfg=cfg,
+        recipe=recipe,
+        compare=compare,
+        resume=resume,
+        options={"codegen": codegen},
+        console=Console(stderr=True) if as_json else Console(),
+    )
     if as_json:
-        print(json.dumps(result))
+        print(json.dumps(result, default=str))
 
 
 @app.command()
@@ -67,7 +84,7 @@ def inspect(
     """Optimize a model and show the report, the graph of a stage, or the difference between two."""
     from .train.models import load_model
 
-    module = load_model(model, seed=0).train()
+    module = load_model(model, 0).train()
     vocab = int(getattr(getattr(module, "config", None), "vocab_size", 256))
     ids = torch.randint(0, vocab, (batch, seq), generator=torch.Generator().manual_seed(0))
     opt = moefx.optimize(module, {"input_ids": ids, "labels": ids}, recipe=recipe, codegen=codegen, verify=verify)
@@ -128,7 +145,19 @@ def main() -> None:
         app()
     except MoefxError as e:
         if "--json" in sys.argv:
-            print(json.dumps({"error": {"type": type(e).__name__, "what": e.what, "where": e.where, "why": e.why, "todo": e.todo}}))
+            print(
+                json.dumps(
+                    {
+                        "error": {
+                            "type": type(e).__name__,
+                            "what": e.what,
+                            "where": e.where,
+                            "why": e.why,
+                            "todo": e.todo,
+                        }
+                    }
+                )
+            )
         print(f"{type(e).__name__}: {e}", file=sys.stderr)
         sys.exit(2)
 

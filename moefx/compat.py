@@ -1,7 +1,7 @@
 """The one door to torch's private compiler API: Dynamo capture, the AOT joint export, partitioners, Inductor.
 
-Nothing else in moefx imports `torch._dynamo`, `torch._functorch`, `torch._inductor`, `torch._guards` or `torch._subclasses`, so a
-torch upgrade is a change to this file. Run with torch 2.11.0 and 2.13.0.
+Nothing else in moefx imports `torch._dynamo`, `torch._functorch`, `torch._inductor`, `torch._guards` or
+`torch._subclasses`, so a torch upgrade is a change to this file. Run with torch 2.11.0 and 2.13.0.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ DynamicDims = Mapping[str, Sequence[int]]
 CAPTURE_ERRORS: tuple[type[Exception], ...] = (TorchDynamoException,)
 
 
-# --- stage 2: forward capture ---------------------------------------------------------------------------------------------------
+# --- stage 2: forward capture
+# ---------------------------------------------------------------------------------------------------
 
 
 def capture_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
@@ -44,19 +45,23 @@ def capture_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
         gm: fx.GraphModule = dynamo_graph_capture_for_export(module)(*args, **kwargs)
     # torch 2.11 looks the builtins that the captured code names (`type`) up among its globals and does not find them.
-    for half in (gm._dynamo_bytecode_flatten, gm._dynamo_bytecode_unflatten):
+    halves: list[Any] = [gm._dynamo_bytecode_flatten, gm._dynamo_bytecode_unflatten]
+    for half in halves:
         half.f_globals = {**vars(builtins), **half.f_globals}
     return gm
 
 
 def flat_inputs(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """Values of a captured graph's placeholders for a call: parameters and buffers of the model, and the call's tensors."""
-    return list(gm._dynamo_bytecode_flatten(*args, *kwargs.values()))
+    """Values of a captured graph's placeholders for a call: parameters and buffers of the model, and the call's
+    tensors.
+    """
+    flatten: Any = gm._dynamo_bytecode_flatten
+    return list(flatten(*args, *kwargs.values()))
 
 
 @contextlib.contextmanager
 def dynamic_dims(tensors: Mapping[str, Tensor], dims: DynamicDims) -> Iterator[None]:
-    """While active, the given axes of the given tensors are captured as symbols. Marks are taken off again at the end."""
+    """While active, the given axes of the given tensors are captured as symbols; marks are taken off at the end."""
     marked = [tensors[name] for name in dims]
     try:
         for name, axes in dims.items():
@@ -69,12 +74,14 @@ def dynamic_dims(tensors: Mapping[str, Tensor], dims: DynamicDims) -> Iterator[N
                 delattr(t, attr)
 
 
-# --- stage 4: joint graph -------------------------------------------------------------------------------------------------------
+# --- stage 4: joint graph
+# -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Slot:
-    """What one graph input or output stands for: `kind` is param, buffer, input, tangent (inputs); mutation, output, grad (outputs).
+    """What one graph input or output stands for: `kind` is param, buffer, input, tangent (inputs); mutation, output,
+    grad (outputs).
 
     `key` is the dotted name of a parameter or buffer, or the position of a plain input or output.
     """
@@ -85,7 +92,7 @@ class Slot:
 
 @dataclass
 class ExportedGraph:
-    """A flat ATen graph with the meaning of each placeholder and output, and what AOT found about aliases and mutation."""
+    """A flat ATen graph with the meaning of each placeholder and output, and what AOT found about aliases."""
 
     gm: fx.GraphModule
     inputs: list[Slot]
@@ -96,13 +103,18 @@ class ExportedGraph:
     input_outputs: dict[int, int]  # plain outputs that are exactly an input: {position: index into `inputs`}
 
 
-def export_graph(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], *, grad: bool, inductor: bool) -> ExportedGraph:
+def export_graph(
+    gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], *, grad: bool, inductor: bool
+) -> ExportedGraph:
     """AOT export of a captured graph: forward and backward together (`grad`), or the forward alone."""
     fake_mode = gm.meta["fake_mode"]
     table = None
     patches: dict[str, Any] = {"fallback_random": True}  # same random stream as eager PyTorch
     with contextlib.ExitStack() as stack:
-        stack.enter_context(tracing(TracingContext(fake_mode)))
+        context = TracingContext(fake_mode)
+        # Dynamo's symbols for the same tensors; fresh ones would have no source that a guard could name.
+        context.tensor_to_context = gm.meta["tracing_context"].tensor_to_context
+        stack.enter_context(tracing(context))
         stack.enter_context(torch._inductor.config.patch(patches))
         stack.enter_context(torch.set_grad_enabled(grad))
         if inductor:
@@ -129,7 +141,7 @@ def export_graph(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _slot(desc: Any) -> Slot:
-    """Translate AOT's descriptor objects; an exotic one keeps its class name as kind, for the caller to refuse by name."""
+    """Translate AOT's descriptor objects; an exotic one keeps its class name as kind, for the caller to refuse."""
     kind = type(desc).__name__
     if kind in ("ParamAOTInput", "BufferAOTInput"):
         return Slot("param" if kind[0] == "P" else "buffer", desc.target)
@@ -162,7 +174,8 @@ def trace_aten(fn: Callable[..., Any], values: Sequence[Any]) -> fx.GraphModule:
         return make_fx(fn, decomposition_table=select_decomp_table())(*values)
 
 
-# --- stage 6: partition and code generation ---------------------------------------------------------------------------------------
+# --- stage 6: partition and code generation
+# ---------------------------------------------------------------------------------------
 
 
 def partition(gm: fx.GraphModule, fwd_outputs: int, *, recompute: bool) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -179,19 +192,21 @@ def partition(gm: fx.GraphModule, fwd_outputs: int, *, recompute: bool) -> tuple
     return fw, bw
 
 
-def inductor_compile(gm: fx.GraphModule, *, backward: bool, inference: bool = False) -> Callable[[list[Any]], Sequence[Any]]:
-    """Compile a flat ATen graph with Inductor. The callable takes one list, which it empties, and returns a sequence."""
+def inductor_compile(
+    gm: fx.GraphModule, *, backward: bool, inference: bool = False
+) -> Callable[[list[Any]], Sequence[Any]]:
+    """Compile a flat ATen graph with Inductor. The callable takes one list, empties it, and returns a sequence."""
     from torch._inductor.compile_fx import compile_fx_inner
 
     inputs = [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")]
     out = gm.graph.output_node()
     # All outputs keep their strides: saved tensors cross to the backward, whose graph was traced with these layouts.
-    out.meta["user_visible_output_idxs"] = [i for i, a in enumerate(out.args[0]) if isinstance(a, fx.Node)]  # type: ignore[union-attr, arg-type]
+    out.meta["user_visible_output_idxs"] = [i for i, a in enumerate(out.args[0]) if isinstance(a, fx.Node)]  # type: ignore[arg-type]
     fake_mode = detect_fake_mode(inputs)
     context = tracing(TracingContext(fake_mode)) if fake_mode is not None else contextlib.nullcontext()
     with context, torch.no_grad(), disable_autocast(), torch._inductor.config.patch(fallback_random=True):
         compiled = compile_fx_inner(gm, inputs, is_backward=backward, is_inference=inference)
-    return compiled  # type: ignore[return-value]
+    return compiled
 
 
 def boxed(gm: fx.GraphModule) -> Callable[[list[Any]], Sequence[Any]]:
@@ -209,7 +224,8 @@ def disable_autocast() -> Iterator[None]:
         yield
 
 
-# --- fake tensors ---------------------------------------------------------------------------------------------------------------
+# --- fake tensors
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode | None:

@@ -1,7 +1,7 @@
 """Errors of moefx: what happened, where, why, and what to do.
 
-Every error that a user can meet derives from `MoefxError`. The four parts are kept as attributes so that the command line and
-the JSON output can show them apart; the text joins those that are known.
+Every error that a user can meet derives from `MoefxError`. The four parts are kept as attributes so that the command
+line and the JSON output can show them apart; the text joins those that are known.
 """
 
 from __future__ import annotations

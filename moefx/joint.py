@@ -1,10 +1,12 @@
 """Stages 4 and 6: the training graph (forward and backward in one), and its split into two callables.
 
-A `Joint` is flat: placeholders are parameters, buffers, inputs, then one tangent per differentiable output; outputs are buffer
-updates, the model's own outputs, then one gradient per input. Each placeholder and output says what it is by a `Slot`.
+A `Joint` is flat: placeholders are parameters, buffers, inputs, then one tangent per differentiable output; outputs are
+buffer updates, the model's own outputs, then one gradient per input. Each placeholder and output says what it is by a
+`Slot`.
 
-Outputs that get no gradient cost nothing: `prune_tangents` specialises the backward to the tangents that are there. A transformers
-model returns logits beside the loss; with a zero tangent in its place a plain backward would go through the vocabulary twice.
+Outputs that get no gradient cost nothing: `prune_tangents` specialises the backward to the tangents that are there. A
+transformers model returns logits beside the loss; with a zero tangent in its place a plain backward would go through
+the vocabulary twice.
 """
 
 from __future__ import annotations
@@ -65,7 +67,13 @@ def trace_joint(captured: Captured, *, grad: bool, codegen: str) -> Joint:
         _clone_outputs(captured.gm, views)
         exported = compat.export_graph(captured.gm, captured.args, captured.kwargs, grad=grad, inductor=inductor)
     joint = Joint(
-        exported.gm, exported.inputs, exported.outputs, exported.out_spec, exported.fake_mode, exported.input_outputs, grad
+        exported.gm,
+        exported.inputs,
+        exported.outputs,
+        exported.out_spec,
+        exported.fake_mode,
+        exported.input_outputs,
+        grad,
     )
     _refuse_unknown(joint)
     for node in joint.graph.nodes:
@@ -90,7 +98,9 @@ def _clone_outputs(gm: fx.GraphModule, positions: list[int]) -> None:
 def _refuse_unknown(joint: Joint) -> None:
     known_in = {"param", "buffer", "input", "tangent"}
     known_out = {"output", "grad", "mutation:buffer", "mutation:input", "mutation:param"}
-    odd = [s for s in joint.inputs if s.kind not in known_in] + [s for s in joint.outputs if s and s.kind not in known_out]
+    odd = [s for s in joint.inputs if s.kind not in known_in] + [
+        s for s in joint.outputs if s and s.kind not in known_out
+    ]
     if odd:
         raise CaptureError(
             f"the model's calling convention needs {odd[0].kind}, which moefx does not run",
@@ -100,13 +110,19 @@ def _refuse_unknown(joint: Joint) -> None:
 
 
 def split(joint: Joint, *, codegen: str) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """Stage 6, first half: forward and backward graph modules. With Inductor, cheap work is recomputed rather than saved."""
+    """Stage 6, first half: forward and backward graph modules. With Inductor, cheap work is recomputed rather than
+    saved.
+    """
     copy = copy_graph(joint.gm)
     return compat.partition(copy, joint.fwd_outputs, recompute=codegen == "inductor")
 
 
 def compiler(
-    codegen: str, *, backward: bool = False, inference: bool = False, progress: Callable[[fx.GraphModule, float], None] | None = None
+    codegen: str,
+    *,
+    backward: bool = False,
+    inference: bool = False,
+    progress: Callable[[fx.GraphModule, float], None] | None = None,
 ) -> Compiler:
     """Stage 6, second half: a function that turns a flat graph module into a callable over one list, which it empties.
 
@@ -115,7 +131,11 @@ def compiler(
 
     def compile_one(gm: fx.GraphModule) -> Callable[[list[Any]], Sequence[Any]]:
         start = time.perf_counter()
-        run = compat.inductor_compile(gm, backward=backward, inference=inference) if codegen == "inductor" else compat.boxed(gm)
+        run = (
+            compat.inductor_compile(gm, backward=backward, inference=inference)
+            if codegen == "inductor"
+            else compat.boxed(gm)
+        )
         if progress is not None:
             progress(gm, time.perf_counter() - start)
         return run
@@ -126,9 +146,10 @@ def compiler(
 def prune_tangents(bw: fx.GraphModule, absent: frozenset[str]) -> fx.GraphModule:
     """The backward graph when the tangents named in `absent` (placeholder names) do not exist.
 
-    A backward is linear in its tangents and autograd's formulas are linear step by step, so a node is absent when it depends on
-    tangents and everything that it depends on through them is absent: what eager autograd never runs. A sum of a present and an
-    absent value is the present one; anywhere else an absent value meets a present one, zeros of its shape stand in, as eager does.
+    A backward is linear in its tangents and autograd's formulas are linear step by step, so a node is absent when it
+    depends on tangents and everything that it depends on through them is absent: what eager autograd never runs. A sum
+    of a present and an absent value is the present one; anywhere else an absent value meets a present one, zeros of its
+    shape stand in, as eager does.
     """
     gm = copy_graph(bw)
     graph = gm.graph

@@ -1,8 +1,10 @@
 """Passes and the manager that runs them: order, checks, provenance, snapshots, timing.
 
-A pass only rewrites. Everything that must hold for any rewrite is checked here, once, for all passes, including a user's:
-the graph lints, every new or changed node has a value that agrees with its inputs, outputs keep their shapes, a second run changes
-nothing, and with `verify=True` outputs and gradients before and after agree within the pass's numerics class.
+A pass only rewrites. Everything that must hold for any rewrite is checked here, once, for all passes, including a
+user's:
+the graph lints, every new or changed node has a value that agrees with its inputs, outputs keep their shapes, a second
+run changes nothing, and with `verify=True` outputs and gradients before and after agree within the pass's numerics
+class.
 """
 
 from __future__ import annotations
@@ -126,7 +128,10 @@ class PassManager:
                     )
             for tag in p.conflicts:
                 if tag in others:
-                    raise PassError(f"pass {p.name} conflicts with {others[tag]}, which provides {tag!r}", todo="remove one of the two")
+                    raise PassError(
+                        f"pass {p.name} conflicts with {others[tag]}, which provides {tag!r}",
+                        todo="remove one of the two",
+                    )
         pending = sorted(self.passes, key=lambda p: LEVELS.index(p.level))
         done: list[Pass] = []
         while pending:
@@ -136,16 +141,19 @@ class PassManager:
                 stuck = ready or pending[0]
                 waits = {q.name for q in pending if q is not stuck and set(q.provides) & set(stuck.requires)}
                 raise PassError(
-                    f"the order of passes cannot be satisfied: {', '.join(p.name for p in pending)} wait for each other",
+                    f"the order of passes cannot be satisfied: {', '.join(p.name for p in pending)} are stuck",
                     where=stuck.name,
-                    why=f"{stuck.name} ({stuck.level} level) requires {sorted(stuck.requires)}; waiting for {sorted(waits) or 'nothing'}",
+                    why=f"{stuck.name} ({stuck.level} level) requires {sorted(stuck.requires)}, "
+                    f"waiting for {', '.join(sorted(waits)) or 'nothing'}",
                     todo="break the cycle in requires/provides; a model-level pass cannot require a training-level one",
                 )
             pending.remove(ready)
             done.append(ready)
         return done
 
-    def run(self, level: str, gm: fx.GraphModule, report: Report, fake_mode: Any, verifier: Verifier | None = None) -> None:
+    def run(
+        self, level: str, gm: fx.GraphModule, report: Report, fake_mode: Any, verifier: Verifier | None = None
+    ) -> None:
         """Run this level's passes on `gm` in place; rows and snapshots go to the report."""
         for p in self.ordered():
             if p.level == level:
@@ -177,7 +185,11 @@ def _run_one(p: Pass, gm: fx.GraphModule, report: Report, fake_mode: Any, verifi
             _check_outputs(graph, shapes)
             again = _apply(p, graph, Context(PassRow(p.name, p.level, p.numerics), p.level), mark=False)
             if again:
-                raise PassError("a second run changed the graph again", where=_where(again[0]), todo="make the rewrite skip its own result")
+                raise PassError(
+                    "a second run changed the graph again",
+                    where=_where(again[0]),
+                    todo="make the rewrite skip its own result",
+                )
             gm.recompile()
     except PassError as e:
         raise PassError(f"pass {p.name}: {e.what}", e.where, e.why, e.todo) from e
@@ -187,7 +199,7 @@ def _run_one(p: Pass, gm: fx.GraphModule, report: Report, fake_mode: Any, verifi
         raise PassError(
             f"pass {p.name} broke the graph",
             why=f"{type(e).__name__}: {e}",
-            todo=f"leave the pass out (passes=moefx.pipeline(...).remove({p.name!r})) or mend it; the model itself is unchanged",
+            todo=f"mend the pass or leave it out (moefx.pipeline(...).remove({p.name!r})); the model is unchanged",
         ) from e
     row.seconds, row.nodes_after = time.perf_counter() - start, len(graph.nodes)
     if changed:
@@ -228,7 +240,9 @@ def _flat_outputs(graph: fx.Graph) -> list[Any]:
 def _check_outputs(graph: fx.Graph, shapes: Sequence[Any]) -> None:
     now = _flat_outputs(graph)
     if len(now) != len(shapes):
-        raise PassError(f"the graph had {len(shapes)} outputs and now has {len(now)}", todo="a pass keeps the graph's outputs")
+        raise PassError(
+            f"the graph had {len(shapes)} outputs and now has {len(now)}", todo="a pass keeps the graph's outputs"
+        )
     for i, (node, was) in enumerate(zip(now, shapes, strict=True)):
         val = edit.value(node) if isinstance(node, fx.Node) else node
         if not edit.same_value(val, was):

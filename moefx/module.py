@@ -1,8 +1,8 @@
 """Stage 7: `OptimizedModule`, the original model with compiled graphs in place of its forward.
 
-It owns no parameter of its own: its registries are the original's, so `state_dict`, `parameters`, optimizers, `to`, hooks and
-checkpoints see the same objects under the same names. Graphs are kept per call signature (mode, grad mode, autocast, shapes, dtypes,
-constants, which parameters train) and compiled when a signature is first met.
+It owns no parameter of its own: its registries are the original's, so `state_dict`, `parameters`, optimizers, `to`,
+hooks and checkpoints see the same objects under the same names. Graphs are kept per call signature (mode, grad mode,
+autocast, shapes, dtypes, constants, which parameters train) and compiled when a signature is first met.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Variant:
 class OptimizedModule(nn.Module):
     """What `moefx.optimize` returns. Calls run the compiled graphs; everything else is the original's.
 
-    Attributes that are not found here are looked up on the original (`generate`, `config`, `save_pretrained`, ...), which runs its
-    own, unoptimized code for them. `original` is the model itself, `report` says what was done, `graphs` maps stage and pass names
-    to graphs.
+    Attributes that are not found here are looked up on the original (`generate`, `config`, `save_pretrained`, ...),
+    which runs its own, unoptimized code for them. `original` is the model itself, `report` says what was done, `graphs`
+    maps stage and pass names to graphs.
     """
 
     def __init__(self, original: nn.Module, compile_variant: Callable[..., Variant], options: Any, report: Any) -> None:
@@ -51,12 +51,14 @@ class OptimizedModule(nn.Module):
         for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             own[registry] = original.__dict__[registry]
 
-    # --- the original shows through ---------------------------------------------------------------------------------------------
+    # --- the original shows through
+    # ---------------------------------------------------------------------------------------------
 
     @property
     def original(self) -> nn.Module:
         """The model that was optimized; it shares all parameters and buffers with this module."""
-        return self.__dict__["_original"]
+        model: nn.Module = self.__dict__["_original"]
+        return model
 
     @property
     def report(self) -> Any:
@@ -66,10 +68,11 @@ class OptimizedModule(nn.Module):
     @property
     def graphs(self) -> Mapping[str, fx.GraphModule]:
         """Stage and pass names -> graph after it, in order; of the first signature that was compiled."""
-        return self.report.graphs
+        graphs: Mapping[str, fx.GraphModule] = self.report.graphs
+        return graphs
 
     @property
-    def training(self) -> bool:  # type: ignore[override]
+    def training(self) -> bool:
         """The original's mode."""
         return self.original.training
 
@@ -94,7 +97,7 @@ class OptimizedModule(nn.Module):
         else:
             super().__setattr__(name, value)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The original's state dict: same keys, same order, same tensors."""
         return self.original.state_dict(*args, **kwargs)
 
@@ -108,7 +111,7 @@ class OptimizedModule(nn.Module):
         return self
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> OptimizedModule:
-        self.original._apply(fn, recurse)  # type: ignore[arg-type]
+        self.original._apply(fn, recurse)
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModule:
@@ -130,7 +133,8 @@ class OptimizedModule(nn.Module):
         """What this module is compiled with (`moefx.optimize.Options`)."""
         return self.__dict__["_options"]
 
-    # --- calls ------------------------------------------------------------------------------------------------------------------
+    # --- calls
+    # ------------------------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the variant of this call's signature, compiling it when it is new."""
@@ -159,7 +163,9 @@ class OptimizedModule(nn.Module):
         key = (spec, *(_leaf_key(v, exact=True) for v in leaves), self._structure.mode(), _context_key())
         variant = self._variants.get(key)
         if variant is None:
-            variant = self._find_dynamic(leaves, spec) or self._compile(self, args, kwargs, self._loose_key(leaves, spec))
+            variant = self._find_dynamic(leaves, spec) or self._compile(
+                self, args, kwargs, self._loose_key(leaves, spec)
+            )
             self._variants[key] = variant
         return variant, leaves
 
@@ -172,7 +178,9 @@ class OptimizedModule(nn.Module):
         if not dynamic:
             return None
         loose = self._loose_key(leaves, spec)
-        return next((v for v in dynamic.values() if v.loose_key == loose and v.guard is not None and v.guard(leaves)), None)
+        return next(
+            (v for v in dynamic.values() if v.loose_key == loose and v.guard is not None and v.guard(leaves)), None
+        )
 
 
 def _rebuild(original: nn.Module, options: Any) -> nn.Module:
@@ -184,8 +192,9 @@ def _rebuild(original: nn.Module, options: Any) -> nn.Module:
 class Structure:
     """What a compiled graph assumed about the module tree, cheap to check at every call.
 
-    Replaced submodules, modes of single submodules, `requires_grad`, dtype, device and shape of every parameter and buffer, and the
-    plain values of the config are watched. Python attributes of modules are not: after changing one, call `optimize` again.
+    Replaced submodules, modes of single submodules, `requires_grad`, dtype, device and shape of every parameter and
+    buffer, and the plain values of the config are watched. Python attributes of modules are not: after changing one,
+    call `optimize` again.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -203,9 +212,14 @@ class Structure:
     def mode(self) -> Any:
         """Hashable state that graphs are specialised to."""
         tensors = tuple(
-            None if t is None else (t.requires_grad, t.dtype, t.shape, t.device) for t in (d.get(n) for d, n in self.tensors)
+            None if t is None else (t.requires_grad, t.dtype, t.shape, t.device)
+            for t in (d.get(n) for d, n in self.tensors)
         )
-        config = tuple((k, v) for k, v in self.config.items() if type(v) in (bool, int, float, str, type(None)) and k != "use_cache")
+        config = tuple(
+            (k, v)
+            for k, v in self.config.items()
+            if type(v) in (bool, int, float, str, type(None)) and k != "use_cache"
+        )
         return (tensors, tuple(m.training for m in self.modules), config)
 
 

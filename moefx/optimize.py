@@ -59,7 +59,8 @@ def optimize(
 
     Args:
         model: any nn.Module with MoE blocks that moefx can raise (transformers 5 models; docs/models.md).
-        example_inputs: a dict of keyword tensors or a tuple of positional ones. The signature they make (mode, shapes, dtypes) is
+        example_inputs: a dict of keyword tensors or a tuple of positional ones. The signature they make (mode, shapes,
+        dtypes) is
             compiled now; others when they are first met.
         recipe: precision recipe; "bf16" computes in the dtypes that the model has.
         passes: a pipeline, or a list of passes and names, instead of the recipe's own.
@@ -74,10 +75,17 @@ def optimize(
     Raises:
         InputError, CaptureError, RecipeError, PassError: with what, where, why and what to do.
     """
-    reserved = {"router": (router, None), "losses": (tuple(losses), ()), "mesh": (mesh, None), "regions": (regions, "model")}
+    reserved = {
+        "router": (router, None),
+        "losses": (tuple(losses), ()),
+        "mesh": (mesh, None),
+        "regions": (regions, "model"),
+    }
     for name, (given, only) in reserved.items():
         if given != only:
-            raise InputError(f"{name}={given!r} is not available in this version", todo=f"leave {name} at its default {only!r}")
+            raise InputError(
+                f"{name}={given!r} is not available in this version", todo=f"leave {name} at its default {only!r}"
+            )
     if not isinstance(model, nn.Module):
         raise InputError(f"the model is a {type(model).__name__}, not an nn.Module", todo="pass the module itself")
     if codegen not in CODEGENS:
@@ -123,7 +131,10 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
 
     with stage("joint") as done:  # stage 4
         joint = done(trace_joint(captured, grad=grad, codegen=o.codegen))
-    _label_inputs(joint.graph, {n.name: str(s.key) for n, s in zip(joint.graph.find_nodes(op="placeholder"), joint.inputs, strict=True)})
+    _label_inputs(
+        joint.graph,
+        {n.name: str(s.key) for n, s in zip(joint.graph.find_nodes(op="placeholder"), joint.inputs, strict=True)},
+    )
     report.graphs.keep("joint", joint.gm, copy_plain(joint.graph))
 
     with stage("training passes") as done:  # stage 5
@@ -151,7 +162,7 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
 
 
 class Stages:
-    """Times stages into the report, and says on standard error what is going on once it takes longer than two seconds."""
+    """Times stages into the report, and says on standard error what is going on once it takes over two seconds."""
 
     def __init__(self, report: Report, show: str) -> None:
         self.report, self.show, self.start = report, show, time.perf_counter()
@@ -174,7 +185,10 @@ class Stages:
         row = self.report.stages.setdefault(name, {"seconds": 0.0, "nodes": 0})
         row["seconds"], row["nodes"] = row["seconds"] + time.perf_counter() - begin, nodes[0] or row["nodes"]
         if self.total > 2:
-            print(f"moefx: {self.show}: {name} {row['seconds']:.1f} s, {row['nodes']} nodes ({self.total:.1f} s so far)", file=sys.stderr)
+            print(
+                f"moefx: {self.show}: {name} {row['seconds']:.1f} s, {row['nodes']} nodes ({self.total:.1f} s so far)",
+                file=sys.stderr,
+            )
 
     def backward(self, gm: fx.GraphModule, seconds: float) -> None:
         """Add the compilation of a backward variant, which happens at the first backward."""
@@ -206,7 +220,10 @@ def _label_inputs(graph: fx.Graph, names: dict[str, str]) -> None:
 
 def _joint_values(model: nn.Module, joint: Joint, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     flat = pytree.tree_leaves((args, kwargs))
-    state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    state = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
     gen = torch.Generator().manual_seed(0)
     values = []
     for slot, node in zip(joint.inputs, joint.graph.find_nodes(op="placeholder"), strict=True):
@@ -220,14 +237,20 @@ def _joint_values(model: nn.Module, joint: Joint, args: tuple[Any, ...], kwargs:
 
 def _guard(joint: Joint, count: int) -> Any:
     """Whether a call's sizes satisfy what tracing assumed about the symbolic ones."""
-    fakes = {int(s.key): value(n) for s, n in zip(joint.inputs, joint.graph.find_nodes(op="placeholder"), strict=True) if s.kind == "input"}
+    fakes = {
+        int(s.key): value(n)
+        for s, n in zip(joint.inputs, joint.graph.find_nodes(op="placeholder"), strict=True)
+        if s.kind == "input"
+    }
     order = sorted(fakes)
     expression = compat.guard_expression(joint.fake_mode, [fakes[i] for i in order])
 
     def holds(leaves: list[Any]) -> bool:
         values = [leaves[i] for i in order]
         static = all(
-            isinstance(w, torch.SymInt) or w == h for i, v in zip(order, values, strict=True) for w, h in zip(fakes[i].shape, v.shape, strict=True)
+            isinstance(w, torch.SymInt) or w == h
+            for i, v in zip(order, values, strict=True)
+            for w, h in zip(fakes[i].shape, v.shape, strict=True)
         )
         return static and compat.guards_hold(joint.fake_mode, expression, values)
 

@@ -1,7 +1,8 @@
 """The runtime of one compiled variant: flat callables for forward and backward behind one autograd function.
 
-torch's own AOT runtime is not used because it fills the tangents of unused outputs with zeros. Here a missing tangent stays missing
-and selects a backward that was specialised to it (`joint.prune_tangents`); each is compiled when first needed and kept.
+torch's own AOT runtime is not used because it fills the tangents of unused outputs with zeros. Here a missing tangent
+stays missing and selects a backward that was specialised to it (`joint.prune_tangents`); each is compiled when first
+needed and kept.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ class Program:
         saved_bytes: bytes kept for the backward besides parameters, buffers and inputs; None where sizes are symbolic.
     """
 
-    def __init__(self, joint: Joint, fw: fx.GraphModule, bw: fx.GraphModule | None, compile_fw: Compiler, compile_bw: Compiler) -> None:
+    def __init__(
+        self, joint: Joint, fw: fx.GraphModule, bw: fx.GraphModule | None, compile_fw: Compiler, compile_bw: Compiler
+    ) -> None:
         placeholders = list(joint.graph.find_nodes(op="placeholder"))
         names = [n.name for n, s in zip(placeholders, joint.inputs, strict=True) if s.kind != "tangent"]
         self.inputs = [s for s in joint.inputs if s.kind != "tangent"]
@@ -48,13 +51,16 @@ class Program:
         self.saved = [n.name for n in fw_out[self.count :]]
         mutated = {(s.kind.split(":")[1], s.key) for _, s in self.mutations}
         # A buffer that the forward updates and the backward reads must be kept as it was before the update.
-        self.clone_inputs = [i for i, s in enumerate(self.inputs) if (s.kind, s.key) in mutated and names[i] in set(self.saved)]
+        self.clone_inputs = [
+            i for i, s in enumerate(self.inputs) if (s.kind, s.key) in mutated and names[i] in set(self.saved)
+        ]
         self.saved_bytes = _bytes(fw_out[self.count :])
 
         tangents = [(n, int(s.key)) for n, s in zip(placeholders, joint.inputs, strict=True) if s.kind == "tangent"]
         self.tangents = [(n.name, key, n.meta["val"]) for n, key in tangents]
         self.differentiable = {key for _, key, _ in self.tangents}
-        # Inputs whose gradient is None in every variant are kept out of autograd, as untouched inputs are in eager execution.
+        # Inputs whose gradient is None in every variant are kept out of autograd, as untouched inputs are in eager
+        # execution.
         grads: Sequence[Any] = joint.graph.output_node().args[0][self.count :]  # type: ignore[index, assignment]
         self.no_grad_inputs = [i for i, g in enumerate(grads) if g is None] if joint.grad else []
         self.fw = compile_fw(fw)
@@ -78,7 +84,7 @@ class Program:
             for i in self.no_grad_inputs:
                 if isinstance(args[i], Tensor) and args[i].requires_grad:
                     args[i] = args[i].detach()
-            outs = _Run.apply(self, *args)
+            outs = _Run.apply(self, *args)  # type: ignore[no-untyped-call]
         return outs
 
     def finish(self, outs: Sequence[Any], primals: Sequence[Any], targets: Callable[[Any], Tensor]) -> Any:
@@ -156,9 +162,13 @@ def _like_traced(tangent: Tensor, val: Tensor) -> Tensor:
     """A tangent in the memory layout that the backward was traced with."""
     if tuple(tangent.stride()) == tuple(val.stride()):
         return tangent
-    return tangent.contiguous() if val.is_contiguous() else torch.empty_strided(
-        tangent.shape, [int(s) for s in val.stride()], dtype=tangent.dtype, device=tangent.device
-    ).copy_(tangent)
+    return (
+        tangent.contiguous()
+        if val.is_contiguous()
+        else torch.empty_strided(
+            tangent.shape, [int(s) for s in val.stride()], dtype=tangent.dtype, device=tangent.device
+        ).copy_(tangent)
+    )
 
 
 def _is_view_of_input(node: fx.Node) -> bool:

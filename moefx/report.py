@@ -63,7 +63,8 @@ class Graphs(Mapping[str, fx.GraphModule]):
 class Report:
     """What `moefx.optimize` did. `print(report)` for people, `to_dict()` for programs (keys are stable).
 
-    `passes`, `stages`, `graphs`, `casts` and `memory` describe the signature that was compiled first; `signatures` lists all.
+    `passes`, `stages`, `graphs`, `casts` and `memory` describe the signature that was compiled first; `signatures`
+    lists all.
     """
 
     model: str = ""
@@ -108,7 +109,10 @@ class Report:
         for b in self.blocks:
             state = f"raised: {b['idiom']}" if b["raised"] else "left alone"
             lines.append(f"  {b['path']} ({b['cls']}) {state}{' - ' + b['reason'] if b['reason'] else ''}")
-        lines += ["", f"{'pass':<22}{'level':<10}{'numerics':<10}{'matched':>8}{'rejected':>9}{'nodes':>14}{'ms':>8}  error"]
+        lines += [
+            "",
+            f"{'pass':<22}{'level':<10}{'numerics':<10}{'matched':>8}{'rejected':>9}{'nodes':>14}{'ms':>8}  error",
+        ]
         for p in self.passes:
             error = "" if p.error is None else f"{p.error:.1e}"
             change = f"{p.nodes_before} > {p.nodes_after}"
@@ -120,12 +124,18 @@ class Report:
             reasons: dict[str, list[str]] = {}
             for r in p.rejected:
                 reasons.setdefault(r["why"], []).append(r["node"])
-            lines += [f"    rejected {len(nodes)} ({nodes[0]}{', ...' if len(nodes) > 1 else ''}): {why}" for why, nodes in reasons.items()]
+            lines += [
+                f"    rejected {len(nodes)} ({nodes[0]}{', ...' if len(nodes) > 1 else ''}): {why}"
+                for why, nodes in reasons.items()
+            ]
         lines += ["", f"{'stage':<22}{'seconds':>8}{'nodes':>8}"]
         for name, s in self.stages.items():
             lines.append(f"{name:<22}{s['seconds']:>8.2f}{s['nodes']:>8}")
         if self.memory.get("saved_bytes") is not None:
-            lines += ["", f"saved for backward: {self.memory['saved_bytes'] / 2**20:.2f} MiB besides parameters and inputs"]
+            lines += [
+                "",
+                f"saved for backward: {self.memory['saved_bytes'] / 2**20:.2f} MiB besides parameters and inputs",
+            ]
         lines.append(f"casts: {self.casts['before']} before, {self.casts['after']} after")
         lines.append(f"signatures compiled: {len(self.signatures)}")
         return "\n".join(lines)

@@ -1,7 +1,7 @@
 """`verify=True`: outputs and gradients of a graph before and after a pass, on the example inputs.
 
-Both graphs run on the same values with the same random state. A model graph is differentiated by autograd against fixed random
-cotangents; a training graph already computes its gradients from its tangents.
+Both graphs run on the same values with the same random state. A model graph is differentiated by autograd against fixed
+random cotangents; a training graph already computes its gradients from its tangents.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Verifier:
     seed: int = 0
 
     def compare(self, name: str, numerics: str, before: fx.Graph, after: fx.GraphModule) -> float:
-        """Largest relative difference over all outputs and gradients; raises `PassError` beyond the class's tolerance."""
+        """Largest relative difference over outputs and gradients; raises `PassError` beyond the class's tolerance."""
         a = self._run(fx.GraphModule(after, before))
         b = self._run(fx.GraphModule(after, copy_plain(after.graph)))
         worst = 0.0
@@ -49,7 +49,10 @@ class Verifier:
         return worst
 
     def _run(self, gm: fx.GraphModule) -> list[tuple[str, Tensor]]:
-        values = [v.detach().clone().requires_grad_(v.requires_grad and self.grad) if isinstance(v, Tensor) else v for v in self.values]
+        values = [
+            v.detach().clone().requires_grad_(v.requires_grad and self.grad) if isinstance(v, Tensor) else v
+            for v in self.values
+        ]
         # In-place nodes would write into leaves; non-leaf aliases take the writes.
         inputs = [v.view_as(v) if isinstance(v, Tensor) and v.requires_grad else v for v in values]
         devices = list({v.device for v in values if isinstance(v, Tensor) and v.device.type == "cuda"})
@@ -67,7 +70,9 @@ class Verifier:
         if not leaves or not roots:
             return []
         cotangents = [torch.randn_like(o) for o in roots]
-        grads = torch.autograd.grad(roots, [v for _, v in leaves], cotangents, allow_unused=True)
+        grads: Sequence[Tensor | None] = torch.autograd.grad(
+            roots, [v for _, v in leaves], cotangents, allow_unused=True
+        )
         return [(f"gradient of input {i}", g) for (i, _), g in zip(leaves, grads, strict=True) if g is not None]
 
 

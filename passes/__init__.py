@@ -73,13 +73,17 @@ def pipeline(recipe: str | Recipe = "bf16", *, codegen: str = "inductor") -> Pas
 
 
 def as_pipeline(passes: PassManager | Sequence[Pass | str] | None, recipe: str | Recipe, codegen: str) -> PassManager:
-    """What the `passes` argument of `optimize` means: None is the recipe's pipeline, a sequence is exactly these passes."""
+    """What the `passes` argument of `optimize` means: None is the recipe's pipeline, a sequence is exactly these
+    passes.
+    """
     if passes is None:
         return pipeline(recipe, codegen=codegen)
     if isinstance(passes, PassManager):
         return passes
     if isinstance(passes, str) or not isinstance(passes, Sequence):
-        raise PassError(f"passes is {passes!r}", todo="give a pipeline (moefx.pipeline(...)) or a list of passes and pass names")
+        raise PassError(
+            f"passes is {passes!r}", todo="give a pipeline (moefx.pipeline(...)) or a list of passes and pass names"
+        )
     return PassManager(tuple(get_pass(p) if isinstance(p, str) else p for p in passes))
 
 

@@ -21,8 +21,9 @@ _FLIPS = {aten.t.default, aten.transpose.int}
 class DropNoops(Pass):
     """Remove detach and alias, views to the shape a tensor has already, and pairs of transposes that undo each other.
 
-    Under autograd these mattered; in a traced graph they are work for an interpreter and noise for a reader. A forward value that
-    only the backward reads through a detach is then read directly, so the partitioner sees one tensor, not two.
+    Under autograd these mattered; in a traced graph they are work for an interpreter and noise for a reader. A forward
+    value that only the backward reads through a detach is then read directly, so the partitioner sees one tensor, not
+    two.
     """
 
     level: ClassVar[str] = "training"
@@ -31,8 +32,13 @@ class DropNoops(Pass):
     def run(self, graph: fx.Graph, ctx: Context) -> None:
         for node in ctx.at(list(graph.nodes)):
             source = _same_as(node)
-            # Outputs stay nodes of their own: an output that is an input, or two outputs in one, would change calling semantics.
-            if source is None or any(u.op == "output" for u in node.users) or is_backward(source) != is_backward(node) and not node.users:
+            # Outputs stay nodes of their own: an output that is an input, or two outputs in one, would change calling
+            # semantics.
+            if (
+                source is None
+                or any(u.op == "output" for u in node.users)
+                or (is_backward(source) != is_backward(node) and not node.users)
+            ):
                 continue
             replace(graph, node, source)
             ctx.row.matched += 1

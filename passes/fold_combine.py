@@ -16,10 +16,12 @@ ops = torch.ops.moefx
 
 @dataclass(frozen=True)
 class FoldCombine(Pass):
-    """`sum_j w_j (a_j W)` is `sum_j (w_j a_j) W`: weight the activations of width I instead of the output rows of width H.
+    """`sum_j w_j (a_j W)` is `sum_j (w_j a_j) W`: weight the activations of width I instead of the output rows of width
+    H.
 
-    The output rows then need not be kept for the backward, and the gradient of the weights is an inner product of width I computed
-    where the activation's gradient is at hand (SonicMoE's identity, arXiv 2512.14080). Not legal with a bias behind the product.
+    The output rows then need not be kept for the backward, and the gradient of the weights is an inner product of width
+    I computed where the activation's gradient is at hand (SonicMoE's identity, arXiv 2512.14080). Not legal with a bias
+    behind the product.
     """
 
     requires: ClassVar[set[str]] = {"experts_expanded"}

@@ -28,7 +28,9 @@ class FusePlanPermute(Pass):
         for plan in ctx.at(find(graph, ops.plan)):
             parts, p = outputs(plan), arguments(plan)
             token, slot = parts.get(0), parts.get(2)
-            readers = [u for u in (token.users if token else ()) if u.target in targets(ops.permute) and u.args[1] is token]
+            readers = [
+                u for u in (token.users if token else ()) if u.target in targets(ops.permute) and u.args[1] is token
+            ]
             if len(readers) != 1 or readers[0].args[2] is not slot:
                 ctx.rejected(plan, f"{len(readers)} permutes read it")
                 continue

@@ -19,8 +19,8 @@ ops = torch.ops.moefx
 class InlinePointwise(Pass):
     """Write the definitions of `glu` and `glu_backward` into the graph, for Inductor to fuse with what is around them.
 
-    The partitioner can then recompute activations from the pre-activations instead of saving both. Runs last: passes before it see
-    the activation as one node.
+    The partitioner can then recompute activations from the pre-activations instead of saving both. Runs last: passes
+    before it see the activation as one node.
     """
 
     level: ClassVar[str] = "training"

@@ -17,9 +17,10 @@ from moefx.manager import Context, Pass
 class MergeRouters(Pass):
     """Merge softmax and top-k nodes that compute the same thing from the same logits.
 
-    transformers builds its load-balancing loss from the recorded logits, with a softmax and a top-k of its own per layer. Casts and
-    moves that change nothing are looked through. Where the second softmax is computed in another dtype (bf16 models whose router
-    works in fp32) the two differ in value and are left alone. Merging changes the order in which gradients are added.
+    transformers builds its load-balancing loss from the recorded logits, with a softmax and a top-k of its own per
+    layer. Casts and moves that change nothing are looked through. Where the second softmax is computed in another dtype
+    (bf16 models whose router works in fp32) the two differ in value and are left alone. Merging changes the order in
+    which gradients are added.
     """
 
     requires: ClassVar[set[str]] = {"captured"}
@@ -42,10 +43,17 @@ class MergeRouters(Pass):
                 replace(graph, node, kept)
                 ctx.matched(kept)
             elif (other := near.setdefault(logits, node)) is not node and _topk_users(node) and _topk_users(other):
-                ctx.rejected(node, f"computed in {value(node).dtype}, the router's in {value(other).dtype}: the values differ")
+                ctx.rejected(
+                    node, f"computed in {value(node).dtype}, the router's in {value(other).dtype}: the values differ"
+                )
         topks: dict[tuple[Any, ...], fx.Node] = {}
         for node in ctx.at(find(graph, torch.topk)):
-            key = (_arg(node, 0, "input"), _arg(node, 1, "k"), tuple(node.args[2:]), tuple(sorted(node.kwargs.items(), key=str)))
+            key = (
+                _arg(node, 0, "input"),
+                _arg(node, 1, "k"),
+                tuple(node.args[2:]),
+                tuple(sorted(node.kwargs.items(), key=str)),
+            )
             kept = topks.setdefault(key, node)
             if kept is node:
                 continue

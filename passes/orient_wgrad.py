@@ -18,8 +18,8 @@ aten = torch.ops.aten
 class OrientWgrad(Pass):
     """`transpose(wgrad(a, b))` becomes `wgrad(b, a)`.
 
-    Parameters stored [E, in, out] (gpt-oss, Llama4) are read through a transposed view, so their gradient would come back as one,
-    and the optimizer would copy it.
+    Parameters stored [E, in, out] (gpt-oss, Llama4) are read through a transposed view, so their gradient would come
+    back as one, and the optimizer would copy it.
     """
 
     level: ClassVar[str] = "training"
@@ -28,16 +28,20 @@ class OrientWgrad(Pass):
 
     def run(self, graph: fx.Graph, ctx: Context) -> None:
         for wgrad in ctx.at(find(graph, torch.ops.moefx.grouped_wgrad)):
-            flips = [u for u in wgrad.users if u.target is aten.transpose.int and {int(d) % 3 for d in u.args[1:3]} == {1, 2}]  # type: ignore[arg-type]
+            flips = [u for u in wgrad.users if u.target is aten.transpose.int and _axes(u) == {1, 2}]
             if not flips:
                 continue
             if len(flips) != len(wgrad.users):
                 ctx.rejected(wgrad, "it is read in both orientations")
                 continue
             a = arguments(wgrad)
-            with inheriting(graph, flips[0]) as call:
+            with inheriting(graph, wgrad) as call:
                 new = call(torch.ops.moefx.grouped_wgrad.default, a["b"], a["a"], a["offsets"])
             for flip in flips:
                 replace(graph, flip, new)
             graph.erase_node(wgrad)
             ctx.matched(new)
+
+
+def _axes(node: fx.Node) -> set[int]:
+    return {d % 3 for d in node.args[1:3] if isinstance(d, int)}

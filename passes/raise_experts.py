@@ -1,9 +1,10 @@
 """Stage 1: let the MoE blocks of a model emit `moefx.experts` while it is captured, and put everything back afterwards.
 
-transformers looks the implementation of an experts class up by name at call time. moefx registers its own for the length of a
-capture: it reads the layout from the flags that the class carries, and the activation by running the module's own gate on random
-numbers and comparing with the dialect's kinds. Nothing is raised on looks: a gate that matches no kind stays the module's own code
-between dialect ops, and a module whose layout cannot be read is left alone and reported.
+transformers looks the implementation of an experts class up by name at call time. moefx registers its own for the
+length of a
+capture: it reads the layout from the flags that the class carries, and the activation by running the module's own gate
+on random numbers and comparing with the dialect's kinds. Nothing is raised on looks: a gate that matches no kind stays
+the module's own code between dialect ops, and a module whose layout cannot be read is left alone and reported.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ NAME = "moefx"
 
 @dataclass(frozen=True)
 class Block:
-    """What became of one MoE-looking module. `error` is the largest difference found between its gate and the dialect's."""
+    """What became of one MoE-looking module. `error` is the largest difference found between its gate and the
+    dialect's.
+    """
 
     path: str
     cls: str
@@ -58,7 +61,7 @@ def find_blocks(model: nn.Module) -> list[Block]:
 def raised(model: nn.Module) -> Iterator[list[Block]]:
     """While active, every raisable experts module of `model` runs dialect ops. Undone at the end, also on error."""
     blocks = find_blocks(model)
-    modules = {b.path: model.get_submodule(b.path) for b in blocks if b.raised}
+    modules: dict[str, Any] = {b.path: model.get_submodule(b.path) for b in blocks if b.raised}
     if not modules:
         yield blocks
         return
@@ -84,7 +87,9 @@ def raised(model: nn.Module) -> Iterator[list[Block]]:
 
 def _is_interface(module: nn.Module) -> bool:
     flags = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_is_expert_parallel")
-    return all(hasattr(module, f) for f in flags) and hasattr(getattr(module, "config", None), "_experts_implementation")
+    return all(hasattr(module, f) for f in flags) and hasattr(
+        getattr(module, "config", None), "_experts_implementation"
+    )
 
 
 def _inspect(path: str, module: nn.Module) -> Block:
@@ -98,7 +103,9 @@ def _inspect(path: str, module: nn.Module) -> Block:
     post = getattr(module, "has_post_expert_norm", False)
     if kind is None or post or len({w.dtype for w in weights}) > 1:
         why = "a norm after the experts" if post else "an activation of its own"
-        return Block(path, cls, True, f"opaque | {layout}{' bias' if module.has_bias else ''}", None, f"experts with {why}")
+        return Block(
+            path, cls, True, f"opaque | {layout}{' bias' if module.has_bias else ''}", None, f"experts with {why}"
+        )
     return Block(path, cls, True, str(ExpertsSpec(kind, layout, bool(module.has_bias))), error)
 
 
@@ -113,9 +120,11 @@ def _weights(module: Any) -> list[Tensor]:
 
 
 def _activation(module: Any) -> tuple[GluKind | None, float | None]:
-    """The dialect kind that equals the module's own gate on a probe, and the largest difference; (None, None) if none does.
+    """The dialect kind that equals the module's own gate on a probe, and the largest difference; (None, None) if none
+    does.
 
-    The probe covers both signs, large values (clamps act) and the neighbourhood of zero, in float64 where the module allows.
+    The probe covers both signs, large values (clamps act) and the neighbourhood of zero, in float64 where the module
+    allows.
     """
     limit, alpha = (float(getattr(module, n, 0) or getattr(module, f"swiglu_{n}", 0) or 0) for n in ("limit", "alpha"))
     kinds = [GluKind(act, gated=module.has_gate) for act in ("silu", "gelu", "gelu_tanh", "relu", "relu2")]
@@ -149,7 +158,8 @@ def _emit(module: Any, x_TH: Tensor, idx_Tk: Tensor, w_Tk: Tensor) -> Tensor:
         if module.has_bias:
             bias = module.gate_up_proj_bias if module.has_gate else module.up_proj_bias
             weights = [up, bias, down, module.down_proj_bias]
-        return ops.experts(x, idx_Tk, w_Tk, weights, spec).to(x_TH.dtype)
+        routed: Tensor = ops.experts(x, idx_Tk, w_Tk, weights, spec)
+        return routed.to(x_TH.dtype)
     if module.is_transposed:
         up, down = up.transpose(1, 2), down.transpose(1, 2)
     token, order, slot, offsets = ops.plan(idx_Tk, up.shape[0], 1)
@@ -162,10 +172,12 @@ def _emit(module: Any, x_TH: Tensor, idx_Tk: Tensor, w_Tk: Tensor) -> Tensor:
         y = ops.grouped_bias(y, module.down_proj_bias, offsets)
     if getattr(module, "has_post_expert_norm", False):
         y = module.post_expert_norm(y)
-    return ops.unpermute(y, token, order, slot, w_Tk).to(x_TH.dtype)
+    out: Tensor = ops.unpermute(y, token, order, slot, w_Tk)
+    return out.to(x_TH.dtype)
 
 
-# --- look-alikes ------------------------------------------------------------------------------------------------------------------
+# --- look-alikes
+# ------------------------------------------------------------------------------------------------------------------
 
 _MOE_NAME = re.compile(r"expert|moe", re.IGNORECASE)
 
@@ -175,9 +187,8 @@ def _look_alike(module: nn.Module) -> str | None:
     name = type(module).__name__
     stacked = [n for n, p in module._parameters.items() if p is not None and p.dim() == 3]
     if stacked and _MOE_NAME.search(name):
-        return f"stacked parameters {', '.join(stacked)}, but its forward does not go through the transformers experts interface"
+        return f"stacked parameters {', '.join(stacked)}, but not called through transformers' experts interface"
     for child_name, child in module._modules.items():
         if isinstance(child, nn.ModuleList | nn.ModuleDict) and _MOE_NAME.search(child_name) and len(child) > 1:
-            return f"{len(child)} experts in a {type(child).__name__} named {child_name!r}: a hand-written loop is not raised"
+            return f"{len(child)} experts in {type(child).__name__} {child_name!r}: a hand-written loop is not raised"
     return None
-

@@ -1,6 +1,8 @@
-"""Editing FX graphs so that nothing is lost: every new node gets its module path, source line and shape from where it came.
+"""Editing FX graphs so that nothing is lost: every new node gets its module path, source line and shape from where it
+came.
 
-Both graph levels are served. Model graphs (from Dynamo) keep a node's value under `example_value`, training graphs under `val`.
+Both graph levels are served. Model graphs (from Dynamo) keep a node's value under `example_value`, training graphs
+under `val`.
 """
 
 from __future__ import annotations
@@ -93,7 +95,7 @@ def replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
 
 
 def targets(*ops: Callable[..., Any]) -> frozenset[Any]:
-    """The spellings of ops as node targets: model graphs hold packets (`op`), training graphs overloads (`op.default`)."""
+    """The spellings of ops as node targets: model graphs hold packets (`op`), training graphs overloads."""
     spelled: set[Any] = set()
     for op in ops:
         spelled.add(op)
@@ -117,7 +119,9 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     return bound
 
 
-_IN_PLACE_OPERATORS = frozenset(f"i{n}" for n in ("add", "sub", "mul", "truediv", "floordiv", "pow", "and", "or", "xor", "matmul"))
+_IN_PLACE_OPERATORS = frozenset(
+    f"i{n}" for n in ("add", "sub", "mul", "truediv", "floordiv", "pow", "and", "or", "xor", "matmul")
+)
 
 
 def mutated(node: fx.Node) -> list[fx.Node]:
@@ -144,11 +148,17 @@ def mutated(node: fx.Node) -> list[fx.Node]:
 def is_effect(node: fx.Node) -> bool:
     """Whether a node must stay although nobody reads it: writes, grad-mode switches, assertions, random draws."""
     name = str(getattr(node.target, "__name__", node.target))
-    return bool(node.is_impure() or mutated(node) or name.startswith(("_set_grad", "_assert", "_enter", "_exit", "sym_constrain")))
+    return bool(
+        node.is_impure()
+        or mutated(node)
+        or name.startswith(("_set_grad", "_assert", "_enter", "_exit", "sym_constrain"))
+    )
 
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
-    """A GraphModule with its own graph (nodes and meta copied) over the same submodules and tensors. Flat calling convention."""
+    """A GraphModule with its own graph (nodes and meta copied) over the same submodules and tensors. Flat calling
+    convention.
+    """
     new = fx.Graph(owning_module=gm)
     table: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
@@ -181,13 +191,15 @@ def same_value(a: Any, b: Any) -> bool:
 
 
 def inline(graph: fx.Graph, node: fx.Node, fn: Callable[..., Any]) -> None:
-    """Replace a training-level call by the ATen nodes of `fn` (same arguments), traced on the fake values of its inputs.
+    """Replace a training-level call by the ATen nodes of `fn` (same arguments), traced on the fake values of its
+    inputs.
 
     Every traced node inherits the origin of `node`.
     """
     leaves = list(dict.fromkeys(node.all_input_nodes))
     traced = compat.trace_aten(
-        lambda *values: fn(*fx.map_arg(node.args, dict(zip(leaves, values, strict=True)).__getitem__)), [value(n) for n in leaves]
+        lambda *values: fn(*fx.map_arg(node.args, dict(zip(leaves, values, strict=True)).__getitem__)),
+        [value(n) for n in leaves],
     )
     table: dict[fx.Node, fx.Node] = dict(zip(traced.graph.find_nodes(op="placeholder"), leaves, strict=True))
     out: Any = traced.graph.output_node().args[0]

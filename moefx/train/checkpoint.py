@@ -1,8 +1,9 @@
 """Checkpoints that are complete or absent, and that say what is wrong with them.
 
-A checkpoint is a directory `step-00000100` with `model.safetensors` (weights and buffers), `state.pt` (optimizer, random states,
-history) and `manifest.json` (step, sizes and SHA-256 of both files, aliases of tied tensors, the run's fingerprint). It is written
-under a temporary name, flushed to disk and renamed; whatever carries the final name was written to its end.
+A checkpoint is a directory `step-00000100` with `model.safetensors` (weights and buffers), `state.pt` (optimizer,
+random states, history) and `manifest.json` (step, sizes and SHA-256 of both files, aliases of tied tensors, the run's
+fingerprint). It is written under a temporary name, flushed to disk and renamed; whatever carries the final name was
+written to its end.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from torch.optim import Optimizer
 
 from ..errors import MissingPackageError, MoefxError
 from .rng import get_rng_state, set_rng_state
+from .state import collect, kind_of
 
 FORMAT = 1
 MODEL, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
+_PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes))  # exactly: numpy's float64 is a float, too
 _NAME = re.compile(r"step-(\d{8,})(\.old)?")
 
 
@@ -63,13 +66,16 @@ def save(
         The directory of the checkpoint. Tensors that share all their memory (tied weights) are stored once.
 
     Raises:
-        CheckpointError: the disk refused; older checkpoints are untouched.
+        CheckpointError: the disk refused, or the state holds objects that could not be read back; older checkpoints are
+            untouched.
         MissingPackageError: safetensors is not installed.
     """
     final = directory / f"step-{step:08d}"
     temporary = directory / f".tmp-{final.name}-{os.getpid()}"
-    tensors, aliases, extra = _collect(model)
+    tensors, aliases, extra = collect(model)
     state = {"optimizer": optimizer.state_dict(), "rng": get_rng_state(), "history": dict(history), "extra": extra}
+    for part in ("optimizer", "history", "extra"):
+        _require_plain(state[part], part)
     try:
         for left in directory.glob(".tmp-step-*"):  # of a process that was killed while it wrote
             shutil.rmtree(left, ignore_errors=True)
@@ -81,7 +87,7 @@ def save(
             "step": step,
             "fingerprint": dict(fingerprint),
             "files": {name: _digest(temporary / name) for name in (MODEL, STATE)},
-            "tensors": {name: _kind(t) for name, t in tensors.items()},
+            "tensors": {name: kind_of(t) for name, t in tensors.items()},
             "aliases": aliases,
         }
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -132,7 +138,8 @@ def latest(directory: Path) -> Path:
 def load(path: Path, *, model: nn.Module, optimizer: Optimizer, fingerprint: Mapping[str, Any]) -> Restored:
     """Restore weights, optimizer and the random states of the process from one checkpoint directory.
 
-    Everything is read and compared before the first tensor is written: after an error, model and optimizer are as they were.
+    Everything is read and compared before the first tensor is written: after an error, model and optimizer are as they
+    were.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the checkpoint belongs to another model or configuration.
@@ -141,7 +148,7 @@ def load(path: Path, *, model: nn.Module, optimizer: Optimizer, fingerprint: Map
     manifest = _read_manifest(path)
     _verify_files(path, manifest)
     _compare(path, manifest["fingerprint"], fingerprint)
-    present, present_aliases, _ = _collect(model)
+    present, present_aliases, present_extra = collect(model)
     _compare_tensors(path, manifest, present, present_aliases)
     try:
         state = torch.load(path / STATE, map_location="cpu", weights_only=True)
@@ -152,6 +159,9 @@ def load(path: Path, *, model: nn.Module, optimizer: Optimizer, fingerprint: Map
         Exception
     ) as error:  # both readers raise many kinds; the hashes matched, so the file was written in another way
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
+    if set(state["extra"]) != set(present_extra):
+        why = f"extra state of {sorted(state['extra'])} was stored, the model has {sorted(present_extra)}"
+        raise CheckpointError("the checkpoint belongs to another model", where=str(path), why=why, todo=_OTHER_MODEL)
     full = {**tensors, **{alias: tensors[name] for alias, name in manifest["aliases"].items()}, **state["extra"]}
     try:
         # The optimizer goes first: it checks its groups before it changes anything.
@@ -165,40 +175,25 @@ def load(path: Path, *, model: nn.Module, optimizer: Optimizer, fingerprint: Map
     return Restored(step=int(manifest["step"]), history=dict(state["history"]))
 
 
+_OTHER_MODEL = "build the model that wrote it, or start a new run in another directory"
 _OTHER_RUN = "resume with the settings of the run that wrote it, or start a new run in another directory"
 
 
-def _collect(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any]]:
-    """Tensors to store (own memory, contiguous, on the CPU), aliases {name: stored name}, and state that is no tensor."""
-    tensors: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    extra: dict[str, Any] = {}
-    owners: dict[tuple[Any, ...], str] = {}
-    for name, value in model.state_dict().items():
-        if not isinstance(value, Tensor):
-            extra[name] = value
-            continue
-        memory = (
-            value.device,
-            value.untyped_storage().data_ptr(),
-            value.storage_offset(),
-            value.shape,
-            value.stride(),
-            value.dtype,
+def _require_plain(value: Any, place: str) -> None:
+    """Refuse at once what `torch.load(weights_only=True)` would refuse when the checkpoint is needed."""
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            _require_plain(entry, f"{place}[{key!r}]")
+    elif isinstance(value, (list, tuple)):
+        for index, entry in enumerate(value):
+            _require_plain(entry, f"{place}[{index}]")
+    elif not (value is None or isinstance(value, Tensor) or type(value) in _PLAIN):
+        raise CheckpointError(
+            "the state of the run cannot be saved",
+            where=place,
+            why=f"it holds a {type(value).__name__}; only tensors, numbers, strings and containers of them are stored",
+            todo="keep other objects out of state_dict and out of the optimizer's param_groups",
         )
-        owner = owners.setdefault(memory, name) if value.numel() else name
-        if owner != name:
-            aliases[name] = owner
-            continue
-        stored = value.detach().cpu().contiguous()
-        # Views into a larger tensor (fused weights split by name): safetensors wants memory that belongs to one name.
-        shares = stored.untyped_storage().nbytes() != stored.numel() * stored.element_size()
-        tensors[name] = stored.clone() if shares else stored
-    return tensors, aliases, extra
-
-
-def _kind(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -257,16 +252,14 @@ def _compare_tensors(
     path: Path, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], aliases: Mapping[str, str]
 ) -> None:
     stored = {**manifest["tensors"], **{a: manifest["tensors"].get(n) for a, n in manifest["aliases"].items()}}
-    present = {n: _kind(t) for n, t in tensors.items()}
+    present = {n: kind_of(t) for n, t in tensors.items()}
     present.update({a: present[n] for a, n in aliases.items()})
     differing = [n for n in (*present, *(n for n in stored if n not in present)) if stored.get(n) != present.get(n)]
     if differing:
         shown = [f"{n}: stored {stored.get(n, 'nothing')}, model {present.get(n, 'nothing')}" for n in differing[:3]]
         more = f", and {len(differing) - 3} more" if len(differing) > 3 else ""
         why = "; ".join(shown) + more
-        raise CheckpointError(
-            "the checkpoint belongs to another model", where=str(path), why=why, todo="build the model that wrote it"
-        )
+        raise CheckpointError("the checkpoint belongs to another model", where=str(path), why=why, todo=_OTHER_MODEL)
     if manifest["aliases"] != dict(aliases):
         # Loading untied weights into tied ones would keep whichever came last.
         why = f"tied when stored: {manifest['aliases'] or 'nothing'}; tied now: {dict(aliases) or 'nothing'}"
@@ -274,7 +267,7 @@ def _compare_tensors(
             "the checkpoint ties other weights than the model",
             where=str(path),
             why=why,
-            todo="build the model that wrote it",
+            todo=_OTHER_MODEL,
         )
 
 

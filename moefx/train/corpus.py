@@ -1,7 +1,8 @@
 """The default corpus: text that every Python installation carries, so that training needs no download.
 
-Two sources: the language reference and library topics behind `help("topic")` (the `pydoc_data` package), and the sources of the
-standard library. Both differ a little between Python versions, hence so does the corpus; on one installation it is always the same.
+Two sources: the language reference and library topics behind `help("topic")` (the `pydoc_data` package), and the
+sources of the standard library. Both differ a little between Python versions, hence so does the corpus; on one
+installation it is always the same.
 """
 
 from __future__ import annotations
@@ -16,10 +17,26 @@ from ..errors import InputError
 LIMIT = 8_000_000  # bytes; 200 default steps see 0.2 MB of it, and hashing it all takes milliseconds
 HELD_OUT = 20  # one document in this many, on average
 
-# Left out: what is installed (not part of Python), tests, what many distributions package separately, and tables rather than text.
+# Left out: what is installed (not part of Python), tests, what many distributions package separately, and tables rather
+# than text.
 SKIPPED_DIRECTORIES = frozenset(
-    "site-packages dist-packages test tests idle_test __pycache__ lib2to3 idlelib tkinter turtledemo ensurepip distutils encodings"
-    " pydoc_data __phello__".split()
+    [
+        "site-packages",
+        "dist-packages",
+        "test",
+        "tests",
+        "idle_test",
+        "__pycache__",
+        "lib2to3",
+        "idlelib",
+        "tkinter",
+        "turtledemo",
+        "ensurepip",
+        "distutils",
+        "encodings",
+        "pydoc_data",
+        "__phello__",
+    ]
 )
 # Written for one machine, or dropped into the library by a distribution.
 SKIPPED_PREFIXES = ("_sysconfigdata", "sitecustomize", "usercustomize")
@@ -28,8 +45,8 @@ SKIPPED_PREFIXES = ("_sysconfigdata", "sitecustomize", "usercustomize")
 def embedded_corpus(limit: int = LIMIT) -> list[tuple[str, bytes]]:
     """Documents (name, UTF-8 text) in a fixed order, at most `limit` bytes in all.
 
-    Names are "topic/..." for documentation and "lib/..." for sources (with "/" on every system), sorted. Where there is more than
-    `limit`, documents are chosen by a hash of their names, so that no part of the alphabet is favoured.
+    Names are "topic/..." for documentation and "lib/..." for sources (with "/" on every system), sorted. Where there is
+    more than `limit`, documents are chosen by a hash of their names, so that no part of the alphabet is favoured.
 
     Raises:
         InputError: this Python carries neither (a stripped installation).
@@ -52,7 +69,7 @@ def embedded_corpus(limit: int = LIMIT) -> list[tuple[str, bytes]]:
 
 
 def is_held_out(name: str) -> bool:
-    """Whether a document belongs to the validation split; depends on its name alone, so other documents cannot move it."""
+    """Whether a document belongs to the validation split. Its name alone decides: other documents cannot move it."""
     # Other bytes of the hash than those that choose documents under the limit: the two choices must be independent.
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[8:16], "big") % HELD_OUT == 0
 

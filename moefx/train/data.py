@@ -1,6 +1,7 @@
-"""Token data for training: text that every Python installation carries, the user's text files, or a memory-mapped token file.
+"""Token data for training: the embedded corpus, the user's text files, or a memory-mapped token file.
 
-A batch is a pure function of (data, split, batch, seq, seed, step): a resumed run needs to know the step and nothing else.
+A batch is a pure function of (data, split, batch, seq, seed, step): a resumed run needs to know the step and nothing
+else.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class TokenDataset:
         return self.train if split == "train" else self.val
 
     def batches(self, split: str, batch: int, seq: int, seed: int, start_step: int = 0) -> Iterator[torch.Tensor]:
-        """Endless batches int64 [batch, seq], from `start_step` on; batch number n is the same wherever the iteration started.
+        """Endless batches int64 [batch, seq], from `start_step` on; batch n is the same wherever the iteration started.
 
         Every row is a window at a random place of the split, drawn independently (with replacement).
 
@@ -68,7 +69,7 @@ class TokenDataset:
             step += 1
 
     def check(self, *, seq: int, model_vocab: int | None) -> None:
-        """Raise InputError unless both splits hold a sequence of `seq` tokens and every id is below `model_vocab` (None: unknown)."""
+        """Raise InputError unless both splits hold a sequence and every id is below `model_vocab` (None: unknown)."""
         for split in SPLITS:
             self._require_length(split, seq)
         if model_vocab is not None and self.vocab_size > model_vocab:
@@ -78,7 +79,7 @@ class TokenDataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex digest that differs when the data differs: of all tokens, or of length, head and tail where there are very many."""
+        """Hex digest of all tokens; where there are very many, of length, head and tail."""
         digest = hashlib.sha256()
         for tokens in (self.train, self.val):
             digest.update(f"{tokens.dtype.str} {len(tokens)} ".encode())
@@ -131,7 +132,7 @@ def open_dataset(paths: Sequence[str | Path] = ()) -> TokenDataset:
 
 
 def embedded_dataset() -> TokenDataset:
-    """Byte tokens of `embedded_corpus`; about 1/20 of the documents are held out, chosen by a hash of the document's name."""
+    """Byte tokens of `embedded_corpus`; about 1/20 of the documents are held out, by a hash of their names."""
     documents = embedded_corpus()
     train = [text for name, text in documents if not is_held_out(name)]
     val = [text for name, text in documents if is_held_out(name)]
@@ -154,8 +155,9 @@ def text_dataset(files: Sequence[Path]) -> TokenDataset:
 def token_file_dataset(file: Path) -> TokenDataset:
     """A memory-mapped file of little-endian token ids, with a sidecar of the same name ending in `.json`.
 
-    The sidecar is `{"dtype": "uint16" | "uint32", "vocab_size": int}`. The last 1/20 of the file is the validation split. Ids are
-    compared with `vocab_size` when the file is opened (up to 2^27 tokens; in a longer one, as they are drawn).
+    The sidecar is `{"dtype": "uint16" | "uint32", "vocab_size": int}`. The last 1/20 of the file is the validation
+    split. Ids are compared with `vocab_size` when the file is opened (up to 2^27 tokens; in a longer one, as they are
+    drawn).
     """
     dtype, vocab = _sidecar(file)
     size = _size(file)
@@ -186,9 +188,9 @@ def unigram_nats(train: Tokens, val: Tokens, vocab_size: int = BYTES) -> float:
 
 
 def _draw(seed: int, stream: int, step: int, count: int, below: int) -> npt.NDArray[np.int64]:
-    # Philox's raw words are fixed by its definition; numpy may change how Generator.integers maps them from one release to the next.
-    # The step goes into the highest counter word: in a lower one, neighbouring steps would share words. The bias of the remainder
-    # is below/2^64.
+    # Philox's raw words are fixed by its definition; numpy may change how Generator.integers maps them from one release
+    # to the next. The step goes into the highest counter word: in a lower one, neighbouring steps would share words.
+    # The bias of the remainder is below/2^64.
     words = np.random.Philox(key=[seed, stream], counter=[0, 0, 0, step]).random_raw(count)
     return (np.asarray(words, dtype=np.uint64) % np.uint64(below)).astype(np.int64)
 

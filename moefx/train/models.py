@@ -1,4 +1,4 @@
-"""The models that `moefx train` can build: a small default, any transformers configuration, or the user's own factory."""
+"""The models that `moefx train` can build: a small default, a transformers configuration, or the user's own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,10 @@ from .data import BYTES
 
 
 def default_config(vocab_size: int = BYTES) -> Any:
-    """A transformers Qwen3MoeConfig of 1.8 M parameters (vocabulary 256): 4 layers, each with 8 experts of which 2 are active.
+    """A transformers Qwen3MoeConfig of 1.8 M parameters (vocabulary 256): 4 layers, 8 experts, 2 of them active.
 
-    `norm_topk_prob` stays at the class's default False. With True, a token whose router probabilities nearly tie swaps half of its
-    expert output on a rounding error, and two correct implementations drift apart 100 times faster.
+    `norm_topk_prob` stays at the class's default False. With True, a token whose router probabilities nearly tie swaps
+    half of its expert output on a rounding error, and two correct implementations drift apart 100 times faster.
     """
     return _transformers().Qwen3MoeConfig(
         vocab_size=vocab_size,
@@ -52,11 +52,11 @@ def default_model(seed: int = 0, vocab_size: int = BYTES) -> nn.Module:
 
 
 def load_model(spec: str, seed: int = 0, vocab_size: int = BYTES) -> nn.Module:
-    """Build the model that `--model` names, with random weights, in train mode. The global random state is left as it was.
+    """Build the model that `--model` names, with random weights, in train mode. Leaves the global random state alone.
 
     Args:
-        spec: "default"; a transformers configuration (a JSON file, or a directory with a config.json); or "module:factory", a
-            callable without arguments that returns an nn.Module.
+        spec: "default"; a transformers configuration (a JSON file, or a directory with a config.json); or
+            "module:factory", a callable without arguments that returns an nn.Module.
         seed: of the weights.
         vocab_size: of the data; the default model takes it over, other models have their own.
 
@@ -206,4 +206,5 @@ def _importable(directory: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        sys.path.remove(os.fspath(directory))
+        with suppress(ValueError):  # the imported module may have changed the path itself
+            sys.path.remove(os.fspath(directory))

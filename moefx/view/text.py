@@ -1,4 +1,6 @@
-"""Graphs as text: one line per node with shape, dtype, module path, source line and the pass that made it; and their difference."""
+"""Graphs as text: one line per node with shape, dtype, module path, source line and the pass that made it; and their
+difference.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,255 @@
+"""The training loop: AdamW, warm-up and cosine, clipping, validation, metrics, checkpoints and exact resume.
+
+On a CPU, a run that was stopped anywhere and resumed gives bit for bit the losses and weights of one that was not: a
+batch depends on the step alone, and weights, optimizer and random states are restored.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import nn
+from torch.optim import Optimizer
+
+from ..errors import MoefxError
+from . import checkpoint
+from .config import TrainConfig, learning_rate
+from .data import TokenDataset
+from .interrupt import StopRequest, TrainingInterrupted
+from .metrics import FILE, Metrics
+from .parts import adamw, autocast, cpu_threads, device_of, evaluate, loss_of
+from .progress import Display
+
+CHECKPOINTS = "checkpoints"
+_BOARD = "tensorboard"
+
+
+class DivergedError(MoefxError):
+    """Loss or gradient became infinite or NaN."""
+
+
+@dataclass
+class TrainResult:
+    """What a run gave, sessions before a resume included.
+
+    Attributes:
+        losses: training loss of every step, in nats per token, as the model returns it (auxiliary losses included).
+        val: (completed steps, validation loss).
+        seconds: wall-clock time inside training steps.
+        tokens_per_s: over all steps but each session's first, which may compile; 0.0 when there is no other.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    val: list[tuple[int, float]] = field(default_factory=list)
+    tokens_per_s: float = 0.0
+    seconds: float = 0.0
+
+
+OnStep = Callable[[int, float], object]
+MakeOptimizer = Callable[[nn.Module, TrainConfig], Optimizer]
+
+
+def train(
+    model: nn.Module,
+    data: TokenDataset,
+    cfg: TrainConfig,
+    *,
+    on_step: OnStep | None = None,
+    resume: bool = False,
+    label: str = "train",
+    stop_after: int | None = None,
+    make_optimizer: MakeOptimizer | None = None,
+    console: Console | None = None,
+) -> TrainResult:
+    """Train `model` in place on the device where it is.
+
+    Args:
+        model: called as model(input_ids=ids, labels=ids) with int64 [batch, seq]; returns an object whose `.loss` is a
+            scalar (the transformers convention: the model shifts the labels itself).
+        on_step: called after every step with (completed steps, loss); a KeyboardInterrupt from it stops the run like
+            Ctrl-C.
+        resume: continue from the newest checkpoint below `cfg.out`. When False, results of an earlier run found there
+            are moved into `previous-N` beside them.
+        stop_after: end after so many steps, although the learning rate is planned for `cfg.steps`.
+        make_optimizer: from (model, cfg); the learning rate of its groups is set before every step. Default: `adamw`.
+
+    Raises:
+        InputError: the data does not fit, or the model returns no loss.
+        CheckpointError: nothing to resume from, or it is damaged or of another run.
+        DivergedError: loss or gradient is not finite.
+        TrainingInterrupted: after SIGINT or SIGTERM; a checkpoint was saved (exit code 130).
+    """
+    console = console or Console()
+    data.check(seq=cfg.seq, model_vocab=None)
+    run = _Run(model, data, cfg, (make_optimizer or adamw)(model, cfg))
+    with ExitStack() as stack:
+        stack.enter_context(cpu_threads(cfg.threads))
+        torch.manual_seed(cfg.seed)
+        if resume:
+            run.restore()
+        elif moved := set_aside(cfg.out):
+            console.print(
+                f"results of an earlier run were moved to {moved}", markup=False, highlight=False, soft_wrap=True
+            )
+        end = min(cfg.steps, cfg.steps if stop_after is None else stop_after)
+        metrics = Metrics(cfg.out, run.step, console)
+        stack.callback(metrics.close)
+        display = stack.enter_context(Display(console, label, end, run.step))
+        if resume:
+            display.say(f"{label}: resumed at step {run.step}/{end}")
+        stop = stack.enter_context(StopRequest())
+        model.train()
+        run.optimizer.zero_grad(set_to_none=True)
+        try:
+            _loop(run, end, metrics, display, stop, on_step)
+        except KeyboardInterrupt:  # a second Ctrl-C, in the middle of a step: what is in memory is not consistent
+            saved = checkpoint.checkpoints(run.directory)
+            raise _interrupted(run, display, saved[-1] if saved else None) from None
+    return run.result()
+
+
+def _loop(run: _Run, end: int, metrics: Metrics, display: Display, stop: StopRequest, on_step: OnStep | None) -> None:
+    cfg = run.cfg
+    batches = run.data.batches("train", cfg.batch * cfg.grad_accum, cfg.seq, cfg.seed, run.step)
+    saved = None
+    while run.step < end:
+        loss, norm, speed = run.train_step(next(batches))
+        last = run.step == end
+        metrics.write(
+            "train", run.step, loss=loss, lr=learning_rate(cfg, run.step - 1), grad_norm=norm, tokens_per_s=speed
+        )
+        display.step(run.step, loss, speed)
+        if cfg.eval_batches and (last or (cfg.eval_every and run.step % cfg.eval_every == 0)):
+            val = run.validate()
+            metrics.write("val", run.step, loss=val)
+            display.say(f"{display.label}: step {run.step}/{end}  validation loss {val:.4f}")
+        if on_step is not None:
+            try:
+                on_step(run.step, loss)
+            except KeyboardInterrupt:
+                stop.requested = True
+        if last or stop.requested or (cfg.checkpoint_every and run.step % cfg.checkpoint_every == 0):
+            saved = run.save()
+        if stop.requested:  # after the last step too: what comes after this run must not start
+            raise _interrupted(run, display, saved)
+
+
+def _interrupted(run: _Run, display: Display, saved: Path | None) -> TrainingInterrupted:
+    stopped = TrainingInterrupted(run.step, saved)
+    display.say(f"{display.label}: {stopped}")
+    return stopped
+
+
+def set_aside(out: Path) -> Path | None:
+    """Move what a run wrote into `out` to `out/previous-N`; other files stay. None when there is nothing."""
+    found = [out / name for name in (CHECKPOINTS, FILE, _BOARD) if (out / name).exists()]
+    if not found:
+        return None
+    number = 1
+    while (target := out / f"previous-{number}").exists():
+        number += 1
+    target.mkdir()
+    for path in found:
+        shutil.move(path, target / path.name)
+    return target
+
+
+class _Run:
+    """State of a run between steps: all that a checkpoint must hold."""
+
+    def __init__(self, model: nn.Module, data: TokenDataset, cfg: TrainConfig, optimizer: Optimizer) -> None:
+        self.model, self.data, self.cfg, self.optimizer = model, data, cfg, optimizer
+        self.directory = cfg.out / CHECKPOINTS
+        self.losses: list[float] = []
+        self.val: list[tuple[int, float]] = []
+        self.seconds = 0.0
+        self.timed_seconds, self.timed_steps = 0.0, 0
+        self._fresh = True
+        kind = type(optimizer)
+        self.fingerprint = {
+            **cfg.identity(),
+            "data": data.fingerprint,
+            "optimizer": f"{kind.__module__}.{kind.__qualname__}",
+        }
+
+    @property
+    def step(self) -> int:
+        return len(self.losses)
+
+    def train_step(self, ids: torch.Tensor) -> tuple[float, float, float]:
+        """One optimizer step on int64 [batch * grad_accum, seq]; returns loss, unclipped gradient norm, tokens/s."""
+        began = time.perf_counter()
+        cfg, step = self.cfg, self.step
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(cfg, step)
+        total = torch.zeros(())
+        for micro in ids.to(device_of(self.model)).split(cfg.batch):
+            with autocast(self.model, cfg):
+                loss = loss_of(self.model, micro) / cfg.grad_accum
+            loss.backward()
+            total = total + loss.detach().float().cpu()
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, cfg.clip or math.inf))
+        value = float(total)
+        if not (math.isfinite(value) and math.isfinite(norm)):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise self._diverged(value, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.losses.append(value)
+        seconds = time.perf_counter() - began
+        self.seconds += seconds
+        if not self._fresh:
+            self.timed_seconds, self.timed_steps = self.timed_seconds + seconds, self.timed_steps + 1
+        self._fresh = False
+        return value, norm, cfg.tokens_per_step / seconds
+
+    def validate(self) -> float:
+        """Validate and remember the loss."""
+        loss = evaluate(self.model, self.data, self.cfg)
+        self.val.append((self.step, loss))
+        return loss
+
+    def save(self) -> Path:
+        history = {
+            "losses": torch.tensor(self.losses, dtype=torch.float64),
+            "val": [list(v) for v in self.val],
+            "times": [self.seconds, self.timed_seconds, self.timed_steps],
+        }
+        return checkpoint.save(
+            self.directory,
+            step=self.step,
+            model=self.model,
+            optimizer=self.optimizer,
+            fingerprint=self.fingerprint,
+            history=history,
+            keep=self.cfg.keep,
+        )
+
+    def restore(self) -> None:
+        path = checkpoint.latest(self.directory)
+        found = checkpoint.load(path, model=self.model, optimizer=self.optimizer, fingerprint=self.fingerprint)
+        self.losses = found.history["losses"].tolist()
+        self.val = [(int(step), float(loss)) for step, loss in found.history["val"]]
+        self.seconds, self.timed_seconds, self.timed_steps = found.history["times"]
+
+    def result(self) -> TrainResult:
+        speed = self.timed_steps * self.cfg.tokens_per_step / self.timed_seconds if self.timed_seconds else 0.0
+        return TrainResult(list(self.losses), list(self.val), speed, self.seconds)
+
+    def _diverged(self, loss: float, norm: float) -> DivergedError:
+        saved = checkpoint.checkpoints(self.directory)
+        why = f"loss {loss}, gradient norm {norm}, learning rate {learning_rate(self.cfg, self.step):.3g}"
+        kept = f"; the weights before it are in {saved[-1]}" if saved else ""
+        todo = f"lower lr, or raise warmup{kept}"
+        return DivergedError(
+            "the training diverged", where=f"step {self.step + 1} of {self.cfg.steps}", why=why, todo=todo
+        )

@@ -1,0 +1,79 @@
+"""Where a run writes its figures: `metrics.jsonl`, and TensorBoard when it is installed."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+FILE = "metrics.jsonl"
+_told = False
+
+
+class Metrics:
+    """Appends one JSON object per line: {"kind": "train" | "val", "step": completed steps, "loss": nats, ...}.
+
+    Args:
+        directory: of the run; created when missing.
+        step: completed steps; what an earlier session wrote beyond them is removed, since it will be computed again.
+    """
+
+    def __init__(self, directory: Path, step: int, console: Console) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / FILE
+        if path.exists():
+            _truncate(path, step)
+        known = sum(r["kind"] == "train" for r in read_metrics(directory)) if path.exists() else 0
+        if known < step:
+            console.print(f"{path} lacks {step - known} of the {step} steps before the resumed one", soft_wrap=True)
+        self._file = path.open("a", encoding="utf-8")
+        self._board = _tensorboard(directory / "tensorboard", step, console)
+
+    def write(self, kind: str, step: int, **values: float) -> None:
+        """Append one record. Every record is flushed: a run that is killed leaves its figures behind."""
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        """Close the file and flush TensorBoard."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """The records of a run, oldest first; an incomplete last line (of a killed process) is left out."""
+    records = []
+    for line in (directory / FILE).read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def _truncate(path: Path, step: int) -> None:
+    kept = [json.dumps(r) + "\n" for r in read_metrics(path.parent) if r["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _tensorboard(directory: Path, step: int, console: Console) -> Any:
+    try:
+        module = importlib.import_module("torch.utils.tensorboard")
+    except ImportError:
+        global _told
+        if not _told:
+            _told = True
+            console.print("TensorBoard is not installed (pip install 'moefx[train]'); metrics go to metrics.jsonl only")
+        return None
+    # Records of an earlier session beyond the resumed step would otherwise be shown as a second curve.
+    return module.SummaryWriter(str(directory), purge_step=step + 1 if step else None)

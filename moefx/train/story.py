@@ -1,0 +1,225 @@
+"""What `moefx train` does: train the optimized model, then the original on the same data, and compare."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from ..errors import InputError
+from .checkpoint import checkpoints
+from .config import TrainConfig
+from .data import TokenDataset, open_dataset, unigram_nats
+from .loop import CHECKPOINTS, TrainResult, set_aside, train
+from .models import load_model, vocab_size_of
+from .parts import autocast, device_of, val_batches
+
+OPTIMIZED, ORIGINAL = "optimized", "original"
+REPORT = "report.json"
+
+Optimize = Callable[..., Any]
+
+
+def run_training(
+    *,
+    model: str | nn.Module = "default",
+    data: Sequence[str | Path] | TokenDataset = (),
+    cfg: TrainConfig | None = None,
+    recipe: Any = "bf16",
+    compare: str | int = "all",
+    resume: bool = False,
+    optimize: Optimize | None = None,
+    options: Mapping[str, Any] | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Train an optimized model and its original alike, from the same weights; print a table, write report.json.
+
+    Args:
+        model: as `load_model` takes it, or a module (which is left unchanged; its copies are trained).
+        data: as `open_dataset` takes it, or a dataset.
+        cfg: `cfg.out` receives `optimized/`, `original/` (checkpoints and metrics of each) and `report.json`.
+        recipe, options: passed to `optimize`.
+        compare: "all" trains the original for as many steps, a number for so many, "none" not at all.
+        resume: continue a run that was interrupted, wherever it was. Otherwise earlier results are moved to
+            `previous-N`.
+        optimize: in place of `moefx.optimize`.
+
+    Returns:
+        The content of report.json: {"train": see `summarize`, "report": the compiler's `report.to_dict()`}.
+
+    Raises:
+        MoefxError: whatever is wrong with the model, the data, a checkpoint or the compilation.
+        TrainingInterrupted: after SIGINT or SIGTERM, with everything saved that resuming needs.
+    """
+    cfg, console = cfg or TrainConfig(), console or Console()
+    steps = compared_steps(compare, cfg.steps)
+    tokens = data if isinstance(data, TokenDataset) else open_dataset(data)
+    original = load_model(model, cfg.seed, tokens.vocab_size) if isinstance(model, str) else copy.deepcopy(model)
+    original.train()
+    tokens.check(seq=cfg.seq, model_vocab=vocab_size_of(original))
+    outs = {name: replace(cfg, out=cfg.out / name) for name in (OPTIMIZED, ORIGINAL)}
+    if not resume:  # both now: else a later resume would take a finished run of another model for this one's
+        for sub in outs.values():
+            set_aside(sub.out)
+
+    # fp32 weights are copied before either is trained, hence both start from the same bits.
+    optimized = _optimized(copy.deepcopy(original), tokens, cfg, optimize, {"recipe": recipe, **(options or {})})
+    result = train(optimized, tokens, outs[OPTIMIZED], resume=resume, label=OPTIMIZED, console=console)
+    reference = None
+    if steps:
+        begun = resume and bool(checkpoints(outs[ORIGINAL].out / CHECKPOINTS))
+        reference = train(
+            original, tokens, outs[ORIGINAL], resume=begun, label=ORIGINAL, stop_after=steps, console=console
+        )
+    content = {
+        "train": summarize(result, reference, cfg, tokens, baseline(tokens, cfg)),
+        "report": optimized.report.to_dict(),
+    }
+    write_json(cfg.out / REPORT, content)
+    console.print(table(content))
+    console.print(f"written to {cfg.out / REPORT}", markup=False, highlight=False, soft_wrap=True)
+    return content
+
+
+def compared_steps(compare: str | int, steps: int) -> int:
+    """How many steps the original is trained: "all", "none" or a number (also as text), at most `steps`."""
+    if compare in ("all", "none"):
+        return steps if compare == "all" else 0
+    try:
+        count = int(compare)
+    except ValueError:
+        count = -1
+    if count < 0:
+        raise InputError(f"compare={compare!r} is not understood", todo="choose 'all', 'none' or a number of steps")
+    return min(count, steps)
+
+
+def baseline(data: TokenDataset, cfg: TrainConfig) -> float | None:
+    """Unigram cross entropy, in nats per token, of exactly the tokens that validation predicts; None without validation."""
+    windows = val_batches(data, cfg)
+    if not windows:
+        return None
+    # The first token of a window is context only.
+    return unigram_nats(data.train, np.concatenate([w[:, 1:].numpy() for w in windows]), data.vocab_size)
+
+
+def summarize(
+    optimized: TrainResult,
+    original: TrainResult | None,
+    cfg: TrainConfig,
+    data: TokenDataset,
+    unigram: float | None,
+) -> dict[str, Any]:
+    """The figures of a comparison, as JSON values.
+
+    Returns:
+        `optimized` and `original` (None when it was not trained): {final_loss, val_loss, val, losses, tokens_per_s,
+        seconds}; `max_difference`: {loss, step, steps}: the largest |difference| of the training losses, the step (from
+        1) where it is, and the number of steps compared (None when nothing was); `unigram_nats`; `config`; `data`.
+    """
+    return {
+        OPTIMIZED: _figures(optimized),
+        ORIGINAL: None if original is None else _figures(original),
+        "max_difference": None if original is None else max_difference(optimized.losses, original.losses),
+        "unigram_nats": unigram,
+        "config": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(cfg).items()},
+        "data": data.describe(),
+    }
+
+
+def max_difference(a: Sequence[float], b: Sequence[float]) -> dict[str, Any] | None:
+    """Where two loss curves differ most, over their common steps: {loss, step (from 1), steps}; None without any."""
+    gaps = [abs(x - y) for x, y in zip(a, b, strict=False)]
+    if not gaps:
+        return None
+    worst = max(range(len(gaps)), key=gaps.__getitem__)
+    return {"loss": gaps[worst], "step": worst + 1, "steps": len(gaps)}
+
+
+def table(content: Mapping[str, Any]) -> Table:
+    """The closing table of a run, from the content of report.json."""
+    figures, report = content["train"], content["report"]
+    opt, ref = figures[OPTIMIZED], figures[ORIGINAL] or {}
+    view = Table(title="moefx train")
+    view.add_column("")
+    for heading in (OPTIMIZED, ORIGINAL, "difference"):
+        view.add_column(heading, justify="right")
+
+    # Final losses are comparable only where both runs went equally far.
+    same_length = bool(ref) and len(ref["losses"]) == len(opt["losses"])
+    for title, key in (("final training loss", "final_loss"), ("validation loss", "val_loss")):
+        gap = abs(opt[key] - ref[key]) if same_length and None not in (opt[key], ref[key]) else None
+        view.add_row(title, _text(opt[key], ".4f"), _text(ref.get(key), ".4f"), _text(gap, ".1e"))
+    worst = figures["max_difference"]
+    if worst:
+        title = f"largest loss difference in {worst['steps']} steps"
+        view.add_row(title, "", f"at step {worst['step']}", _text(worst["loss"], ".1e"))
+    view.add_row("unigram baseline of validation", _text(figures["unigram_nats"], ".4f"))
+    ratio = opt["tokens_per_s"] / ref["tokens_per_s"] if ref.get("tokens_per_s") else None
+    view.add_row(
+        "tokens/s", _text(opt["tokens_per_s"], ",.0f"), _text(ref.get("tokens_per_s"), ",.0f"), _text(ratio, ".2f", "x")
+    )
+    casts = report.get("casts") or {}
+    if "before" in casts:
+        view.add_row("precision casts per step", str(casts.get("after")), str(casts["before"]))
+    stages = report.get("stages") or {}
+    if stages:
+        view.add_section()
+        view.add_row("[bold]compiler stage", "[bold]graph nodes", "[bold]seconds")
+        for name, stage in stages.items():
+            view.add_row(name, str(stage["nodes"] or ""), _text(stage["seconds"], ".2f"))
+        view.add_row("all stages", "", _text(math.fsum(s["seconds"] for s in stages.values()), ".2f"))
+    return view
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON so that the file is either the old or the new one, never a part. Raises InputError when it cannot."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise InputError(
+            "the report could not be written", where=str(path), why=why, todo="choose another output directory"
+        ) from error
+
+
+def _optimized(
+    model: nn.Module, data: TokenDataset, cfg: TrainConfig, optimize: Optimize | None, options: dict[str, Any]
+) -> Any:
+    if optimize is None:
+        from ..optimize import optimize as compiler  # not at the top: data and checkpoints work without the compiler
+    else:
+        compiler = optimize
+    ids = next(data.batches("train", cfg.batch, cfg.seq, cfg.seed))
+    ids = ids.to(device_of(model))
+    # In the context that training will run in: what is compiled now is what the first step calls.
+    with autocast(model, cfg):
+        return compiler(model, {"input_ids": ids, "labels": ids}, **options)
+
+
+def _figures(result: TrainResult) -> dict[str, Any]:
+    return {
+        "final_loss": result.losses[-1] if result.losses else None,
+        "val_loss": result.val[-1][1] if result.val else None,
+        "val": [list(pair) for pair in result.val],
+        "losses": result.losses,
+        "tokens_per_s": result.tokens_per_s,
+        "seconds": result.seconds,
+    }
+
+
+def _text(value: float | None, form: str, unit: str = "") -> str:
+    return "" if value is None else format(value, form) + unit

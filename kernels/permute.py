@@ -1,13 +1,16 @@
-"""Row movement with torch's own gathers: the providers of `permute` and `unpermute` on a CPU.
+"""Row movement with torch's own gathers: the providers of `permute`, `unpermute` and `unpermute_backward` on a CPU.
 
 `embedding_bag` is a fused gather-and-sum with optional weights: 1.3 ms against 5.9 ms for index, view and sum at 8192 x 512 in
-fp32 on one thread, and 0.2 against 4.5 ms in bf16. It sums in fp32 for bf16, in a fixed order, without atomics.
+fp32 on one thread, and 0.2 against 4.5 ms in bf16. It sums in fp32 for 16-bit rows, in a fixed order, without atomics. Its adjoint
+for the weights, an inner product per row, makes `unpermute_backward` two passes: 4.1 against 7.0 ms in fp32, 1.4 against 4.1 in bf16.
 """
 
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import embedding_bag
 
+from .plan import plan_cpu
 from .registry import register
 
 Tensor = torch.Tensor
@@ -27,18 +30,49 @@ def permute_cpu(x_TH: Tensor, token_S: Tensor, slot_Tk: Tensor) -> Tensor:
     return x_TH.index_select(0, token_S)
 
 
+@register("plan_permute", "torch", _on_cpu)
+def plan_permute_cpu(x_TH: Tensor, idx_Tk: Tensor, E: int, align: int = 1) -> tuple[Tensor, ...]:
+    """The plan of `idx` and the rows that it puts in order."""
+    token, order, slot, offsets = plan_cpu(idx_Tk, E, align)
+    return permute_cpu(x_TH, token, slot), token, order, slot, offsets
+
+
 @register("unpermute", "torch", _on_cpu)
 def unpermute_cpu(y_SH: Tensor, token_S: Tensor, order_S: Tensor, slot_Tk: Tensor, w_Tk: Tensor | None) -> Tensor:
     """Per token, the (weighted) sum over its k rows, summed in the wider of the two dtypes; slots marked -1 add nothing."""
     if slot_Tk.numel() == 0 or y_SH.shape[0] == 0:
         return y_SH.new_zeros(slot_Tk.shape[0], y_SH.shape[1])
     wide = y_SH.dtype if w_Tk is None else torch.promote_types(y_SH.dtype, w_Tk.dtype)
-    rows, w = y_SH.to(wide), None if w_Tk is None else w_Tk.to(wide)
-    if int(slot_Tk.min()) < 0:
-        # A zero weight does not silence a NaN: dropped slots would read row 0, so a zero row is appended for them to read.
-        rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
-        slot_Tk = torch.where(slot_Tk < 0, rows.shape[0] - 1, slot_Tk)
     # Contiguous: the kernel reads its operands by row pointer.
-    weights = None if w is None else w.contiguous()
-    out = torch.nn.functional.embedding_bag(slot_Tk.contiguous(), rows.contiguous(), per_sample_weights=weights, mode="sum")
-    return out.to(y_SH.dtype)
+    rows, slots, w = y_SH.to(wide).contiguous(), slot_Tk.contiguous(), None if w_Tk is None else w_Tk.to(wide).contiguous()
+    first = None
+    if int(slots.min()) < 0:
+        # Dropped pairs are left out, not weighted by zero: neither a row nor a weight of theirs may be a NaN that spreads.
+        kept = slots >= 0
+        count_T = kept.sum(1)
+        first, slots, w = count_T.cumsum(0) - count_T, slots[kept], None if w is None else w[kept]
+    return embedding_bag(slots, rows, first, mode="sum", per_sample_weights=w).to(y_SH.dtype)
+
+
+@register("unpermute_backward", "torch", _on_cpu)
+def unpermute_backward_cpu(
+    dout_TH: Tensor, y_SH: Tensor, token_S: Tensor, order_S: Tensor, slot_Tk: Tensor, w_Tk: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rows of `dout` times their weights, and per pair the inner product of the token's row of `dout` with its row of `y`."""
+    S, pairs = y_SH.shape[0], slot_Tk.numel()
+    if S == 0 or pairs == 0:
+        return y_SH.new_zeros(y_SH.shape), w_Tk.new_zeros(w_Tk.shape)
+    wide = torch.promote_types(y_SH.dtype, w_Tk.dtype)
+    dout, y, w = dout_TH.to(wide).contiguous(), y_SH.to(wide).contiguous(), w_Tk.to(wide).reshape(-1)
+    padded, every = int(token_S.min()) < 0, torch.arange(S)
+    # Rows without a token take any: nothing reads their inner product, and zero is written over their gradient.
+    tokens, orders = (token_S.clamp_min(0), order_S.clamp_min(0)) if padded else (token_S.contiguous(), order_S)
+    dw_S = torch.ops.aten._embedding_bag_per_sample_weights_backward(dout, y, every, every[:1], tokens, 0)
+    dy = embedding_bag(tokens, dout, every, mode="sum", per_sample_weights=w.index_select(0, orders))
+    slots = slot_Tk.reshape(-1)
+    if padded or int(slots.min()) < 0:
+        dy.masked_fill_((token_S < 0)[:, None], 0)
+        dw = dw_S.index_select(0, slots.clamp_min(0)).masked_fill_(slots < 0, 0)
+    else:
+        dw = dw_S.index_select(0, slots)
+    return dy.to(y_SH.dtype), dw.view(slot_Tk.shape).to(w_Tk.dtype)

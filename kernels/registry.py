@@ -25,10 +25,10 @@ class Provider:
 
 @dataclass
 class OpProviders:
-    """The providers of one op, best first, and how often each was used, keyed by (provider, device type, dtype)."""
+    """The providers of one op, best first, and how often each was used with which device type and dtype of its first tensor."""
 
     providers: list[Provider] = field(default_factory=list)
-    used: dict[tuple[str, str, str], int] = field(default_factory=dict)
+    used: dict[tuple[str, str, torch.dtype], int] = field(default_factory=dict)
 
 
 _TABLE: dict[str, OpProviders] = {}
@@ -50,7 +50,7 @@ def dispatch(op: str, *args: Any) -> Any:
     for provider in entry.providers:
         if provider.supports(*args):
             first = next(a for a in args if isinstance(a, torch.Tensor))
-            key = (provider.name, first.device.type, str(first.dtype).removeprefix("torch."))
+            key = (provider.name, first.device.type, first.dtype)
             entry.used[key] = entry.used.get(key, 0) + 1
             return provider.run(*args)
     raise LookupError(f"no provider of {op} supports these arguments; the reference should have been registered last")
@@ -59,7 +59,9 @@ def dispatch(op: str, *args: Any) -> Any:
 def used() -> dict[str, dict[str, int]]:
     """Calls per op and `provider/device/dtype` since the process started."""
     return {
-        op: {"/".join(key): n for key, n in entry.used.items()} for op, entry in sorted(_TABLE.items()) if entry.used
+        op: {f"{provider}/{device}/{str(dtype).removeprefix('torch.')}": n for (provider, device, dtype), n in entry.used.items()}
+        for op, entry in sorted(_TABLE.items())
+        if entry.used
     }
 
 

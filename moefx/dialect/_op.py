@@ -22,22 +22,32 @@ def define(
     *,
     reference: Fn,
     fake: Fn,
+    check: Fn | None = None,
     backward: Fn | None = None,
     setup: Fn | None = None,
 ) -> Fn:
     """Register `moefx::name`. `reference` is the readable definition and the provider of last resort on any device.
 
-    `setup(ctx, inputs, output)` and `backward(ctx, *grads)` follow `torch.library.register_autograd`; the backward must itself be
+    `check(*args)` looks at shapes and dtypes and raises before a provider or the fake runs. Every output is contiguous, as fakes say
+    it is: a provider that follows the strides of its input would break compiled code. `setup(ctx, inputs, output)` and `backward(ctx, *grads)` follow `torch.library.register_autograd`; the backward must itself be
     made of dialect and ATen ops, so that a joint graph shows it.
     """
     LIB.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     registry.register(name, "reference", lambda *_: True)(reference)
 
     def run(*args: Any) -> Any:
-        return registry.dispatch(name, *args)
+        if check is not None:
+            check(*args)
+        out = registry.dispatch(name, *args)
+        return out.contiguous() if isinstance(out, torch.Tensor) else tuple(t.contiguous() for t in out)
+
+    def checked_fake(*args: Any) -> Any:
+        if check is not None:
+            check(*args)
+        return fake(*args)
 
     LIB.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"moefx::{name}", fake, lib=LIB)
+    torch.library.register_fake(f"moefx::{name}", checked_fake, lib=LIB)
     if backward is not None:
         torch.library.register_autograd(f"moefx::{name}", backward, setup_context=setup, lib=LIB)
     return getattr(torch.ops.moefx, name)

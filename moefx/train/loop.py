@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import statistics
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -44,7 +45,8 @@ class TrainResult:
         losses: training loss of every step, in nats per token, as the model returns it (auxiliary losses included).
         val: (completed steps, validation loss).
         seconds: wall-clock time inside training steps.
-        tokens_per_s: over all steps but each session's first, which may compile; 0.0 when there is no other.
+        tokens_per_s: at the median step, leaving out the first of each session, which may compile; 0.0 when there is no
+            other. The median, because other work on the machine slows single steps many times over.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -171,7 +173,7 @@ class _Run:
         self.losses: list[float] = []
         self.val: list[tuple[int, float]] = []
         self.seconds = 0.0
-        self.timed_seconds, self.timed_steps = 0.0, 0
+        self.step_seconds: list[float] = []
         self._fresh = True
         kind = type(optimizer)
         self.fingerprint = {
@@ -208,7 +210,7 @@ class _Run:
         seconds = time.perf_counter() - began
         self.seconds += seconds
         if not self._fresh:
-            self.timed_seconds, self.timed_steps = self.timed_seconds + seconds, self.timed_steps + 1
+            self.step_seconds.append(seconds)
         self._fresh = False
         return value, norm, cfg.tokens_per_step / seconds
 
@@ -222,7 +224,8 @@ class _Run:
         history = {
             "losses": torch.tensor(self.losses, dtype=torch.float64),
             "val": [list(v) for v in self.val],
-            "times": [self.seconds, self.timed_seconds, self.timed_steps],
+            "seconds": self.seconds,
+            "step_seconds": torch.tensor(self.step_seconds, dtype=torch.float64),
         }
         return checkpoint.save(
             self.directory,
@@ -239,10 +242,10 @@ class _Run:
         found = checkpoint.load(path, model=self.model, optimizer=self.optimizer, fingerprint=self.fingerprint)
         self.losses = found.history["losses"].tolist()
         self.val = [(int(step), float(loss)) for step, loss in found.history["val"]]
-        self.seconds, self.timed_seconds, self.timed_steps = found.history["times"]
+        self.seconds, self.step_seconds = found.history["seconds"], found.history["step_seconds"].tolist()
 
     def result(self) -> TrainResult:
-        speed = self.timed_steps * self.cfg.tokens_per_step / self.timed_seconds if self.timed_seconds else 0.0
+        speed = self.cfg.tokens_per_step / statistics.median(self.step_seconds) if self.step_seconds else 0.0
         return TrainResult(list(self.losses), list(self.val), speed, self.seconds)
 
     def _diverged(self, loss: float, norm: float) -> DivergedError:

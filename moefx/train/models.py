@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -181,10 +182,10 @@ def _from_factory(spec: str, seed: int) -> nn.Module:
             try:
                 model = factory()
             except Exception as error:
-                why = f"{type(error).__name__}: {error}"
-                raise InputError(
-                    "the model's factory failed", where=spec, why=why, todo="it is called without arguments"
-                ) from error
+                last = traceback.extract_tb(error.__traceback__)[-1]
+                where, why = f"{spec} ({last.filename}:{last.lineno})", f"{type(error).__name__}: {error}"
+                todo = "it is called without arguments; correct it, or name another one"
+                raise InputError("the model's factory failed", where=where, why=why, todo=todo) from error
     if not isinstance(model, nn.Module):
         raise InputError(
             "the model's factory returned no nn.Module", where=spec, why=f"it returned a {type(model).__name__}"

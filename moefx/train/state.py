@@ -11,8 +11,8 @@ def collect(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], dict[s
     """What a checkpoint must hold of a model, sorted by how it is stored.
 
     Returns:
-        Tensors (on the CPU, contiguous, each with memory of its own); aliases {name: stored name} of tensors that are one
-        memory (tied weights); state that is no tensor (`get_extra_state`).
+        Tensors (on the CPU, contiguous, each with memory of its own); aliases {name: stored name} of tensors that are
+        one memory (tied weights); state that is no tensor (`get_extra_state`).
     """
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}

@@ -105,7 +105,7 @@ def compared_steps(compare: str | int, steps: int) -> int:
 
 
 def baseline(data: TokenDataset, cfg: TrainConfig) -> float | None:
-    """Unigram cross entropy, in nats per token, of exactly the tokens that validation predicts; None without validation."""
+    """Unigram cross entropy, nats per token, of exactly the tokens that validation predicts; None without any."""
     windows = val_batches(data, cfg)
     if not windows:
         return None

@@ -19,8 +19,9 @@ def _on_cpu(y: Tensor, *_: object) -> bool:
 def grouped_bias_cpu(y_SN: Tensor, bias_EN: Tensor, offsets: Tensor) -> Tensor:
     """Add each expert's bias to its rows; rows behind the last offset stay as they are.
 
-    Many rows per expert: one `add` per expert, a single pass over memory. Few: the call per expert would cost more than the work, so
-    the bias rows are repeated into the output and `y` is added. They cross near 128 rows per expert (512 columns, one thread).
+    Many rows per expert: one `add` per expert, a single pass over memory. Few: the call per expert would cost more than
+    the work, so the bias rows are repeated into the output and `y` is added. They cross near 128 rows per expert (512
+    columns, one thread).
     """
     S, E = y_SN.shape[0], bias_EN.shape[0]
     bias_EN = bias_EN.to(y_SN.dtype)
@@ -41,7 +42,8 @@ def grouped_bias_cpu(y_SN: Tensor, bias_EN: Tensor, offsets: Tensor) -> Tensor:
 def group_sum_cpu(y_SN: Tensor, offsets: Tensor) -> Tensor:
     """Sum of each expert's rows, as one bag of consecutive rows per expert; 16-bit rows are summed in fp32.
 
-    One thread, 8192 x 512, 32 experts, against `index_add_`: 0.5 instead of 0.8 ms in fp32, 0.2 instead of 1.7 ms in bf16.
+    One thread, 8192 x 512, 32 experts, against `index_add_`: 0.5 instead of 0.8 ms in fp32, 0.2 instead of 1.7 ms in
+    bf16.
     """
     end = int(offsets[-1])
     if end == 0:

@@ -1,8 +1,9 @@
 """Row movement with torch's own gathers: the providers of `permute`, `unpermute` and `unpermute_backward` on a CPU.
 
-`embedding_bag` is a fused gather-and-sum with optional weights: 1.3 ms against 5.9 ms for index, view and sum at 8192 x 512 in
-fp32 on one thread, and 0.2 against 4.5 ms in bf16. It sums in fp32 for 16-bit rows, in a fixed order, without atomics. Its adjoint
-for the weights, an inner product per row, makes `unpermute_backward` two passes: 4.1 against 7.0 ms in fp32, 1.4 against 4.1 in bf16.
+`embedding_bag` is a fused gather-and-sum with optional weights: 1.3 ms against 5.9 ms for index, view and sum at
+8192 x 512 in fp32 on one thread, and 0.2 against 4.5 ms in bf16. It sums in fp32 for 16-bit rows, in a fixed order,
+without atomics. With its adjoint for the weights, an inner product per row, `unpermute_backward` is two passes: 4.1
+against 7.0 ms in fp32, 1.4 against 4.1 in bf16.
 """
 
 from __future__ import annotations
@@ -39,15 +40,16 @@ def plan_permute_cpu(x_TH: Tensor, idx_Tk: Tensor, E: int, align: int = 1) -> tu
 
 @register("unpermute", "torch", _on_cpu)
 def unpermute_cpu(y_SH: Tensor, token_S: Tensor, order_S: Tensor, slot_Tk: Tensor, w_Tk: Tensor | None) -> Tensor:
-    """Per token, the (weighted) sum over its k rows, summed in the wider of the two dtypes; slots marked -1 add nothing."""
+    """Per token, the (weighted) sum over its k rows, in the wider of the two dtypes; slots marked -1 add nothing."""
     if slot_Tk.numel() == 0 or y_SH.shape[0] == 0:
         return y_SH.new_zeros(slot_Tk.shape[0], y_SH.shape[1])
     wide = y_SH.dtype if w_Tk is None else torch.promote_types(y_SH.dtype, w_Tk.dtype)
     # Contiguous: the kernel reads its operands by row pointer.
-    rows, slots, w = y_SH.to(wide).contiguous(), slot_Tk.contiguous(), None if w_Tk is None else w_Tk.to(wide).contiguous()
+    rows, slots = y_SH.to(wide).contiguous(), slot_Tk.contiguous()
+    w = None if w_Tk is None else w_Tk.to(wide).contiguous()
     first = None
     if int(slots.min()) < 0:
-        # Dropped pairs are left out, not weighted by zero: neither a row nor a weight of theirs may be a NaN that spreads.
+        # Dropped pairs are left out, not weighted by zero: a NaN in a weight or row of theirs must not spread.
         kept = slots >= 0
         count_T = kept.sum(1)
         first, slots, w = count_T.cumsum(0) - count_T, slots[kept], None if w is None else w[kept]
@@ -58,7 +60,7 @@ def unpermute_cpu(y_SH: Tensor, token_S: Tensor, order_S: Tensor, slot_Tk: Tenso
 def unpermute_backward_cpu(
     dout_TH: Tensor, y_SH: Tensor, token_S: Tensor, order_S: Tensor, slot_Tk: Tensor, w_Tk: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Rows of `dout` times their weights, and per pair the inner product of the token's row of `dout` with its row of `y`."""
+    """Rows of `dout` times their weights, and per pair the inner product of its rows of `dout` and `y`."""
     S, pairs = y_SH.shape[0], slot_Tk.numel()
     if S == 0 or pairs == 0:
         return y_SH.new_zeros(y_SH.shape), w_Tk.new_zeros(w_Tk.shape)

@@ -25,7 +25,7 @@ class Provider:
 
 @dataclass
 class OpProviders:
-    """The providers of one op, best first, and how often each was used with which device type and dtype of its first tensor."""
+    """The providers of one op, best first, and how often each was used, keyed by (provider, device type, dtype)."""
 
     providers: list[Provider] = field(default_factory=list)
     used: dict[tuple[str, str, torch.dtype], int] = field(default_factory=dict)
@@ -59,7 +59,10 @@ def dispatch(op: str, *args: Any) -> Any:
 def used() -> dict[str, dict[str, int]]:
     """Calls per op and `provider/device/dtype` since the process started."""
     return {
-        op: {f"{provider}/{device}/{str(dtype).removeprefix('torch.')}": n for (provider, device, dtype), n in entry.used.items()}
+        op: {
+            f"{provider}/{device}/{str(dtype).removeprefix('torch.')}": n
+            for (provider, device, dtype), n in entry.used.items()
+        }
         for op, entry in sorted(_TABLE.items())
         if entry.used
     }

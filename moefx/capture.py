@@ -11,12 +11,14 @@ import contextlib
 import inspect
 import re
 import traceback
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from . import compat
 from .errors import CaptureError, InputError, nearest
@@ -79,13 +81,39 @@ def check_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return flat
 
 
+def check_dynamic(named: dict[str, Any], dynamic: compat.DynamicDims) -> None:
+    """Raise `InputError` when `dynamic` names an input or axis that the call does not have."""
+    tensors = {k: v for k, v in named.items() if isinstance(v, Tensor)}
+    for name, axes in dynamic.items():
+        if name not in tensors or any(not 0 <= a < tensors[name].dim() for a in axes):
+            raise InputError(
+                f"dynamic names {name!r}, axes {list(axes)}, which the example inputs do not have",
+                todo=f"name tensors and axes of { ({k: tuple(v.shape) for k, v in tensors.items()}) }",
+            )
+
+
+def distinct(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call with every tensor an object of its own.
+
+    Dynamo makes one graph input of a tensor that is passed twice (`labels=input_ids`), and later calls with two
+    different tensors would run on the first alone.
+    """
+    seen = {id(t) for t in (*model.parameters(), *model.buffers())}
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    for i, v in enumerate(leaves):
+        if isinstance(v, Tensor) and id(v) in seen:
+            leaves[i] = v.detach().requires_grad_(v.requires_grad)
+        seen.add(id(v))
+    return pytree.tree_unflatten(leaves, spec)  # type: ignore[no-any-return]
+
+
 def capture(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: compat.DynamicDims | None = None
 ) -> Captured:
     """Capture `model(*args, **kwargs)` in its present mode (train or eval). The model comes back unchanged.
 
     Args:
-        dynamic: input name -> axes whose size stays symbolic.
+        dynamic: input name -> axes whose size stays symbolic; names that this call does not have are passed over.
 
     Raises:
         InputError: the inputs do not fit the model's signature.
@@ -93,17 +121,20 @@ def capture(
     """
     named = check_call(model, args, kwargs)
     tensors = {k: v for k, v in named.items() if isinstance(v, Tensor)}
-    for name, axes in (dynamic or {}).items():
-        if name not in tensors or any(not 0 <= a < tensors[name].dim() for a in axes):
-            raise InputError(
-                f"dynamic names {name!r}, axes {list(axes)}, which the example inputs do not have",
-                todo=f"name tensors and axes of { ({k: tuple(v.shape) for k, v in tensors.items()}) }",
-            )
-    with _no_cache(model), compat.no_fake(), compat.dynamic_dims(tensors, dynamic or {}):
+    axes = {k: [a for a in v if a < tensors[k].dim()] for k, v in (dynamic or {}).items() if k in tensors}
+    with _no_cache(model), _no_hooks(model), compat.no_fake(), compat.dynamic_dims(tensors, axes):
         try:
             gm = compat.capture_forward(model, args, kwargs)
         except compat.CAPTURE_ERRORS as e:
             raise _explained(e, model) from e
+    # Transformers' output recorder is put back by the forward itself; `buffer += 1` rebinds the same tensor.
+    changed = [s for s in gm.meta["side_effects"] if "transformers" not in s and not s.endswith("._buffers")]
+    if changed:
+        warnings.warn(
+            f"{type(model).__qualname__}'s forward changes Python state, which compiled graphs do not repeat: "
+            f"{', '.join(changed)}. Keep what must change at every call in a buffer, or return it.",
+            stacklevel=2,
+        )
     known = {id(t): n for n, t in (*tensors.items(), *model.named_buffers(), *model.named_parameters())}
     placeholders = gm.graph.find_nodes(op="placeholder")
     values = compat.flat_inputs(gm, args, kwargs)
@@ -117,9 +148,15 @@ def warm_up(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     Raises `InputError` when the model itself fails on these inputs.
     """
     check_call(model, args, kwargs)
-    buffers = {id(b): (b, b.detach().clone()) for b in model.buffers()}
+    buffers = [
+        (f"{path}.{name}".lstrip("."), m._buffers, name, b, b.detach().clone())
+        for path, m in model.named_modules()
+        for name, b in m._buffers.items()
+        if b is not None
+    ]
+    rebound = []
     devices = {t.device for t in model.parameters() if t.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
+    with torch.random.fork_rng(devices=list(devices)), torch.no_grad(), _no_hooks(model):
         try:
             model(*args, **kwargs)
         except Exception as e:
@@ -130,8 +167,20 @@ def warm_up(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
                 todo="call model(...) with the same inputs and mend that first",
             ) from e
         finally:
-            for live, kept in buffers.values():
+            for path, registry, name, live, kept in buffers:
+                now = registry.get(name)
                 live.copy_(kept)
+                if now is not live:
+                    registry[name] = live
+                    rebound.append((path, now, kept))
+    changed = [path for path, now, kept in rebound if now is None or now.shape != kept.shape or not (now == kept).all()]
+    if changed:
+        raise CaptureError(
+            f"the forward puts a new tensor in the place of {', '.join(changed)}",
+            where=type(model).__qualname__,
+            why="a graph can update a buffer in place, but not bind its name to another tensor",
+            todo="write the new value into the buffer: self.buffer.copy_(value), or lerp_, add_, ...",
+        )
 
 
 @contextlib.contextmanager
@@ -146,6 +195,17 @@ def _no_cache(model: nn.Module) -> Iterator[None]:
     finally:
         for c in configs.values():
             c.use_cache = True
+
+
+@contextlib.contextmanager
+def _no_hooks(model: nn.Module) -> Iterator[None]:
+    """Take off the model's own hooks, not those of its submodules: `OptimizedModule` runs them around its graphs."""
+    kept = {name: model.__dict__[name] for name in compat.HOOKS}
+    try:
+        model.__dict__.update({name: type(hooks)() for name, hooks in kept.items()})
+        yield
+    finally:
+        model.__dict__.update(kept)
 
 
 def _explained(e: Exception, model: nn.Module) -> CaptureError:

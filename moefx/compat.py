@@ -6,9 +6,12 @@ Nothing else in moefx imports `torch._dynamo`, `torch._functorch`, `torch._induc
 
 from __future__ import annotations
 
+import ast
 import builtins
 import contextlib
 import operator
+import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +31,18 @@ from torch.utils import _pytree as pytree
 
 Tensor = torch.Tensor
 DynamicDims = Mapping[str, Sequence[int]]
+# The hook registries of a module.
+HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
 CAPTURE_ERRORS: tuple[type[Exception], ...] = (TorchDynamoException,)
+_SIDE_EFFECTS = re.compile(r"side effects happened in the model.forward.*?(\[.*\])", re.DOTALL)
 
 
 # --- stage 2: forward capture
@@ -38,12 +52,21 @@ CAPTURE_ERRORS: tuple[type[Exception], ...] = (TorchDynamoException,)
 def capture_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
     """Dynamo's whole-graph capture of `module(*args, **kwargs)`: torch-level nodes, original parameter names.
 
+    `meta["side_effects"]` lists the Python objects that the forward changes; a graph does not repeat that.
     Dynamo's own errors come through (`CAPTURE_ERRORS`); the caller words them for users.
     """
     torch._dynamo.reset()
     # Data-dependent sizes (nonzero, where) become unbacked symbols instead of graph breaks, as in a full-graph compile.
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
-        gm: fx.GraphModule = dynamo_graph_capture_for_export(module)(*args, **kwargs)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            gm: fx.GraphModule = dynamo_graph_capture_for_export(module)(*args, **kwargs)
+    gm.meta["side_effects"] = []
+    for w in caught:
+        if (found := _SIDE_EFFECTS.search(str(w.message))) is not None:
+            gm.meta["side_effects"] += ast.literal_eval(found[1])
+        else:
+            warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
     # torch 2.11 looks the builtins that the captured code names (`type`) up among its globals and does not find them.
     halves: list[Any] = [gm._dynamo_bytecode_flatten, gm._dynamo_bytecode_unflatten]
     for half in halves:
@@ -124,19 +147,34 @@ def export_graph(
         joint = aot_export_joint_with_descriptors(stack, gm, args, kwargs, decompositions=table)
     out = joint.graph_module
     out.graph.set_codegen(fx.graph.CodeGen())
+    placeholders = out.graph.find_nodes(op="placeholder")
+    inputs = [_slot(n.meta["desc"]) for n in placeholders]
     node = out.graph.output_node()
-    node.args = (tuple(pytree.tree_leaves(node.args[0], is_leaf=lambda x: x is None)),)
+    values = pytree.tree_leaves(node.args[0], is_leaf=lambda x: x is None)
+    outputs = [None if d is None else _slot(d) for d in node.meta["desc"]]
+    # Arguments that are no tensors are constants in the graph: their placeholders, and the gradients they would have,
+    # only stand in the way of code generation.
+    primals = sum(s.kind != "tangent" for s in inputs)
+    kept = [i for i, n in enumerate(placeholders) if "val" in n.meta or n.users]
+    dropped = set(range(len(placeholders))) - set(kept)
+    first = len(values) - primals if grad else len(values)
+    keep = [i for i in range(len(values)) if i - first not in dropped]
+    for i in dropped:
+        out.graph.erase_node(placeholders[i])
+    node.args = (tuple(values[i] for i in keep),)
+    node.meta["desc"] = [node.meta["desc"][i] for i in keep]
     out.recompile()
     meta = joint._aot_state.fw_metadata
     odd = {i: o for i, o in enumerate(meta.output_info) if o.output_type.name != "non_alias"}
+    same = {i: o.base_idx for i, o in odd.items() if o.output_type.name == "is_input" and o.base_idx is not None}
     return ExportedGraph(
         out,
-        [_slot(n.meta["desc"]) for n in out.graph.find_nodes(op="placeholder")],
-        [None if d is None else _slot(d) for d in node.meta["desc"]],
+        [inputs[i] for i in kept],
+        [outputs[i] for i in keep],
         fake_mode,
         joint.out_spec,
         {i: o.output_type.name for i, o in odd.items()},
-        {i: int(o.base_idx) for i, o in odd.items() if o.output_type.name == "is_input" and o.base_idx is not None},
+        {i: kept.index(int(b)) for i, b in same.items()},
     )
 
 

@@ -60,12 +60,12 @@ def trace_joint(captured: Captured, *, grad: bool, codegen: str) -> Joint:
     Raises `CaptureError` for aliasing or mutation that the runtime does not reproduce.
     """
     inductor = codegen == "inductor"
-    exported = compat.export_graph(captured.gm, captured.args, captured.kwargs, grad=grad, inductor=inductor)
+    exported = _export(captured, grad, inductor)
     views = [i for i in exported.aliases if i not in exported.input_outputs]
     if views:
         # A returned view of another tensor would have to be rebuilt from its base at run time. A copy has no base.
         _clone_outputs(captured.gm, views)
-        exported = compat.export_graph(captured.gm, captured.args, captured.kwargs, grad=grad, inductor=inductor)
+        exported = _export(captured, grad, inductor)
     joint = Joint(
         exported.gm,
         exported.inputs,
@@ -80,6 +80,19 @@ def trace_joint(captured: Captured, *, grad: bool, codegen: str) -> Joint:
         if "nn_module_stack" not in node.meta and "fwd_nn_module_stack" in node.meta:
             node.meta["nn_module_stack"] = node.meta["fwd_nn_module_stack"]
     return joint
+
+
+def _export(captured: Captured, grad: bool, inductor: bool) -> compat.ExportedGraph:
+    try:
+        return compat.export_graph(captured.gm, captured.args, captured.kwargs, grad=grad, inductor=inductor)
+    except Exception as e:
+        first = next((line for line in str(e).splitlines() if line.strip()), "")
+        raise CaptureError(
+            "the captured model could not be traced into a training graph",
+            why=f"{type(e).__name__}: {first}",
+            todo="check that forward and backward run without moefx (a tensor changed in place while the backward needs "
+            "it fails there too), and that outputs are tensors and plain containers (use_cache=False: no cache)",
+        ) from e
 
 
 def _clone_outputs(gm: fx.GraphModule, positions: list[int]) -> None:
@@ -101,6 +114,12 @@ def _refuse_unknown(joint: Joint) -> None:
     odd = [s for s in joint.inputs if s.kind not in known_in] + [
         s for s in joint.outputs if s and s.kind not in known_out
     ]
+    written = [s.key for s in joint.inputs if s.kind == "tangent" and not isinstance(s.key, int)]
+    if written:
+        raise CaptureError(
+            f"the forward writes into {written[0]}, which receives gradients",
+            todo="update it in the training loop, or let it require no gradient",
+        )
     if odd:
         raise CaptureError(
             f"the model's calling convention needs {odd[0].kind}, which moefx does not run",

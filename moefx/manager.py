@@ -1,17 +1,17 @@
 """Passes and the manager that runs them: order, checks, provenance, snapshots, timing.
 
 A pass only rewrites. Everything that must hold for any rewrite is checked here, once, for all passes, including a
-user's:
-the graph lints, every new or changed node has a value that agrees with its inputs, outputs keep their shapes, a second
-run changes nothing, and with `verify=True` outputs and gradients before and after agree within the pass's numerics
-class.
+user's: the graph lints, every new or changed node has a value that agrees with its inputs, inputs and outputs keep
+their shapes, no buffer update or random draw is lost, a second run changes nothing, and with `verify=True` outputs and
+gradients before and after agree within the pass's numerics class.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -21,6 +21,7 @@ from torch import fx
 from . import compat
 from .errors import MoefxError, PassError, nearest
 from .graph import edit
+from .graph.effects import is_random, name_of, writers
 from .report import PassRow, Report
 from .verify import Verifier
 
@@ -155,9 +156,12 @@ class PassManager:
         self, level: str, gm: fx.GraphModule, report: Report, fake_mode: Any, verifier: Verifier | None = None
     ) -> None:
         """Run this level's passes on `gm` in place; rows and snapshots go to the report."""
+        if verifier is not None:
+            verifier.start(gm)
+        kept = Kept(gm.graph)
         for p in self.ordered():
             if p.level == level:
-                _run_one(p, gm, report, fake_mode, verifier)
+                kept = _run_one(p, gm, report, fake_mode, verifier, kept)
 
 
 def check_pass(p: object) -> None:
@@ -168,21 +172,27 @@ def check_pass(p: object) -> None:
     for attr, allowed in (("level", LEVELS), ("numerics", NUMERICS)):
         if getattr(p, attr) not in allowed:
             raise PassError(f"pass {p.name} has {attr} {getattr(p, attr)!r}", todo=f"use one of {', '.join(allowed)}")
+    for attr in ("requires", "provides", "conflicts"):
+        if not isinstance(tags := getattr(p, attr), set | frozenset):
+            raise PassError(
+                f"pass {p.name} has {attr} {tags!r}", todo="give a set of tags, such as {'experts_expanded'}"
+            )
 
 
-def _run_one(p: Pass, gm: fx.GraphModule, report: Report, fake_mode: Any, verifier: Verifier | None) -> None:
+def _run_one(
+    p: Pass, gm: fx.GraphModule, report: Report, fake_mode: Any, verifier: Verifier | None, kept: Kept
+) -> Kept:
+    """Run one pass and all checks; what the next pass has to keep."""
     graph = gm.graph
     row = PassRow(p.name, p.level, p.numerics, nodes_before=len(graph.nodes))
     report.passes.append(row)
     start = time.perf_counter()
-    before_graph = edit.copy_plain(graph) if verifier is not None else None
-    shapes = edit.map_values(_flat_outputs(graph))
     try:
         changed = _apply(p, graph, Context(row, p.level))
         if changed:
-            graph.lint()
+            _lint(graph)
             refresh(graph, changed, p.level, fake_mode)
-            _check_outputs(graph, shapes)
+            kept = kept.check(p, graph)
             again = _apply(p, graph, Context(PassRow(p.name, p.level, p.numerics), p.level), mark=False)
             if again:
                 raise PassError(
@@ -204,8 +214,9 @@ def _run_one(p: Pass, gm: fx.GraphModule, report: Report, fake_mode: Any, verifi
     row.seconds, row.nodes_after = time.perf_counter() - start, len(graph.nodes)
     if changed:
         report.graphs.keep(p.name, gm, edit.copy_plain(graph))
-        if verifier is not None and before_graph is not None:
-            row.error = verifier.compare(p.name, p.numerics, before_graph, gm)
+        if verifier is not None:
+            row.error = verifier.compare(p.name, p.numerics, gm, _where(changed[0]))
+    return kept
 
 
 def _apply(p: Pass, graph: fx.Graph, ctx: Context, *, mark: bool = True) -> list[fx.Node]:
@@ -228,8 +239,8 @@ def _apply(p: Pass, graph: fx.Graph, ctx: Context, *, mark: bool = True) -> list
             if n.op != "output":
                 passes = n.meta.get("moefx_passes", ())
                 n.meta["moefx_passes"] = (*passes, p.name) if p.name not in passes else passes
-    gone = len(before) + sum(n not in before for n in graph.nodes) - len(graph.nodes)
-    return changed or ([graph.output_node()] if gone else [])
+    # Without new or changed nodes, some may be gone, or stand in another order.
+    return changed or ([] if list(before) == list(graph.nodes) else [graph.output_node()])
 
 
 def _flat_outputs(graph: fx.Graph) -> list[Any]:
@@ -237,20 +248,47 @@ def _flat_outputs(graph: fx.Graph) -> list[Any]:
     return list(out) if isinstance(out, tuple | list) else [out]
 
 
-def _check_outputs(graph: fx.Graph, shapes: Sequence[Any]) -> None:
-    now = _flat_outputs(graph)
-    if len(now) != len(shapes):
-        raise PassError(
-            f"the graph had {len(shapes)} outputs and now has {len(now)}", todo="a pass keeps the graph's outputs"
-        )
-    for i, (node, was) in enumerate(zip(now, shapes, strict=True)):
-        val = edit.value(node) if isinstance(node, fx.Node) else node
-        if not edit.same_value(val, was):
+class Kept:
+    """What of a graph no pass may change: inputs, types of outputs, and (unless its class is "changes") its effects."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.inputs = graph.find_nodes(op="placeholder")
+        self.outputs = edit.map_values(_flat_outputs(graph))
+        self.draws = [n for n in graph.nodes if is_random(n)]
+        written = writers(graph)
+        self.updates = {n: written(n) for n in self.inputs if written(n)}
+
+    def check(self, p: Pass, graph: fx.Graph) -> Kept:
+        """The same of the graph after pass `p`; raises `PassError` for what is not as it was."""
+        now = Kept(graph)
+        if now.inputs != self.inputs:
+            raise PassError("the graph's inputs changed", todo="add, remove and move no placeholder")
+        if len(now.outputs) != len(self.outputs):
+            what = f"the graph had {len(self.outputs)} outputs and now has {len(now.outputs)}"
+            raise PassError(what, todo="a pass keeps the graph's outputs")
+        for i, (node, val, was) in enumerate(zip(_flat_outputs(graph), now.outputs, self.outputs, strict=True)):
+            if not edit.same_value(val, was):
+                raise PassError(
+                    f"output {i} changed from {_typed(was)} to {_typed(val)}",
+                    where=_where(node) if isinstance(node, fx.Node) else None,
+                    todo="cast or reshape back before the output",
+                )
+        if p.numerics == "changes":
+            return now
+        for lost in [n for n in self.updates if n not in now.updates]:
             raise PassError(
-                f"output {i} changed from {_typed(was)} to {_typed(val)}",
-                where=_where(node) if isinstance(node, fx.Node) else None,
-                todo="cast or reshape back before the output",
+                f"the update of {lost.meta.get('moefx_name', lost.name)} is lost",
+                where=_where(self.updates[lost][0]),
+                todo="keep nodes that write in place although nobody reads them (moefx.graph.effects.is_effect)",
             )
+        if [name_of(n) for n in now.draws] != [name_of(n) for n in self.draws]:
+            odd = [n for n in (*self.draws, *now.draws) if n not in now.draws or n not in self.draws] or now.draws
+            raise PassError(
+                "the graph's random draws changed, so that all behind them draw other numbers",
+                where=_where(odd[0]),
+                todo="keep random nodes and their order, also unread ones, or declare numerics = 'changes'",
+            )
+        return now
 
 
 def _typed(val: Any) -> str:
@@ -262,15 +300,53 @@ def _where(node: fx.Node) -> str:
     return ", ".join(p for p in parts if p)
 
 
+def _lint(graph: fx.Graph) -> None:
+    try:
+        graph.lint()
+    except Exception as e:
+        at = {n: i for i, n in enumerate(graph.nodes)}
+        bad = [n for n in at if any(at.get(i, len(at)) > at[n] for i in n.all_input_nodes)]
+        raise PassError(
+            "the graph is malformed",
+            where=_where(bad[0]) if bad else None,
+            why=str(e),
+            todo="insert a node before its readers (graph.inserting_before), and erase only what nobody reads",
+        ) from e
+
+
+@contextlib.contextmanager
+def _autocast_regions() -> Iterator[Callable[[fx.Node], None]]:
+    """Follow the autocast regions of a model graph, so that values inside them get the dtypes that they will have."""
+    entered: dict[fx.Node, Any] = {}
+
+    def follow(node: fx.Node) -> None:
+        target: Any = node.target
+        name = name_of(node) if node.op == "call_function" else ""
+        if name == "_enter_autocast":
+            entered[node] = target(*node.args)
+        elif name == "_exit_autocast":
+            target(*[entered.pop(region) for region in node.all_input_nodes])
+
+    try:
+        yield follow
+    finally:
+        for region in reversed(list(entered.values())):
+            region.__exit__(None, None, None)
+
+
 def refresh(graph: fx.Graph, changed: Iterable[fx.Node], level: str, fake_mode: Any) -> None:
     """Recompute the fake values of `changed` nodes, then of their users for as long as values change.
 
     Raises `PassError` naming the node whose operands no longer fit its op.
     """
     stale = set(changed)
-    with compat.propagating(fake_mode):
+    with compat.propagating(fake_mode), _autocast_regions() as follow:
         for node in graph.nodes:
-            if node not in stale or node.op in ("placeholder", "output", "get_attr"):
+            follow(node)
+            if node not in stale or node.op in ("placeholder", "output"):
+                continue
+            if node.op == "get_attr":
+                _set_constant(node, level, fake_mode)
                 continue
             was = edit.value(node)
             args = fx.map_arg(node.args, edit.value)
@@ -286,8 +362,18 @@ def refresh(graph: fx.Graph, changed: Iterable[fx.Node], level: str, fake_mode: 
                     todo="check shapes and dtypes of what the pass put in",
                 ) from e
             edit.set_value(node, val, level)
-            if was is None or not edit.same_value(was, val):
+            if was is None or not edit.same_value(was, val, strides=True):
                 stale.update(node.users)
+
+
+def _set_constant(node: fx.Node, level: str, fake_mode: Any) -> None:
+    val: Any = node.graph.owning_module
+    for name in str(node.target).split("."):
+        val = getattr(val, name)
+    if isinstance(val, torch.Tensor) and fake_mode is not None:
+        with compat.no_fake():
+            val = fake_mode.from_tensor(val, static_shapes=True)
+    edit.set_value(node, val, level)
 
 
 def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:

@@ -30,8 +30,8 @@ class Variant:
 
     program: Program
     signature: dict[str, Any]
-    loose_key: Any
     guard: Callable[[list[Any]], bool] | None = None
+    loose_key: Any = None
 
 
 class OptimizedModule(nn.Module):
@@ -48,7 +48,8 @@ class OptimizedModule(nn.Module):
         own["_compile"], own["_options"], own["_report"] = compile_variant, options, report
         own["_variants"], own["_structure"], own["_refs"] = {}, None, {}
         super().__init__()
-        for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        del own["_is_full_backward_hook"]
+        for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", *compat.HOOKS):
             own[registry] = original.__dict__[registry]
 
     # --- the original shows through
@@ -88,7 +89,7 @@ class OptimizedModule(nn.Module):
             return getattr(self.__dict__["_original"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _OWN or name.startswith("_forward") or name.startswith("_backward"):
+        if name in _OWN:
             self.__dict__[name] = value
         elif name == "training" or isinstance(value, nn.Module | nn.Parameter) or name in self._buffers:
             super().__setattr__(name, value)
@@ -110,6 +111,11 @@ class OptimizedModule(nn.Module):
         self.original.train(mode)
         return self
 
+    def apply(self, fn: Callable[[nn.Module], None]) -> OptimizedModule:
+        """`fn` on the original and its submodules."""
+        self.original.apply(fn)
+        return self
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> OptimizedModule:
         self.original._apply(fn, recurse)
         return self
@@ -117,7 +123,9 @@ class OptimizedModule(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModule:
         """A copy with its own parameters. Compiled programs are shared: they hold no tensor of the model."""
         new = OptimizedModule(copy.deepcopy(self.original, memo), self.__dict__["_compile"], self._options, self.report)
-        new.__dict__["_variants"] = dict(self._variants)
+        if self._structure is not None and self._structure.holds():
+            new.__dict__["_structure"] = Structure(new.original)
+            new.__dict__["_variants"] = dict(self._variants)
         return new
 
     def __reduce__(self) -> Any:
@@ -156,28 +164,30 @@ class OptimizedModule(nn.Module):
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Variant, list[Any]]:
         """The variant of a call's signature, compiled if it is new, and the call's flat arguments. Runs nothing."""
+        kwargs = dict(sorted(kwargs.items()))
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if self._structure is None or not self._structure.holds():
             self.__dict__["_structure"] = Structure(self.original)
-            self.__dict__["_refs"] = {}
-        key = (spec, *(_leaf_key(v, exact=True) for v in leaves), self._structure.mode(), _context_key())
-        variant = self._variants.get(key)
+            self.__dict__["_refs"], self.__dict__["_variants"] = {}, {}
+        variant = self._variants.get(self._key(leaves, spec, exact=True))
         if variant is None:
-            variant = self._find_dynamic(leaves, spec) or self._compile(
-                self, args, kwargs, self._loose_key(leaves, spec)
-            )
-            self._variants[key] = variant
+            variant = self._find_dynamic(leaves, spec)
+            if variant is None:
+                variant = self._compile(self, args, kwargs)
+                variant.loose_key = self._key(leaves, spec, exact=False)
+            # The key is taken after compiling: a first forward may install hooks (transformers' recorders).
+            self._variants[self._key(leaves, spec, exact=True)] = variant
         return variant, leaves
 
-    def _loose_key(self, leaves: list[Any], spec: Any) -> Any:
-        """The signature with sizes left out, for variants with symbolic sizes."""
-        return (spec, *(_leaf_key(v, exact=False) for v in leaves), self._structure.mode(), _context_key())
+    def _key(self, leaves: list[Any], spec: Any, *, exact: bool) -> Any:
+        """The signature of a call; not `exact` leaves sizes out, for variants with symbolic sizes."""
+        return (spec, *(_leaf_key(v, exact=exact) for v in leaves), self._structure.mode(), _context_key())
 
     def _find_dynamic(self, leaves: list[Any], spec: Any) -> Variant | None:
         dynamic = {id(v): v for v in self._variants.values() if v.guard is not None}
         if not dynamic:
             return None
-        loose = self._loose_key(leaves, spec)
+        loose = self._key(leaves, spec, exact=False)
         return next(
             (v for v in dynamic.values() if v.loose_key == loose and v.guard is not None and v.guard(leaves)), None
         )
@@ -192,9 +202,9 @@ def _rebuild(original: nn.Module, options: Any) -> nn.Module:
 class Structure:
     """What a compiled graph assumed about the module tree, cheap to check at every call.
 
-    Replaced submodules, modes of single submodules, `requires_grad`, dtype, device and shape of every parameter and
-    buffer, and the plain values of the config are watched. Python attributes of modules are not: after changing one,
-    call `optimize` again.
+    Replaced submodules, modes and hooks of single submodules, `requires_grad`, dtype, device and layout of every
+    parameter and buffer, which of them are tied, and the plain values of the configs are watched. Python attributes of
+    modules are not: after changing one, call `optimize` again.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -202,8 +212,10 @@ class Structure:
         self.children = [(m._modules, n, c) for m in self.modules for n, c in m._modules.items()]
         self.sizes = [(m._modules, len(m._modules)) for m in self.modules]
         self.tensors = [(d, n) for m in self.modules for d in (m._parameters, m._buffers) for n in d]
-        config = getattr(model, "config", None)
-        self.config = getattr(config, "__dict__", {})
+        # The root's own hooks run around the compiled forward, at every call.
+        self.hooks = [getattr(m, h) for m in self.modules[1:] for h in compat.HOOKS]
+        configs = [getattr(m, "config", None) for m in self.modules]
+        self.configs = list({id(c): c.__dict__ for c in configs if hasattr(c, "__dict__")}.values())
 
     def holds(self) -> bool:
         """Whether the module tree is still made of the same modules."""
@@ -211,16 +223,21 @@ class Structure:
 
     def mode(self) -> Any:
         """Hashable state that graphs are specialised to."""
+        first: dict[int, int] = {}
         tensors = tuple(
-            None if t is None else (t.requires_grad, t.dtype, t.shape, t.device)
-            for t in (d.get(n) for d, n in self.tensors)
+            None
+            if t is None
+            else (first.setdefault(id(t), i), t.requires_grad, t.dtype, t.shape, t.stride(), t.device)
+            for i, t in enumerate(d.get(n) for d, n in self.tensors)
         )
         config = tuple(
             (k, v)
-            for k, v in self.config.items()
+            for c in self.configs
+            for k, v in c.items()
             if type(v) in (bool, int, float, str, type(None)) and k != "use_cache"
         )
-        return (tensors, tuple(m.training for m in self.modules), config)
+        hooks = tuple((i, *d) for i, d in enumerate(self.hooks) if d)
+        return (tensors, tuple(m.training for m in self.modules), hooks, config)
 
 
 def _leaf_key(v: Any, *, exact: bool) -> Any:

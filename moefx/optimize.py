@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from . import compat
-from .capture import as_call, capture, check_call, warm_up
+from .capture import as_call, capture, check_call, check_dynamic, distinct, warm_up
 from .errors import CaptureError, InputError, PassError, nearest
 from .graph.edit import copy_plain, value
 from .joint import Joint, compiler, split, trace_joint
@@ -95,7 +95,7 @@ def optimize(
     options.passes.ordered()  # an unsatisfiable order is an error now, not after a long capture
     opt = reoptimize(model.original if isinstance(model, OptimizedModule) else model, options)
     args, kwargs = as_call(example_inputs)
-    check_call(opt.original, args, kwargs)
+    check_dynamic(check_call(opt.original, args, kwargs), dynamic or {})
     opt.prepare(args, kwargs)
     return opt
 
@@ -106,11 +106,12 @@ def reoptimize(model: nn.Module, options: Options) -> OptimizedModule:
     return OptimizedModule(model, compile_variant, options, report)
 
 
-def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[str, Any], loose_key: Any) -> Variant:
+def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
     """Stages 1 to 6 for one call signature, in the model's present mode and the caller's grad mode and autocast."""
     model, o, first = opt.original, opt.options, not opt.report.signatures
     report = opt.report if first else Report(opt.report.model, o.recipe.name, o.codegen)
     stage = Stages(report, show=type(model).__qualname__)
+    args, kwargs = distinct(model, args, kwargs)
     leaves = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*model.parameters(), *leaves))
 
@@ -158,7 +159,7 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
     signature = describe(model, leaves, grad, stage.total)
     opt.report.signatures.append(signature)
     guard = _guard(joint, len(pytree.tree_leaves((args, kwargs)))) if o.dynamic else None
-    return Variant(program, signature, loose_key, guard)
+    return Variant(program, signature, guard)
 
 
 class Stages:

@@ -16,6 +16,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from . import compat
+from .errors import InputError
 from .joint import Compiler, Joint, prune_tangents
 
 Tensor = torch.Tensor
@@ -154,8 +155,37 @@ class _Run(torch.autograd.Function):
         program: Program = ctx.program
         tensors = iter(ctx.saved_tensors)
         saved = {n: next(tensors) if o is None else o for n, o in zip(program.saved, ctx.others, strict=True)}
+        del tensors
+        ctx.maybe_clear_saved_tensors()  # unless the graph is retained: each can then die at its last use
         tangents = [grads[program.results[key]] for _, key, _ in program.tangents]
-        return (None, *program.backward(saved, tangents))
+        gradients = program.backward(saved, tangents)
+        return (None, *(_refuse_second(gradients) if torch.is_grad_enabled() else gradients))
+
+
+class _Once(torch.autograd.Function):
+    """Lets gradients through; going through it backward means a second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return gradients
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise InputError(
+            "a gradient of an optimized model was differentiated again",
+            why="a compiled backward has no backward of its own",
+            todo="call opt.original(...) for terms that need create_graph=True (gradient penalties, Hessians)",
+        )
+
+
+def _refuse_second(gradients: Sequence[Any]) -> list[Any]:
+    """Under `create_graph=True`: the same gradients, attached to the graph so that differentiating them is an error.
+
+    Left alone they would count as constants, and a gradient penalty would silently train nothing.
+    """
+    tensors = [g for g in gradients if isinstance(g, Tensor)]
+    attached = iter(_Once.apply(torch.empty(0, requires_grad=True), *tensors))  # type: ignore[no-untyped-call]
+    return [next(attached) if isinstance(g, Tensor) else g for g in gradients]
 
 
 def _like_traced(tangent: Tensor, val: Tensor) -> Tensor:

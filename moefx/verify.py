@@ -7,7 +7,7 @@ random cotangents; a training graph already computes its gradients from its tang
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from torch import fx
 
 from . import compat
 from .errors import PassError
-from .graph.edit import copy_plain
 
 Tensor = torch.Tensor
 # Largest relative L2 difference per numerics class and dtype. `changes` is bounded by finiteness only.
@@ -24,31 +23,60 @@ ROUNDING = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 3e-2, tor
 
 @dataclass
 class Verifier:
-    """Holds the real values of a graph's placeholders. `grad` says whether to differentiate (model graphs)."""
+    """Runs a graph on real values of its placeholders. `grad` says whether to differentiate (model graphs).
+
+    What is compared: every output, every gradient, and every input that the graph writes into. The graph is run once
+    at the start and once after each pass; what a pass is compared with is the run after the pass before it.
+    """
 
     values: Sequence[Any]
     grad: bool
     seed: int = 0
+    _before: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
-    def compare(self, name: str, numerics: str, before: fx.Graph, after: fx.GraphModule) -> float:
-        """Largest relative difference over outputs and gradients; raises `PassError` beyond the class's tolerance."""
-        a = self._run(fx.GraphModule(after, before))
-        b = self._run(fx.GraphModule(after, copy_plain(after.graph)))
-        worst = 0.0
-        for (label, x), (_, y) in zip(a, b, strict=True):
+    def start(self, gm: fx.GraphModule) -> None:
+        """Run the graph as it is before the first pass."""
+        self._before = self._run(gm)
+
+    def compare(self, name: str, numerics: str, gm: fx.GraphModule, where: str | None = None) -> float:
+        """Largest relative difference to the run before; raises `PassError` beyond the class's tolerance."""
+        before = self._before
+        try:
+            after = self._run(gm)
+        except Exception as e:
+            raise PassError(
+                f"pass {name} left a graph that fails on the example inputs",
+                where=where,
+                why=f"{type(e).__name__}: {str(e).strip()}",
+                todo="mend the rewrite: what it put in has the right types, but cannot be computed or differentiated",
+            ) from e
+        worst, noise = 0.0, _noise(before)
+        todo = "mend the rewrite, or declare the numerics class it really has"
+        if numerics != "changes" and (odd := sorted(before.keys() ^ after.keys())):
+            change = "lost" if odd[0] in before else "added"
+            raise PassError(f"pass {name} {change} {', '.join(odd)}", where=where, todo=todo)
+        for label in [k for k in before if k in after]:
+            x, y = before[label], after[label]
             error, allowed = _difference(x, y), 0.0 if numerics == "exact" else ROUNDING.get(x.dtype, 0.0)
+            if numerics == "rounding" and label in noise and _rms(x.double() - y.double()) <= noise[label]:
+                error = 0.0
             if numerics == "changes":
                 allowed = float("inf") if bool(torch.isfinite(y).all()) or not bool(torch.isfinite(x).all()) else 0.0
             if not error <= allowed:
                 raise PassError(
                     f"pass {name} changed {label} by {error:.1e}",
+                    where=where,
                     why=f"its numerics class is {numerics!r}, which allows {allowed:.1e} for {x.dtype}",
-                    todo="mend the rewrite, or declare the numerics class it really has",
+                    todo=todo,
                 )
             worst = max(worst, error)
+        self._before = after
         return worst
 
-    def _run(self, gm: fx.GraphModule) -> list[tuple[str, Tensor]]:
+    def _run(self, gm: fx.GraphModule) -> dict[str, Tensor]:
+        """Outputs, gradients and written inputs by name. Interpreted: to compile a graph module takes longer."""
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        names = [str(n.meta.get("moefx_name", n.name)) for n in placeholders]
         values = [
             v.detach().clone().requires_grad_(v.requires_grad and self.grad) if isinstance(v, Tensor) else v
             for v in self.values
@@ -58,29 +86,51 @@ class Verifier:
         devices = list({v.device for v in values if isinstance(v, Tensor) and v.device.type == "cuda"})
         with torch.random.fork_rng(devices=devices), compat.no_fake(), torch.set_grad_enabled(self.grad):
             torch.manual_seed(self.seed)
-            outs = gm(*inputs)
-            flat = [(f"output {i}", o) for i, o in enumerate(outs) if isinstance(o, Tensor)]
+            outs = fx.Interpreter(gm).run(*inputs, enable_io_processing=False)
+            found = {f"output {i}": o for i, o in enumerate(outs) if isinstance(o, Tensor)}
+            # Views share the version counter: zero means that nobody wrote into this input.
+            for label, v in zip(names, values, strict=True):
+                if isinstance(v, Tensor) and v._version:
+                    found[f"what is written into {label}"] = v
             if self.grad:
-                flat += self._gradients(values, [o for _, o in flat])
-        return [(label, t.detach()) for label, t in flat]
+                found |= self._gradients(names, values, outs)
+        return {label: t.detach() for label, t in found.items()}
 
-    def _gradients(self, values: Sequence[Any], outs: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
-        leaves = [(i, v) for i, v in enumerate(values) if isinstance(v, Tensor) and v.requires_grad]
-        roots = [o for o in outs if o.requires_grad]
+    def _gradients(self, names: Sequence[str], values: Sequence[Any], outs: Sequence[Any]) -> dict[str, Tensor]:
+        leaves = {n: v for n, v in zip(names, values, strict=True) if isinstance(v, Tensor) and v.requires_grad}
+        roots = {i: o for i, o in enumerate(outs) if isinstance(o, Tensor) and o.requires_grad}
         if not leaves or not roots:
-            return []
-        cotangents = [torch.randn_like(o) for o in roots]
+            return {}
+        # Each output has a stream of its own, so that its cotangent does not depend on what else the graph does.
+        streams = {i: torch.Generator().manual_seed(self.seed + i) for i in roots}
+        cotangents = [torch.randn(o.shape, generator=streams[i]).to(o) for i, o in roots.items()]
         grads: Sequence[Tensor | None] = torch.autograd.grad(
-            roots, [v for _, v in leaves], cotangents, allow_unused=True
+            list(roots.values()), list(leaves.values()), cotangents, allow_unused=True
         )
-        return [(f"gradient of input {i}", g) for (i, _), g in zip(leaves, grads, strict=True) if g is not None]
+        return {f"gradient of {n}": g for n, g in zip(leaves, grads, strict=True) if g is not None}
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.double().square().mean().sqrt())
+
+
+def _noise(found: dict[str, Tensor]) -> dict[str, float]:
+    """Differences of gradients that are rounding noise of the largest one.
+
+    A gradient that is zero by symmetry (a shift in front of a softmax) is all noise, and has no relative error.
+    """
+    grads = {k: v for k, v in found.items() if k.startswith("gradient") and v.dtype.is_floating_point and v.numel()}
+    largest = max(map(_rms, grads.values()), default=0.0)
+    return {k: 8 * torch.finfo(v.dtype).eps * largest for k, v in grads.items()}
 
 
 def _difference(x: Tensor, y: Tensor) -> float:
+    if x.shape != y.shape or x.dtype != y.dtype:
+        return float("inf")
     if torch.equal(x, y):
         return 0.0
     if not x.dtype.is_floating_point:
-        return float("inf")
+        return float((x != y).double().mean())
     a, b = x.double(), y.double()
     if bool((torch.isnan(a) != torch.isnan(b)).any()):
         return float("inf")

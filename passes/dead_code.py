@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from moefx.graph.edit import is_effect
+from moefx.graph.effects import is_effect
 from moefx.manager import Context, Pass
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from moefx.graph.edit import is_backward, replace, value
+from moefx.graph.edit import is_backward, replace, same_sizes, value
 from moefx.manager import Context, Pass
 
 aten = torch.ops.aten
@@ -52,7 +52,7 @@ def _same_as(node: fx.Node) -> fx.Node | None:
         return source
     a, b = value(source), value(node)
     if node.target in _VIEWS:
-        same = isinstance(a, torch.Tensor) and a.shape == b.shape and a.stride() == b.stride()
+        same = isinstance(a, torch.Tensor) and same_sizes(a.shape, b.shape) and same_sizes(a.stride(), b.stride())
         return source if same else None
     if node.target in _FLIPS and source.target in _FLIPS and isinstance(source.args[0], fx.Node):
         return source.args[0] if _axes(node) == _axes(source) else None

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from moefx.graph.edit import arguments, find, inheriting, replace, targets
+from moefx.graph.effects import writers
 from moefx.manager import Context, Pass
 
 ops = torch.ops.moefx
@@ -29,6 +30,7 @@ class FoldCombine(Pass):
     numerics: ClassVar[str] = "rounding"
 
     def run(self, graph: fx.Graph, ctx: Context) -> None:
+        written = writers(graph)
         for node in ctx.at(find(graph, ops.unpermute)):
             a = arguments(node)
             y, weight = a["y"], a["w"]
@@ -46,8 +48,11 @@ class FoldCombine(Pass):
                 continue
             glu, product = arguments(act), arguments(y)
             # The weights are read at the product, where both they and the activation are known to exist.
-            if weight > y:
+            if weight > y or a["order"] > y:
                 ctx.rejected(node, "the weights are computed after the product")
+                continue
+            if any(y < w < node for w in written(weight)) or any(act < w < y for w in written(glu["h"])):
+                ctx.rejected(node, "the weights or the pre-activations are written in place in between")
                 continue
             with inheriting(graph, y) as call:
                 w_rows = call(ops.gather_weights, weight, a["order"])

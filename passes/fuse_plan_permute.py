@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from moefx.graph.edit import arguments, find, inheriting, outputs, replace, targets, unpack
+from moefx.graph.effects import writers
 from moefx.manager import Context, Pass
 
 ops = torch.ops.moefx
@@ -25,21 +26,27 @@ class FusePlanPermute(Pass):
     provides: ClassVar[set[str]] = {"plan_permute_fused"}
 
     def run(self, graph: fx.Graph, ctx: Context) -> None:
+        written = writers(graph)
         for plan in ctx.at(find(graph, ops.plan)):
             parts, p = outputs(plan), arguments(plan)
             token, slot = parts.get(0), parts.get(2)
             readers = [
-                u for u in (token.users if token else ()) if u.target in targets(ops.permute) and u.args[1] is token
+                u
+                for u in (token.users if token else ())
+                if u.target in targets(ops.permute) and arguments(u)["token"] is token
             ]
-            if len(readers) != 1 or readers[0].args[2] is not slot:
+            if len(readers) != 1 or arguments(readers[0])["slot"] is not slot:
                 ctx.rejected(plan, f"{len(readers)} permutes read it")
                 continue
             permute = readers[0]
             if any(u < permute for part in parts.values() for u in part.users):
                 ctx.rejected(plan, "something reads the plan before the rows can be moved")
                 continue
+            if any(plan < w < permute for w in written(p["idx"])):
+                ctx.rejected(plan, "the indices are written in place before the rows can be moved")
+                continue
             with inheriting(graph, permute) as call:
-                fused = call(ops.plan_permute, permute.args[0], p["idx"], p["E"], p["align"])
+                fused = call(ops.plan_permute, arguments(permute)["x"], p["idx"], p["E"], p["align"])
                 rows, *maps = unpack(call, fused, 5)
             replace(graph, permute, rows)
             for i, part in parts.items():

@@ -9,7 +9,8 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from moefx.graph.edit import find, mutated, outputs, replace, same_value, value
+from moefx.graph.edit import find, outputs, replace, same_value, value
+from moefx.graph.effects import modes, writers
 from moefx.manager import Context, Pass
 
 
@@ -28,40 +29,36 @@ class MergeRouters(Pass):
     numerics: ClassVar[str] = "rounding"
 
     def run(self, graph: fx.Graph, ctx: Context) -> None:
-        written = {n for node in graph.nodes for n in mutated(node)}
+        written, mode = writers(graph), modes(graph)
         softmaxes: dict[tuple[Any, ...], fx.Node] = {}
         near: dict[fx.Node, fx.Node] = {}
-        for node in ctx.at(_softmaxes(graph)):
+        for node in ctx.at(_calls(graph, "softmax", F.softmax, torch.softmax)):
             logits, dim = _source(_arg(node, 0, "input")), _dim(node)
             if not isinstance(logits, fx.Node):
                 continue
-            kept = softmaxes.setdefault((logits, dim, value(node).dtype), node)
+            kept = softmaxes.setdefault((logits, dim, value(node).dtype, mode[node]), node)
             if kept is not node:
-                if {node, kept, logits} & written:
-                    ctx.rejected(node, "one of the two is written in place")
+                if written(node) or written(kept) or any(kept < w < node for w in written(logits)):
+                    ctx.rejected(node, "one of the two, or what they read, is written in place")
                     continue
                 replace(graph, node, kept)
                 ctx.matched(kept)
             elif (other := near.setdefault(logits, node)) is not node and _topk_users(node) and _topk_users(other):
-                ctx.rejected(
-                    node, f"computed in {value(node).dtype}, the router's in {value(other).dtype}: the values differ"
-                )
+                mine, theirs = value(node).dtype, value(other).dtype
+                if mine != theirs:
+                    ctx.rejected(node, f"computed in {mine}, the router's in {theirs}: the values differ")
         topks: dict[tuple[Any, ...], fx.Node] = {}
-        for node in ctx.at(find(graph, torch.topk)):
-            key = (
-                _arg(node, 0, "input"),
-                _arg(node, 1, "k"),
-                tuple(node.args[2:]),
-                tuple(sorted(node.kwargs.items(), key=str)),
-            )
-            kept = topks.setdefault(key, node)
-            if kept is node:
-                continue
+        for node in ctx.at(_calls(graph, "topk", torch.topk)):
+            options = [_arg(node, i, name, default) for i, name, default in _TOPK_OPTIONS]
+            kept = topks.setdefault((_arg(node, 0, "input"), *options, mode[node]), node)
             taken = outputs(node)
-            if set(taken) - {1} and (written & {taken[0], outputs(kept).get(0)}):
-                ctx.rejected(node, "its values are written in place")
+            if kept is node or len(node.users) != len(taken):
                 continue
             kept_outputs = outputs(kept)
+            shared = [n for i, user in taken.items() for n in (user, kept_outputs.get(i)) if n is not None]
+            if any(map(written, shared)) or any(kept < w < node for w in written(node.all_input_nodes[0])):
+                ctx.rejected(node, "its values, or what it reads, are written in place")
+                continue
             for i, user in taken.items():
                 if i in kept_outputs and kept_outputs[i] < user:
                     replace(graph, user, kept_outputs[i])
@@ -71,13 +68,16 @@ class MergeRouters(Pass):
             ctx.matched(kept)
 
 
-def _softmaxes(graph: fx.Graph) -> list[fx.Node]:
-    methods = [n for n in graph.nodes if n.op == "call_method" and n.target == "softmax"]
-    return sorted(find(graph, F.softmax, torch.softmax) + methods, key=list(graph.nodes).index)
+_TOPK_OPTIONS = ((1, "k", None), (2, "dim", -1), (3, "largest", True), (4, "sorted", True))
 
 
-def _arg(node: fx.Node, index: int, name: str) -> Any:
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name)
+def _calls(graph: fx.Graph, method: str, *functions: Any) -> list[fx.Node]:
+    found = set(find(graph, *functions))
+    return [n for n in graph.nodes if n in found or (n.op == "call_method" and n.target == method)]
+
+
+def _arg(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
 
 
 def _dim(node: fx.Node) -> Any:
@@ -96,4 +96,4 @@ def _source(node: Any) -> Any:
 
 
 def _topk_users(node: fx.Node) -> list[fx.Node]:
-    return [u for u in node.users if u.target is torch.topk]
+    return [u for u in node.users if u.target in (torch.topk, "topk")]

@@ -1,15 +1,15 @@
 """Stage 1: let the MoE blocks of a model emit `moefx.experts` while it is captured, and put everything back afterwards.
 
-transformers looks the implementation of an experts class up by name at call time. moefx registers its own for the
-length of a
-capture: it reads the layout from the flags that the class carries, and the activation by running the module's own gate
-on random numbers and comparing with the dialect's kinds. Nothing is raised on looks: a gate that matches no kind stays
-the module's own code between dialect ops, and a module whose layout cannot be read is left alone and reported.
+transformers looks the implementation of an experts class up by name at call time. moefx registers its own for the length
+of a capture: it reads the layout from the flags that the class carries, and the activation by running the module's own
+gate on random numbers and comparing with the dialect's kinds. Nothing is raised on looks: a gate that matches no kind
+stays the module's own code between dialect ops, and a module whose layout cannot be read is left alone and reported.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,9 +29,7 @@ NAME = "moefx"
 
 @dataclass(frozen=True)
 class Block:
-    """What became of one MoE-looking module. `error` is the largest difference found between its gate and the
-    dialect's.
-    """
+    """What became of one MoE-looking module. `error` is the largest relative difference between its gate and ours."""
 
     path: str
     cls: str
@@ -67,22 +65,32 @@ def raised(model: nn.Module) -> Iterator[list[Block]]:
         return
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    configs = {id(m.config): (m.config, m.config._experts_implementation) for m in modules.values()}
-    by_path = {b.path: b for b in blocks}
+    # A config may be shared with modules that are not raised, with another model, and with sub-configs that its setter
+    # writes to: the raised modules get a copy to read the name from, and nobody else sees it.
+    idioms = {b.path: b.idiom for b in blocks}
+    ours = {id(m.config): _hooked(m.config) for m in modules.values()}
+    before = [(m, {k: m.__dict__[k] for k in ("config", "_moefx_spec") if k in m.__dict__}) for m in modules.values()]
+    registry = ALL_EXPERTS_FUNCTIONS._global_mapping
+    outer = registry.get(NAME)  # set when one `raised` is inside another
     ALL_EXPERTS_FUNCTIONS.register(NAME, _emit)
     try:
         for path, module in modules.items():
-            object.__setattr__(module, "_moefx_spec", by_path[path].idiom)
-        for config, _ in configs.values():
-            config._experts_implementation = NAME
+            module.__dict__.update(_moefx_spec=idioms[path], config=ours[id(module.config)])
         yield blocks
     finally:
-        for config, previous in configs.values():
-            config._experts_implementation = previous
-        for module in modules.values():
-            if "_moefx_spec" in module.__dict__:
-                object.__delattr__(module, "_moefx_spec")
-        ALL_EXPERTS_FUNCTIONS._global_mapping.pop(NAME, None)
+        for module, kept in before:
+            module.__dict__.pop("_moefx_spec", None)
+            module.__dict__.update(kept)
+        if outer is None:
+            registry.pop(NAME, None)
+
+
+def _hooked(config: Any) -> Any:
+    """A shallow copy of a config that names our experts implementation."""
+    new = copy.copy(config)
+    internal = "_experts_implementation_internal"  # the public name is a setter that writes to sub-configs too
+    setattr(new, internal if hasattr(new, internal) else "_experts_implementation", NAME)
+    return new
 
 
 def _is_interface(module: nn.Module) -> bool:
@@ -102,7 +110,7 @@ def _inspect(path: str, module: nn.Module) -> Block:
     layout = "kn" if module.is_transposed else "nk"
     post = getattr(module, "has_post_expert_norm", False)
     if kind is None or post or len({w.dtype for w in weights}) > 1:
-        why = "a norm after the experts" if post else "an activation of its own"
+        why = "a norm after the experts" if post else "an activation of its own" if kind is None else "mixed dtypes"
         return Block(
             path, cls, True, f"opaque | {layout}{' bias' if module.has_bias else ''}", None, f"experts with {why}"
         )
@@ -116,12 +124,14 @@ def _weights(module: Any) -> list[Tensor]:
     for name, w in zip(names, found, strict=True):
         if not isinstance(w, Tensor) or w.dim() != (2 if name.endswith("bias") else 3):
             raise InputError(f"{name} is no stacked tensor")
+        if w.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise InputError(f"{name} is {w.dtype}, a quantized format")
     return found
 
 
 def _activation(module: Any) -> tuple[GluKind | None, float | None]:
-    """The dialect kind that equals the module's own gate on a probe, and the largest difference; (None, None) if none
-    does.
+    """The dialect kind that equals the module's own gate on a probe, and the largest relative difference; (None, None)
+    if none does.
 
     The probe covers both signs, large values (clamps act) and the neighbourhood of zero, in float64 where the module
     allows.
@@ -134,7 +144,7 @@ def _activation(module: Any) -> tuple[GluKind | None, float | None]:
             kinds += [GluKind("clamp", True, i, limit, alpha) for i in (True, False)]
     h = torch.linspace(-30, 30, 32 * 64, dtype=torch.float64)
     h = h[torch.randperm(h.numel(), generator=torch.Generator().manual_seed(0))].view(32, 64)
-    h = torch.cat([h, h / 16])
+    h = torch.cat([h, h / 16, h * 1e4])
     with torch.no_grad(), torch.device("cpu"):
         try:
             want = module._apply_gate(h.clone()) if module.has_gate else module.act_fn(h.clone())
@@ -143,7 +153,7 @@ def _activation(module: Any) -> tuple[GluKind | None, float | None]:
     for kind in kinds:
         got = glu_reference(h, None, str(kind))
         if got.shape == want.shape and torch.allclose(got, want.double(), rtol=1e-6, atol=1e-9):
-            return kind, float((got - want).abs().max())
+            return kind, float(((got - want).abs() / (1 + want.abs())).max())
     return None, None
 
 
@@ -185,10 +195,18 @@ _MOE_NAME = re.compile(r"expert|moe", re.IGNORECASE)
 def _look_alike(module: nn.Module) -> str | None:
     """Why a module that looks like an expert bank is not raised, or None when it does not look like one."""
     name = type(module).__name__
-    stacked = [n for n, p in module._parameters.items() if p is not None and p.dim() == 3]
+    experts = getattr(module, "num_experts", 0) or getattr(module, "moe_num_experts", 0)
+    stacked = [n for n, p in module._parameters.items() if p is not None and (p.dim() == 3 or _flat(name, p, experts))]
     if stacked and _MOE_NAME.search(name):
         return f"stacked parameters {', '.join(stacked)}, but not called through transformers' experts interface"
     for child_name, child in module._modules.items():
         if isinstance(child, nn.ModuleList | nn.ModuleDict) and _MOE_NAME.search(child_name) and len(child) > 1:
+            if any(_is_interface(m) for m in child.modules()):
+                continue  # a list of MoE layers, not of experts
             return f"{len(child)} experts in {type(child).__name__} {child_name!r}: a hand-written loop is not raised"
     return None
+
+
+def _flat(name: str, p: Tensor, experts: int) -> bool:
+    """Whether a matrix of an `...Expert...` module holds the experts below each other, [E * I, H] as in DBRX."""
+    return "expert" in name.lower() and p.dim() == 2 and 0 < experts < p.shape[0] and p.shape[0] % experts == 0

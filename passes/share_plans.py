@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from moefx.graph.edit import arguments, find, replace
+from moefx.graph.edit import arguments, find, outputs, replace
+from moefx.graph.effects import writers
 from moefx.manager import Context, Pass
 
 
@@ -21,9 +22,15 @@ class SharePlans(Pass):
 
     def run(self, graph: fx.Graph, ctx: Context) -> None:
         first: dict[tuple[object, ...], fx.Node] = {}
+        written = writers(graph)
         for node in ctx.at(find(graph, torch.ops.moefx.plan)):
             a = arguments(node)
             kept = first.setdefault((a["idx"], a["E"], a["align"]), node)
-            if kept is not node:
-                replace(graph, node, kept)
-                ctx.matched(kept)
+            if kept is node:
+                continue
+            if any(kept < w < node for w in written(a["idx"])):
+                ctx.rejected(node, "the indices are written in place in between")
+                continue
+            replace(graph, node, kept)
+            outputs(kept)
+            ctx.matched(kept)

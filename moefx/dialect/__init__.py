@@ -1,7 +1,8 @@
 """The dialect: the `moefx::` ops of which graphs are made between capture and code generation.
 
-Importing this package registers the ops. Each has a schema, a fake (shapes and dtypes without data), a readable reference that runs
-on any device, and a backward written in the same dialect, so that a joint graph shows fprop, dgrad and wgrad as nodes of one kind.
+Importing this package registers the ops. Each has a schema, a fake (shapes and dtypes without data), a readable
+reference that runs on any device, and a backward written in the same dialect, so that a joint graph shows fprop, dgrad
+and wgrad as nodes of one kind.
 """
 
 from . import experts, gemm, glu, routing

@@ -1,7 +1,8 @@
-"""How a dialect op is registered: one schema, one implementation that asks the kernel registry, a fake, and an autograd formula.
+"""How a dialect op is registered: a schema, one implementation that asks the kernel registry, a fake, autograd.
 
-The lower-level `torch.library.Library` is used rather than `custom_op`: its call costs a third (10 against 30 microseconds),
-which a layer with few tokens notices. All ops are functional: none mutates an argument or returns a view of one.
+The lower-level `torch.library.Library` is used rather than `custom_op`: its call costs a third (10 against 30
+microseconds), which a layer with few tokens notices. All ops are functional: none mutates an argument or returns a view
+of one.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
 from moefx.kernels import registry
 
 LIB = torch.library.Library("moefx", "DEF")
@@ -28,9 +30,10 @@ def define(
 ) -> Fn:
     """Register `moefx::name`. `reference` is the readable definition and the provider of last resort on any device.
 
-    `check(*args)` looks at shapes and dtypes and raises before a provider or the fake runs. Every output is contiguous, as fakes say
-    it is: a provider that follows the strides of its input would break compiled code. `setup(ctx, inputs, output)` and `backward(ctx, *grads)` follow `torch.library.register_autograd`; the backward must itself be
-    made of dialect and ATen ops, so that a joint graph shows it.
+    `check(*args)` looks at shapes and dtypes and raises before a provider or the fake runs. Every output is contiguous,
+    as fakes say it is: compiled code would misread an output that followed its input's strides. `setup(ctx, inputs,
+    output)` and `backward(ctx, *grads)` follow `torch.library.register_autograd`; the backward must itself be made of
+    dialect and ATen ops, so that a joint graph shows it.
     """
     LIB.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     registry.register(name, "reference", lambda *_: True)(reference)
@@ -54,7 +57,7 @@ def define(
 
 
 def autocast(name: str, floating: Callable[[tuple[Any, ...], torch.dtype], tuple[Any, ...]]) -> None:
-    """Under autocast, cast the op's operands with `floating(args, dtype)` and run it in the autocast dtype, as matrix products do."""
+    """Under autocast, cast operands with `floating(args, dtype)` and run in that dtype, as matrix products do."""
     for key, device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
 
         def run(*args: Any, _device: str = device) -> Any:

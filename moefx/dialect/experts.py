@@ -1,9 +1,10 @@
-"""`moefx.experts`: one op for all routed experts of a layer, the marker that raising emits and `expand_experts` rewrites.
+"""`moefx.experts`: all routed experts of a layer in one op, a marker that raising emits and `expand_experts` rewrites.
 
     experts(x [T,H], idx [T,k], w [T,k], weights, spec) -> y [T,H]
 
-`weights` holds the up (or fused gate-and-up) weight, its bias if any, the down weight, its bias if any. The spec string says how to
-read them, so a printed graph can be read: the glu kind, then `nk` for [E, out, in] or `kn` for [E, in, out], then `bias`.
+`weights` holds the up (or fused gate-and-up) weight, its bias if any, the down weight, its bias if any. The spec string
+says how to read them, so a printed graph can be read: the glu kind, then `nk` for [E, out, in] or `kn` for
+[E, in, out], then `bias`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+
 from moefx.errors import InputError
 
 from ._op import LIB
@@ -37,7 +39,8 @@ class ExpertsSpec:
         kind, bar, rest = text.partition(" | ")
         words = rest.split(" ")
         if not bar or words[0] not in ("nk", "kn") or words[1:] not in ([], ["bias"]):
-            raise InputError(f"unreadable experts spec {text!r}", todo="write '<glu kind> | nk' or '| kn', with ' bias' behind if biased")
+            todo = "write '<glu kind> | nk' or '<glu kind> | kn', with ' bias' behind if biased"
+            raise InputError(f"unreadable experts spec {text!r}", todo=todo)
         return ExpertsSpec(GluKind.parse(kind), words[0], len(words) == 2)
 
     def __str__(self) -> str:
@@ -47,6 +50,9 @@ class ExpertsSpec:
 def expand(x_TH: Tensor, idx_Tk: Tensor, w_Tk: Tensor, weights: Sequence[Tensor], spec: str) -> Tensor:
     """The definition of `experts` in dialect ops; `expand_experts` writes the same nodes into a graph."""
     s = ExpertsSpec.parse(spec)
+    if len(weights) != (4 if s.bias else 2):
+        need = "up, up bias, down, down bias" if s.bias else "up, down"
+        raise InputError(f"experts got {len(weights)} weights for spec {spec!r}", todo=f"pass {need}")
     up, *rest = weights
     up_bias, down, down_bias = (rest[0], rest[1], rest[2]) if s.bias else (None, rest[0], None)
     if s.layout == "kn":

@@ -1,11 +1,11 @@
 """Activations between the two expert products: gated (GLU) and plain, with an optional weight per row.
 
-A kind is a short string that a printed graph shows: the activation, with `plain` in front when there is no gate (h is [S, I]) and
-`interleaved` when gate and up columns alternate instead of being two halves of h [S, 2I]:
+A kind is a short string that a printed graph shows: the activation, with `plain` in front when there is no gate (h is
+[S, I]) and `interleaved` when gate and up columns alternate instead of being two halves of h [S, 2I]:
 
-    silu, gelu, gelu_tanh, relu, relu2 (squared ReLU)        act(gate) * up, or act(h) when plain
-    clamp(limit,alpha)                                       gpt-oss: g = min(gate, limit), u = clamp(up, -limit, limit),
-                                                             g * sigmoid(alpha * g) * (u + 1); gated only
+    silu, gelu, gelu_tanh, relu, relu2 (squared ReLU)     act(gate) * up, or act(h) when plain
+    clamp(limit,alpha)                                    gpt-oss: g = min(gate, limit), u = clamp(up, -limit, limit),
+                                                          g * sigmoid(alpha * g) * (u + 1); gated only
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+
 import moefx.kernels.glu  # noqa: F401  registers the CPU provider before the reference
 from moefx.errors import InputError, nearest
 
@@ -24,6 +25,15 @@ from ._op import define
 
 Tensor = torch.Tensor
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "clamp")
+FLAGS = ([], ["plain"], ["interleaved"])
+
+
+_NUMBER = r"([-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|inf))"
+
+
+def _shortest(x: float) -> str:
+    """The shortest text that reads back as `x`: the string is what the op computes with."""
+    return f"{x:g}" if float(f"{x:g}") == x else repr(x)
 
 
 @dataclass(frozen=True)
@@ -40,17 +50,21 @@ class GluKind:
     @lru_cache
     def parse(text: str) -> GluKind:
         """Read `[plain |interleaved ]act[(limit,alpha)]`; raises `InputError` on anything else."""
-        words = text.split(" ")
-        match = re.fullmatch(r"(\w+)(?:\(([^,]+),([^,]+)\))?", words[-1])
+        *flags, name = text.split(" ")
+        match = re.fullmatch(rf"(\w+)(?:\({_NUMBER},{_NUMBER}\))?", name)
         if match is None or match[1] not in ACTIVATIONS or (match[1] == "clamp") != (match[2] is not None):
-            raise InputError(f"unknown activation kind {text!r}", todo=nearest(words[-1].split("(")[0], ACTIVATIONS))
-        flags = set(words[:-1])
-        if flags - {"plain", "interleaved"} or flags == {"plain", "interleaved"} or (match[1] == "clamp" and "plain" in flags):
-            raise InputError(f"contradictory activation kind {text!r}", todo="use one of '', 'plain', 'interleaved' before the name")
-        return GluKind(match[1], "plain" not in flags, "interleaved" in flags, float(match[2] or 0), float(match[3] or 0))
+            todo = nearest(name.split("(")[0], [f"{a}(limit,alpha)" if a == "clamp" else a for a in ACTIVATIONS])
+            raise InputError(f"unknown activation kind {text!r}", todo=todo)
+        if flags not in FLAGS or (match[1] == "clamp" and "plain" in flags):
+            todo = "write nothing, 'plain' or 'interleaved' before the name; clamp is always gated"
+            raise InputError(f"contradictory activation kind {text!r}", todo=todo)
+        limit, alpha = float(match[2] or 0), float(match[3] or 0)
+        if match[1] == "clamp" and not limit > 0:
+            raise InputError(f"activation kind {text!r} clamps to {limit:g}", todo="give a limit above zero")
+        return GluKind(match[1], "plain" not in flags, "interleaved" in flags, limit, alpha)
 
     def __str__(self) -> str:
-        name = f"{self.act}({self.limit:g},{self.alpha:g})" if self.act == "clamp" else self.act
+        name = f"{self.act}({_shortest(self.limit)},{_shortest(self.alpha)})" if self.act == "clamp" else self.act
         return ("" if self.gated else "plain ") + ("interleaved " if self.interleaved else "") + name
 
 
@@ -130,6 +144,15 @@ def glu_backward_reference(da: Tensor, h: Tensor, w_S: Tensor | None, kind: str)
     return _join(dgate, dup, k).to(h.dtype), dw
 
 
+def _check(h: Tensor, w: Tensor | None, kind: str) -> None:
+    width = h.shape[-1]
+    if GluKind.parse(kind).gated:
+        torch._check(width % 2 == 0, lambda: f"glu: {kind!r} needs gate and up columns, h is {tuple(h.shape)}")
+    if w is not None:
+        torch._check(h.dim() == 2, lambda: f"glu: row weights need h [S, width], got {tuple(h.shape)}")
+        torch._check(w.shape == h.shape[:1], lambda: f"glu: h is {tuple(h.shape)} but w is {tuple(w.shape)}, not [S]")
+
+
 def _glu_fake(h: Tensor, w: Tensor | None, kind: str) -> Tensor:
     width = h.shape[-1]
     return h.new_empty(*h.shape[:-1], width // 2 if GluKind.parse(kind).gated else width)
@@ -151,12 +174,36 @@ glu = define(
     "(Tensor h, Tensor? w, str kind) -> Tensor",
     reference=glu_reference,
     fake=_glu_fake,
+    check=_check,
     setup=_glu_setup,
     backward=_glu_backward,
 )
+
+
+def _glu_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    da, h, w, ctx.kind = inputs
+    ctx.save_for_backward(da, h, w)
+
+
+def _glu_double_backward(ctx: Any, ddh: Tensor, ddw: Tensor) -> tuple[Any, ...]:
+    """Second derivatives, for eager mode only: autograd differentiates the reference."""
+    with torch.enable_grad():
+        inputs = [t if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
+        outputs = glu_backward_reference(*inputs, ctx.kind)
+        weighted = inputs[2] is not None
+        seeds = (ddh, ddw) if weighted else (ddh,)
+        grads = torch.autograd.grad(
+            outputs[: len(seeds)], [t for t in inputs if t is not None], seeds, allow_unused=True
+        )
+    return (*grads[:2], grads[2] if weighted else None, None)
+
+
 glu_backward = define(
     "glu_backward",
     "(Tensor da, Tensor h, Tensor? w, str kind) -> (Tensor, Tensor)",
     reference=glu_backward_reference,
     fake=lambda da, h, w, kind: (h.new_empty(h.shape), da.new_empty(0) if w is None else w.new_empty(w.shape)),
+    check=lambda da, h, w, kind: _check(h, w, kind),
+    setup=_glu_backward_setup,
+    backward=_glu_double_backward,
 )

@@ -1,7 +1,7 @@
 """Routing ops: the dispatch plan, and the two row movements that use it.
 
-Shapes: T tokens, k experts per token, E experts, S rows (a static bound), H width. A plan orders the T*k (token, choice) pairs by
-expert, stably, and is described by four integer tensors:
+Shapes: T tokens, k experts per token, E experts, S rows (a static bound), H width. A plan orders the T*k (token,
+choice) pairs by expert, stably, and is described by four integer tensors:
 
     token  int64 [S]    token held by row s, or -1 where the row holds none (padding, or the tail after dropped pairs)
     order  int64 [S]    t * k + j of row s, or -1
@@ -16,7 +16,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import moefx.kernels.permute  # noqa: F401  registers the CPU providers before the references
+
+import moefx.kernels.permute
+import moefx.kernels.plan  # noqa: F401  both register their CPU providers before the references
 
 from ._op import define
 
@@ -62,7 +64,12 @@ def _plan_fake(idx_Tk: Tensor, E: int, align: int = 1) -> tuple[Tensor, Tensor, 
     )
 
 
-plan = define("plan", "(Tensor idx, int E, int align=1) -> (Tensor, Tensor, Tensor, Tensor)", reference=_plan, fake=_plan_fake)
+plan = define(
+    "plan",
+    "(Tensor idx, int E, int align=1) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=_plan,
+    fake=_plan_fake,
+)
 
 
 def _permute(x_TH: Tensor, token_S: Tensor, slot_Tk: Tensor) -> Tensor:
@@ -133,8 +140,9 @@ unpermute = define(
 def _unpermute_bwd(
     dout_TH: Tensor, y_SH: Tensor, token_S: Tensor, order_S: Tensor, slot_Tk: Tensor, w_Tk: Tensor
 ) -> tuple[Tensor, Tensor]:
-    d_SH = torch.ops.moefx.permute(dout_TH, token_S, slot_Tk)
-    dw_S = (d_SH.to(w_Tk.dtype) * y_SH).sum(-1) if w_Tk.dtype.itemsize > 2 else (d_SH * y_SH).sum(-1, dtype=torch.float32)
+    wide = torch.promote_types(torch.promote_types(y_SH.dtype, w_Tk.dtype), torch.float32)
+    d_SH = torch.ops.moefx.permute(dout_TH, token_S, slot_Tk).to(wide)
+    dw_S = (d_SH * y_SH.to(wide)).sum(-1)
     dw = torch.where(slot_Tk < 0, 0, _take(dw_S, slot_Tk)).to(w_Tk.dtype)
     w_S = torch.ops.moefx.gather_weights(w_Tk, order_S)
     return (d_SH * w_S[:, None]).to(y_SH.dtype), dw
@@ -147,11 +155,26 @@ def _take(values_S: Tensor, index: Tensor) -> Tensor:
     return values_S[index.clamp_min(0)]
 
 
+def _unpermute_bwd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _unpermute_double_backward(ctx: Any, ddy: Tensor, ddw: Tensor) -> tuple[Any, ...]:
+    # dy = dout w and dw = <dout, y> are linear in each operand, so their adjoints are these ops again.
+    dout, y, token, order, slot, w = ctx.saved_tensors
+    unpermute, unpermute_backward = torch.ops.moefx.unpermute, torch.ops.moefx.unpermute_backward
+    ddout = unpermute(ddy, token, order, slot, w) + unpermute(y, token, order, slot, ddw)
+    dy, dw = unpermute_backward(dout, ddy, token, order, slot, ddw)
+    return ddout, dy, None, None, None, dw
+
+
 unpermute_backward = define(
     "unpermute_backward",
     "(Tensor dout, Tensor y, Tensor token, Tensor order, Tensor slot, Tensor w) -> (Tensor, Tensor)",
     reference=_unpermute_bwd,
-    fake=lambda dout, y, token, order, slot, w: (torch.empty_like(y), w.new_empty(w.shape)),
+    fake=lambda dout, y, token, order, slot, w: (y.new_empty(y.shape), w.new_empty(w.shape)),
+    setup=_unpermute_bwd_setup,
+    backward=_unpermute_double_backward,
 )
 
 
@@ -182,8 +205,17 @@ gather_weights = define(
 
 def _scatter_weights(dw_S: Tensor, order_S: Tensor, T: int, k: int) -> Tensor:
     flat = dw_S.new_zeros(T * k + 1)
-    flat[torch.where(order_S < 0, T * k, order_S)] = dw_S  # every pair has at most one row; empty rows hit the spare entry
+    flat[torch.where(order_S < 0, T * k, order_S)] = dw_S  # a pair has at most one row; empty rows hit the spare entry
     return flat[: T * k].view(T, k).clone()
+
+
+def _scatter_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _scatter_backward(ctx: Any, dw_Tk: Tensor) -> tuple[Any, ...]:
+    (order,) = ctx.saved_tensors
+    return torch.ops.moefx.gather_weights(dw_Tk, order), None, None, None
 
 
 scatter_weights = define(
@@ -191,6 +223,8 @@ scatter_weights = define(
     "(Tensor dw, Tensor order, SymInt T, SymInt k) -> Tensor",
     reference=_scatter_weights,
     fake=lambda dw, order, T, k: dw.new_empty(T, k),
+    setup=_scatter_setup,
+    backward=_scatter_backward,
 )
 
 

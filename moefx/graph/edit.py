@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from moefx import compat
 
@@ -84,8 +85,13 @@ def unpack(call: Callable[..., fx.Node], node: fx.Node, count: int) -> list[fx.N
 
 
 def outputs(node: fx.Node) -> dict[int, fx.Node]:
-    """The getitem users of a multi-output node by index."""
-    return {int(u.args[1]): u for u in node.users if u.target is compat.getitem}  # type: ignore[arg-type]
+    """The getitem users of a multi-output node by index. Several of one index are made one, the first."""
+    found: dict[int, fx.Node] = {}
+    for user in sorted(u for u in node.users if u.target is compat.getitem):
+        first = found.setdefault(int(user.args[1]), user)  # type: ignore[arg-type]
+        if first is not user:
+            replace(node.graph, user, first)
+    return found
 
 
 def replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
@@ -119,42 +125,6 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     return bound
 
 
-_IN_PLACE_OPERATORS = frozenset(
-    f"i{n}" for n in ("add", "sub", "mul", "truediv", "floordiv", "pow", "and", "or", "xor", "matmul")
-)
-
-
-def mutated(node: fx.Node) -> list[fx.Node]:
-    """The nodes whose tensors this node writes into (`x.add_()`, `x += y`, `x[i] = y`, in-place ops)."""
-    if node.op == "call_method":
-        name = str(node.target)
-        writes = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
-    elif node.op == "call_function":
-        target: Any = node.target
-        if isinstance(target, torch._ops.OpOverload):
-            schema = target._schema.arguments
-            return [
-                a
-                for a, s in zip(node.args, schema, strict=False)
-                if isinstance(a, fx.Node) and s.alias_info is not None and s.alias_info.is_write
-            ]
-        name = getattr(target, "__name__", "")
-        writes = name in _IN_PLACE_OPERATORS or name == "setitem" or (name.endswith("_") and not name.endswith("__"))
-    else:
-        return []
-    return [node.args[0]] if writes and node.args and isinstance(node.args[0], fx.Node) else []
-
-
-def is_effect(node: fx.Node) -> bool:
-    """Whether a node must stay although nobody reads it: writes, grad-mode switches, assertions, random draws."""
-    name = str(getattr(node.target, "__name__", node.target))
-    return bool(
-        node.is_impure()
-        or mutated(node)
-        or name.startswith(("_set_grad", "_assert", "_enter", "_exit", "sym_constrain"))
-    )
-
-
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     """A GraphModule with its own graph (nodes and meta copied) over the same submodules and tensors. Flat calling
     convention.
@@ -181,12 +151,18 @@ def map_values(nodes: Iterable[Any]) -> list[Any]:
     return [value(n) if isinstance(n, fx.Node) else n for n in nodes]
 
 
-def same_value(a: Any, b: Any) -> bool:
-    """Whether two fake values agree in structure, shape, dtype and device."""
+def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two shapes or strides are equal for all values of their symbols. Adds no guard, as `==` would."""
+    return len(a) == len(b) and all(statically_known_true(x == y) for x, y in zip(a, b, strict=True))
+
+
+def same_value(a: Any, b: Any, *, strides: bool = False) -> bool:
+    """Whether two fake values agree in structure, shape, dtype and device, and if asked for in strides."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+        same = same_sizes(a.shape, b.shape) and a.dtype == b.dtype and a.device == b.device
+        return same and (not strides or same_sizes(a.stride(), b.stride()))
     if isinstance(a, Sequence) and isinstance(b, Sequence) and not isinstance(a, str):
-        return len(a) == len(b) and all(same_value(x, y) for x, y in zip(a, b, strict=True))
+        return len(a) == len(b) and all(same_value(x, y, strides=strides) for x, y in zip(a, b, strict=True))
     return type(a) is type(b)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,15 +20,18 @@ from .edit import value
 _IN_PLACE_OPERATORS = frozenset(
     f"i{n}" for n in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "matmul")
 )
-_DRAWS = frozenset(
-    "rand rand_like randn randn_like randint randint_like randperm normal bernoulli multinomial poisson binomial "
-    "gumbel_softmax rrelu rrelu_ uniform_ normal_ bernoulli_ random_ exponential_ cauchy_ geometric_ log_normal_".split()
-)
+# fmt: off
+_DRAWS = frozenset({
+    "rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "randperm", "normal", "bernoulli",
+    "multinomial", "poisson", "binomial", "gumbel_softmax", "rrelu_", "uniform_", "normal_", "bernoulli_", "random_",
+    "exponential_", "cauchy_", "geometric_", "log_normal_",
+})
 # These return their input, or a view of it, in some cases, without saying so in an aten schema of the same name.
-_MAY_RETURN_INPUT = frozenset(
-    "float half bfloat16 double int long bool type type_as cpu cuda dropout dropout1d dropout2d dropout3d "
-    "alpha_dropout feature_alpha_dropout".split()
-)
+_MAY_RETURN_INPUT = frozenset({
+    "float", "half", "bfloat16", "double", "int", "long", "bool", "type", "type_as", "cpu", "cuda", "dropout",
+    "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout",
+})
+# fmt: on
 _VIEW_ATTRIBUTES = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
 
 
@@ -44,9 +47,7 @@ def mutated(node: fx.Node) -> list[fx.Node]:
     if node.op not in ("call_function", "call_method"):
         return []
     if isinstance(node.target, torch._ops.OpOverload):
-        schema = {s.name: s for s in node.target._schema.arguments}
-        bound = {**dict(zip(schema, node.args, strict=False)), **node.kwargs}
-        hit = [a for n, a in bound.items() if (i := schema[n].alias_info) is not None and i.is_write]
+        hit = [node.kwargs.get(n, node.args[i] if i < len(node.args) else None) for i, n in _written(node.target)]
         return [a for a in hit if isinstance(a, fx.Node)]
     name = name_of(node)
     writes = name.endswith("_") and not name.endswith("__")
@@ -59,12 +60,19 @@ def mutated(node: fx.Node) -> list[fx.Node]:
     return [a for a in found if isinstance(a, fx.Node)]
 
 
+@cache
+def _written(op: torch._ops.OpOverload[..., Any]) -> list[tuple[int, str]]:
+    """Position and name of the arguments that an op writes into."""
+    arguments = enumerate(op._schema.arguments)
+    return [(i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
+
+
 def _inplace_flag(node: fx.Node) -> bool:
     at = _inplace_position(node.target)
     return bool(node.kwargs.get("inplace", at is not None and len(node.args) > at and node.args[at]))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _inplace_position(target: Any) -> int | None:
     """Where a function of torch.nn.functional takes `inplace` positionally (`nn.Dropout` passes it so)."""
     if not getattr(target, "__module__", "").startswith("torch.nn"):
@@ -86,7 +94,7 @@ def is_random(node: fx.Node) -> bool:
     if name == "scaled_dot_product_attention":
         return bool(node.kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0))
     if "dropout" in name:
-        return bool(node.kwargs.get("training", args[2] if len(args) > 2 else name != "dropout_"))
+        return bool(node.kwargs.get("training", args[2] if len(args) > 2 else True))
     if name == "rrelu":
         return bool(node.kwargs.get("training", len(args) > 3 and args[3]))
     return name in _DRAWS
@@ -117,38 +125,41 @@ def view_source(node: fx.Node) -> fx.Node | None:
     return None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _returns_alias(name: str) -> bool:
     """Whether an aten op of this name returns a view of its input, by its schema."""
     packet = getattr(torch.ops.aten, name, None)
     if not isinstance(packet, torch._ops.OpOverloadPacket):
         return False
-    schemas = [getattr(packet, o)._schema for o in packet.overloads()]
-    return any(r.alias_info is not None for s in schemas for r in s.returns)
+    returns = [r.alias_info for o in packet.overloads() for r in getattr(packet, o)._schema.returns]
+    return any(alias is not None and not alias.is_write for alias in returns)
 
 
 def writers(graph: fx.Graph) -> Callable[[fx.Node], list[fx.Node]]:
     """A function from a node to the nodes that write into its memory, directly or through any view of it."""
-    base: dict[fx.Node, fx.Node] = {}
     found: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
-        source = view_source(node)
-        base[node] = node if source is None else base[source]
         for target in mutated(node):
-            found.setdefault(base[target], []).append(node)
-    return lambda node: found.get(base.get(node, node), [])
+            found.setdefault(_base(target), []).append(node)
+    return lambda node: found.get(_base(node), []) if found else []
+
+
+def _base(node: fx.Node) -> fx.Node:
+    while (source := view_source(node)) is not None:
+        node = source
+    return node
 
 
 def modes(graph: fx.Graph) -> dict[fx.Node, tuple[Any, ...]]:
     """For each node, the switches that are in force where it runs: grad mode and autocast regions."""
-    state: list[Any] = [None]
+    switches = [n.args[0] for n in graph.nodes if name_of(n) == "_set_grad_enabled"]
+    state: list[Any] = [switches[-1] if switches else None]  # the last one puts back what was before the graph
     out: dict[fx.Node, tuple[Any, ...]] = {}
     for node in graph.nodes:
         out[node] = tuple(state)
         name = name_of(node)
         if name == "_set_grad_enabled":
-            # None is what surrounds the graph; capture restores it by switching grad mode on again.
-            state[0] = None if node.args[0] else False
+            state[0] = node.args[0]
         elif name.startswith("_enter"):
             state.append((name, node.args))
         elif name.startswith("_exit") and len(state) > 1:

@@ -70,6 +70,7 @@ def save(
             untouched.
         MissingPackageError: safetensors is not installed.
     """
+    writer = safetensors()
     final = directory / f"step-{step:08d}"
     temporary = directory / f".tmp-{final.name}-{os.getpid()}"
     tensors, aliases, extra = collect(model)
@@ -80,7 +81,7 @@ def save(
         for left in directory.glob(".tmp-step-*"):  # of a process that was killed while it wrote
             shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir(parents=True)
-        _safetensors().save_file(tensors, temporary / MODEL)
+        writer.save_file(tensors, temporary / MODEL)
         torch.save(state, temporary / STATE)
         manifest = {
             "format": FORMAT,
@@ -102,12 +103,13 @@ def save(
         temporary.rename(final)
         _flush(directory)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         why, todo = (
             error.strerror or str(error),
             "free disk space or choose another output directory; earlier checkpoints are intact",
         )
         raise CheckpointError("a checkpoint could not be written", where=str(final), why=why, todo=todo) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(final.with_name(final.name + ".old"), ignore_errors=True)
     for stale in checkpoints(directory)[: -max(keep, 1)]:
         if stale != final:
@@ -152,7 +154,7 @@ def load(path: Path, *, model: nn.Module, optimizer: Optimizer, fingerprint: Map
     _compare_tensors(path, manifest, present, present_aliases)
     try:
         state = torch.load(path / STATE, map_location="cpu", weights_only=True)
-        tensors = _safetensors().load_file(path / MODEL)
+        tensors = safetensors().load_file(path / MODEL)
     except MoefxError:
         raise
     except (
@@ -290,7 +292,8 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _safetensors() -> Any:
+def safetensors() -> Any:
+    """The `safetensors.torch` module. Raises MissingPackageError when it is not installed."""
     try:
         return importlib.import_module("safetensors.torch")
     except ImportError as error:

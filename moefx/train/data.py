@@ -246,7 +246,7 @@ def _sidecar(file: Path) -> tuple[np.dtype[Any], int]:
         raise InputError("a token file's sidecar is not JSON", where=str(path), why=str(error), todo=todo) from error
     entries: Mapping[str, Any] = found if isinstance(found, dict) else {}
     dtype, vocab = entries.get("dtype"), entries.get("vocab_size")
-    if dtype not in _DTYPES or type(vocab) is not int or vocab < 1:
+    if not isinstance(dtype, str) or dtype not in _DTYPES or type(vocab) is not int or vocab < 1:
         raise InputError(
             "a token file's sidecar is incomplete",
             where=str(path),

@@ -25,7 +25,7 @@ from . import checkpoint
 from .config import TrainConfig, learning_rate
 from .data import TokenDataset
 from .interrupt import StopRequest, TrainingInterrupted
-from .metrics import FILE, Metrics
+from .metrics import FILE, Metrics, unwritable
 from .parts import adamw, autocast, cpu_threads, device_of, evaluate, loss_of
 from .progress import Display
 
@@ -84,13 +84,15 @@ def train(
         make_optimizer: from (model, cfg); the learning rate of its groups is set before every step. Default: `adamw`.
 
     Raises:
-        InputError: the data does not fit, or the model returns no loss.
+        InputError: the data does not fit, the model returns no loss, or `cfg.out` cannot be written.
+        MissingPackageError: safetensors is not installed.
         CheckpointError: nothing to resume from, or it is damaged or of another run.
         DivergedError: loss or gradient is not finite.
         TrainingInterrupted: after SIGINT or SIGTERM; a checkpoint was saved (exit code 130).
     """
     console = console or Console()
     data.check(seq=cfg.seq, model_vocab=None)
+    checkpoint.safetensors()  # missing, it would be noticed at the first checkpoint, after work that is then lost
     run = _Run(model, data, cfg, (make_optimizer or adamw)(model, cfg))
     with ExitStack() as stack:
         stack.enter_context(cpu_threads(cfg.threads))
@@ -158,9 +160,12 @@ def set_aside(out: Path) -> Path | None:
     number = 1
     while (target := out / f"previous-{number}").exists():
         number += 1
-    target.mkdir()
-    for path in found:
-        shutil.move(path, target / path.name)
+    try:
+        target.mkdir()
+        for path in found:
+            shutil.move(path, target / path.name)
+    except OSError as error:
+        raise unwritable(out, error) from error
     return target
 
 

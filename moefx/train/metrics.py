@@ -10,6 +10,8 @@ from typing import Any
 
 from rich.console import Console
 
+from ..errors import InputError
+
 FILE = "metrics.jsonl"
 _told = False
 
@@ -23,14 +25,17 @@ class Metrics:
     """
 
     def __init__(self, directory: Path, step: int, console: Console) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
         path = directory / FILE
-        if path.exists():
-            _truncate(path, step)
-        known = sum(r["kind"] == "train" for r in read_metrics(directory)) if path.exists() else 0
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                _truncate(path, step)
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise unwritable(directory, error) from error
+        known = sum(r["kind"] == "train" for r in read_metrics(directory))
         if known < step:
             console.print(f"{path} lacks {step - known} of the {step} steps before the resumed one", soft_wrap=True)
-        self._file = path.open("a", encoding="utf-8")
         self._board = _tensorboard(directory / "tensorboard", step, console)
 
     def write(self, kind: str, step: int, **values: float) -> None:
@@ -57,6 +62,12 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return records
+
+
+def unwritable(directory: Path, error: OSError) -> InputError:
+    """The error for a run's directory that the system does not let us write."""
+    why, todo = error.strerror or str(error), "choose another output directory"
+    return InputError("the output directory cannot be written", where=str(directory), why=why, todo=todo)
 
 
 def _truncate(path: Path, step: int) -> None:

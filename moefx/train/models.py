@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import json
 import os
@@ -119,7 +120,8 @@ def _read_config(path: Path) -> Any:
     auto = _transformers().models.auto
     known = auto.configuration_auto.CONFIG_MAPPING_NAMES
     if kind not in known:
-        raise InputError(f"transformers knows no model_type {kind!r}", where=str(path), todo=nearest(kind, known))
+        close = ", ".join(difflib.get_close_matches(kind, known)) or "none"  # all of them would be hundreds
+        raise InputError(f"transformers knows no model_type {kind!r}", where=str(path), todo=f"similar ones: {close}")
     given = {k: v for k, v in entries.items() if k != "model_type"}
     try:
         config = auto.AutoConfig.for_model(kind, **given)
@@ -155,24 +157,13 @@ def _from_factory(spec: str, seed: int) -> nn.Module:
         try:
             module = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
-            missing = (
-                "the module of the model's factory"
-                if error.name == module_name
-                else f"a module that {module_name} imports"
-            )
-            raise InputError(
-                f"{missing} was not found",
-                where=spec,
-                why=str(error),
-                todo="check the name; the current directory is searched",
-            ) from error
-        except Exception as error:
-            raise InputError(
-                f"importing {module_name} failed",
-                where=spec,
-                why=f"{type(error).__name__}: {error}",
-                todo="correct the module",
-            ) from error
+            own = f"{module_name}.".startswith(f"{error.name}.")  # it, or a package that it lies in
+            what = "the module of the model's factory" if own else f"a module that {module_name} imports"
+            todo = "check the name; the current directory is searched"
+            raise InputError(f"{what} was not found", where=spec, why=str(error), todo=todo) from error
+        except Exception as error:  # running a module can raise anything
+            where, why = _origin(spec, error)
+            raise InputError(f"importing {module_name} failed", where=where, why=why, todo="correct it") from error
         factory = getattr(module, attribute, None)
         if not callable(factory):
             names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
@@ -182,15 +173,25 @@ def _from_factory(spec: str, seed: int) -> nn.Module:
             try:
                 model = factory()
             except Exception as error:
-                last = traceback.extract_tb(error.__traceback__)[-1]
-                where, why = f"{spec} ({last.filename}:{last.lineno})", f"{type(error).__name__}: {error}"
+                where, why = _origin(spec, error)
                 todo = "it is called without arguments; correct it, or name another one"
                 raise InputError("the model's factory failed", where=where, why=why, todo=todo) from error
     if not isinstance(model, nn.Module):
         raise InputError(
-            "the model's factory returned no nn.Module", where=spec, why=f"it returned a {type(model).__name__}"
+            "the model's factory returned no nn.Module",
+            where=spec,
+            why=f"it returned a {type(model).__name__}",
+            todo="name a callable without arguments that builds the model and returns it",
         )
     return model.train()
+
+
+def _origin(spec: str, error: Exception) -> tuple[str, str]:
+    """The spec with the file:line that raised, and the error as text."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    line = error.lineno if isinstance(error, SyntaxError) else last.lineno
+    file = error.filename if isinstance(error, SyntaxError) else last.filename
+    return f"{spec} ({file}:{line})", f"{type(error).__name__}: {error}"
 
 
 @contextmanager

@@ -132,7 +132,7 @@ def summarize(
         ORIGINAL: None if original is None else _figures(original),
         "max_difference": None if original is None else max_difference(optimized.losses, original.losses),
         "unigram_nats": unigram,
-        "config": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(cfg).items()},
+        "config": {**asdict(cfg), "out": str(cfg.out), "betas": list(cfg.betas)},
         "data": data.describe(),
     }
 

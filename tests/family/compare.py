@@ -181,7 +181,9 @@ def rounding(original: Step, optimized: Step, exact: Step) -> Rounding:
     )
 
 
-def rounding_faults(r: Rounding, *, factor: float = 1.5, param_factor: float = 3.0, floor: float = 2.0**-8) -> list[str]:
+def rounding_faults(
+    r: Rounding, *, factor: float = 1.5, param_factor: float = 3.0, floor: float = 2.0**-8
+) -> list[str]:
     """Where the optimized model rounds worse than the original does.
 
     `factor` times the original's error is allowed, and on top the floor: for the loss the original's error per logit, for gradients

@@ -1,0 +1,89 @@
+"""The `moefx` command as a user meets it: output, JSON, exit status, messages on errors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FAST = ["--seq", "16", "--batch", "1"]
+
+
+def moefx(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    code = "from moefx.cli import main; main()"
+    return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, cwd=cwd, timeout=300)
+
+
+def test_inspect_json_has_the_stable_keys_and_every_block_raised() -> None:
+    run = moefx("inspect", "default", "--json", *FAST, "--stage", "dead_code", "--diff", "captured", "expand_experts")
+    assert run.returncode == 0, run.stderr
+    data = json.loads(run.stdout)
+    assert {"blocks", "passes", "casts", "stages", "memory", "providers", "signatures"} <= set(data)
+    assert [b["raised"] for b in data["blocks"]] == [True] * len(data["blocks"])
+    assert data["blocks"]
+    assert "moefx.plan_permute" in data["stage"]
+    changed = [line for line in data["diff"].splitlines() if line[0] in "+-"]
+    assert any(line.startswith("-") and "moefx.experts" in line for line in changed)
+    assert any(line.startswith("+") and "moefx.grouped_mm" in line for line in changed)
+    assert data["graphs"][0] == "captured"
+    assert data["graphs"][-1] == "backward"
+
+
+def test_inspect_prints_the_report_for_people() -> None:
+    run = moefx("inspect", *FAST)
+    assert run.returncode == 0, run.stderr
+    for word in ("MoE blocks: 4 raised", "expand_experts", "training passes", "casts: 0 before, 0 after", "graphs:"):
+        assert word in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (("inspect", "--recipe", "bf61"), "bf16"),
+        (("inspect", *FAST, "--stage", "expand_expert"), "expand_experts"),
+        (("inspect", "no/such/config.json"), "no/such/config.json"),
+        (("inspect", "collections:OrderedDict"), "OrderedDict"),
+        (("inspect", "not_a_module_at_all:thing"), "not_a_module_at_all"),
+        (("train", "--data", "no_such_text.txt"), "no_such_text.txt"),
+        (("train", "--dtype", "fp8"), "fp32"),
+        (("train", "--compare", "some"), "all"),
+    ],
+)
+def test_errors_name_the_culprit_and_exit_with_2(args: tuple[str, ...], named: str, tmp_path: Path) -> None:
+    run = moefx(*args, cwd=tmp_path)
+    assert run.returncode == 2, run.stdout + run.stderr
+    assert named in run.stderr
+    assert "what to do:" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_errors_are_json_too(tmp_path: Path) -> None:
+    run = moefx("inspect", "--recipe", "bf61", "--json", cwd=tmp_path)
+    error = json.loads(run.stdout)["error"]
+    assert run.returncode == 2
+    assert error["type"] == "RecipeError"
+    assert "bf16" in error["todo"]
+
+
+def test_passes_and_recipes_are_listed() -> None:
+    rows = json.loads(moefx("passes", "--json").stdout)
+    recipes = json.loads(moefx("recipes", "--json").stdout)
+    names = [r["name"] for r in rows]
+    assert set(recipes["bf16"]["passes"]) <= set(names)
+    assert all(r["about"] and r["level"] in ("model", "training") for r in rows)
+
+
+def test_a_model_of_the_users_own(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from transformers import MixtralConfig, MixtralForCausalLM\n"
+        "def make():\n"
+        "    c = MixtralConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1,\n"
+        "                      num_attention_heads=2, num_key_value_heads=1, num_local_experts=4)\n"
+        "    return MixtralForCausalLM(c)\n"
+    )
+    run = moefx("inspect", "mine:make", "--json", *FAST, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["model"] == "MixtralForCausalLM"

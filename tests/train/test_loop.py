@@ -1,0 +1,575 @@
+"""The loop: it learns, follows its schedule, and a run that was stopped continues as if it had not been."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moefx.errors import InputError, MissingPackageError
+from moefx.train import checkpoint, metrics
+from moefx.train import loop as loop_module
+from moefx.train.checkpoint import CheckpointError
+from moefx.train.config import TrainConfig, learning_rate
+from moefx.train.data import TokenDataset
+from moefx.train.interrupt import StopRequest, TrainingInterrupted
+from moefx.train.loop import DivergedError, TrainResult, set_aside, train
+from moefx.train.metrics import read_metrics
+from moefx.train.parts import adamw, evaluate
+
+from .toy import Output, ToyLM, quiet, same_bits, text_of, toy_config, toy_data, weights
+
+
+def run(cfg: TrainConfig, model: nn.Module | None = None, **options: Any) -> tuple[nn.Module, TrainResult]:
+    model = ToyLM() if model is None else model
+    options.setdefault("console", quiet())
+    return model, train(model, toy_data(), cfg, **options)
+
+
+def interrupt_at(step: int) -> Any:
+    def on_step(done: int, loss: float) -> None:
+        if done == step:
+            raise KeyboardInterrupt
+
+    return on_step
+
+
+def figures(out: Path) -> list[tuple[str, int, float]]:
+    return [(r["kind"], r["step"], r["loss"]) for r in read_metrics(out)]
+
+
+# Training
+
+
+def test_training_learns(tmp_path: Path) -> None:
+    data = toy_data()
+    model = ToyLM(dropout=0.0)
+    cfg = toy_config(tmp_path, steps=60)
+    before = evaluate(model, data, cfg)
+    result = train(model, data, cfg, console=quiet())
+    assert len(result.losses) == 60
+    assert result.val[-1] == (60, evaluate(model, data, cfg))
+    assert result.val[-1][1] < 0.6 * before
+    assert result.tokens_per_s > 0
+    assert result.seconds > 0
+
+
+def test_same_seed_same_run_other_seed_another(tmp_path: Path) -> None:
+    runs = {}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        runs[name] = run(toy_config(tmp_path / name, seed=seed))
+    assert runs["a"][1].losses == runs["b"][1].losses
+    assert same_bits(weights(runs["a"][0]), weights(runs["b"][0]))
+    assert runs["a"][1].losses != runs["c"][1].losses
+
+
+def test_first_step_against_plain_torch(tmp_path: Path) -> None:
+    """One step by hand: mean over microbatches, clipping, warm-up, weight decay on matrices alone."""
+    cfg = toy_config(tmp_path, steps=1, grad_accum=3, clip=0.01, weight_decay=0.5, eval_batches=0)
+    expected = ToyLM(dropout=0.0)
+    ids = next(toy_data().batches("train", 6, 8, cfg.seed))
+    total = torch.zeros(())
+    for part in ids.split(2):
+        loss = expected(part, part).loss
+        assert loss is not None
+        (loss / 3).backward()
+        total += loss.detach() / 3
+    torch.nn.utils.clip_grad_norm_(expected.parameters(), 0.01)
+    decayed = [p for p in expected.parameters() if p.dim() >= 2]
+    plain = [p for p in expected.parameters() if p.dim() < 2]
+    groups = [{"params": decayed, "weight_decay": 0.5}, {"params": plain, "weight_decay": 0.0}]
+    torch.optim.AdamW(groups, lr=cfg.lr / 2, betas=cfg.betas, eps=cfg.eps).step()
+
+    model, result = run(cfg, ToyLM(dropout=0.0))
+    assert result.losses == [pytest.approx(total.item(), abs=1e-6)]
+    torch.testing.assert_close(weights(model), weights(expected))
+
+
+def test_accumulation_sees_the_batches_of_one_large_batch(tmp_path: Path) -> None:
+    large = run(toy_config(tmp_path / "a", batch=4), ToyLM(dropout=0.0))[1]
+    parts = run(toy_config(tmp_path / "b", batch=2, grad_accum=2), ToyLM(dropout=0.0))[1]
+    assert parts.losses == pytest.approx(large.losses, abs=1e-4)
+
+
+def test_frozen_parameters_and_old_gradients_do_not_matter(tmp_path: Path) -> None:
+    model = ToyLM()
+    model.norm.weight.requires_grad_(False)
+    before = model.norm.weight.clone()
+    model.embed.weight.grad = torch.full_like(model.embed.weight, 1e6)
+    fresh = ToyLM()
+    fresh.norm.weight.requires_grad_(False)
+    losses = [run(toy_config(tmp_path / str(i)), m)[1].losses for i, m in enumerate((model, fresh))]
+    assert losses[0] == losses[1]
+    assert torch.equal(model.norm.weight, before)
+
+
+def test_optimizer_groups() -> None:
+    model = ToyLM()
+    optimizer = adamw(model, TrainConfig(weight_decay=0.3))
+    decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert decays == {id(p): 0.3 if p.dim() >= 2 else 0.0 for p in model.parameters()}
+
+
+def test_own_optimizer_gets_the_schedule(tmp_path: Path) -> None:
+    rates = []
+
+    class Recorder(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            rates.append(self.param_groups[0]["lr"])
+            super().step(closure)
+
+    cfg = toy_config(tmp_path, steps=6)
+    run(cfg, make_optimizer=lambda model, cfg: Recorder(model.parameters(), lr=1.0))
+    assert rates == [learning_rate(cfg, step) for step in range(6)]
+    assert rates == [r["lr"] for r in read_metrics(tmp_path) if r["kind"] == "train"]
+
+
+def test_schedule() -> None:
+    cfg = TrainConfig(steps=110, warmup=10, lr=1.0, min_lr=0.2)
+    rates = [learning_rate(cfg, step) for step in range(111)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert rates[10] == 1.0
+    assert rates[60] == pytest.approx(0.6)
+    assert rates[110] == pytest.approx(0.2)
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+    assert learning_rate(TrainConfig(steps=5, warmup=5, lr=2.0), 4) == 2.0
+    assert learning_rate(TrainConfig(steps=5, warmup=0, lr=2.0), 0) == 2.0
+
+
+def test_evaluation_leaves_no_trace(tmp_path: Path) -> None:
+    often = run(toy_config(tmp_path / "a", eval_every=1))
+    never = run(toy_config(tmp_path / "b", eval_batches=0))
+    assert often[1].losses == never[1].losses
+    assert same_bits(weights(often[0]), weights(never[0]))
+    assert [step for step, _ in often[1].val] == list(range(1, 13))
+    assert never[1].val == []
+
+
+def test_evaluation_keeps_the_mode_of_every_part() -> None:
+    model = ToyLM()
+    model.dropout.eval()
+    value = evaluate(model, toy_data(), TrainConfig(seq=8))
+    assert model.training
+    assert not model.dropout.training
+    assert value == evaluate(model.eval(), toy_data(), TrainConfig(seq=8))
+    assert not model.training
+    assert int(model.seen) == 0
+
+
+def test_validation_steps(tmp_path: Path) -> None:
+    assert [step for step, _ in run(toy_config(tmp_path / "a", eval_every=5))[1].val] == [5, 10, 12]
+    assert [step for step, _ in run(toy_config(tmp_path / "b", eval_every=0))[1].val] == [12]
+
+
+def test_bf16_computes_under_autocast_with_fp32_weights(tmp_path: Path) -> None:
+    wide, narrow = (run(toy_config(tmp_path / d, dtype=d), ToyLM(dropout=0.0)) for d in ("fp32", "bf16"))
+    assert isinstance(narrow[0], ToyLM)
+    assert isinstance(wide[0], ToyLM)
+    assert set(narrow[0].autocast_seen) == {True}
+    assert set(wide[0].autocast_seen) == {False}
+    assert {p.dtype for p in narrow[0].parameters()} == {torch.float32}
+    assert narrow[1].losses != wide[1].losses
+    assert narrow[1].losses == pytest.approx(wide[1].losses, rel=0.05)
+
+
+def test_threads_are_set_and_put_back(tmp_path: Path) -> None:
+    before, seen = torch.get_num_threads(), []
+    run(toy_config(tmp_path, steps=1, threads=1), on_step=lambda *_: seen.append(torch.get_num_threads()))
+    assert seen == [1]
+    assert torch.get_num_threads() == before
+
+
+def test_stop_after_follows_the_whole_schedule(tmp_path: Path) -> None:
+    whole = run(toy_config(tmp_path / "a"))[1]
+    part = run(toy_config(tmp_path / "b"), stop_after=7)[1]
+    assert part.losses == whole.losses[:7]
+    rest = run(toy_config(tmp_path / "b"), resume=True)[1]
+    assert rest.losses == whole.losses
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("stop", [1, 4, 5, 11])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path: Path, stop: int, dtype: str) -> None:
+    whole, expected = run(toy_config(tmp_path / "whole", dtype=dtype, grad_accum=2))
+    cfg = toy_config(tmp_path / "parts", dtype=dtype, grad_accum=2)
+    with pytest.raises(TrainingInterrupted) as caught:
+        run(cfg, on_step=interrupt_at(stop))
+    assert caught.value.step == stop
+    torch.manual_seed(12345)  # a new process starts with other random states
+    model, result = run(cfg, ToyLM(seed=9), resume=True)
+    assert result.losses == expected.losses
+    assert result.val == expected.val
+    assert same_bits(weights(model), weights(whole))
+    assert figures(cfg.out) == figures(tmp_path / "whole")
+
+
+def test_without_random_states_a_resumed_run_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control to the test above: it would not notice lost random states if dropout did not matter."""
+    expected = run(toy_config(tmp_path / "whole"))[1]
+    cfg = toy_config(tmp_path / "parts")
+    with pytest.raises(TrainingInterrupted):
+        run(cfg, on_step=interrupt_at(5))
+    monkeypatch.setattr(checkpoint, "set_rng_state", lambda state: None)
+    result = run(cfg, ToyLM(seed=9), resume=True)[1]
+    assert result.losses[:5] == expected.losses[:5]
+    assert result.losses[5:] != expected.losses[5:]
+
+
+def test_killed_after_a_checkpoint(tmp_path: Path) -> None:
+    """A crash at step 7 loses what came after the checkpoint of step 5; its metrics do not stay twice."""
+    whole, expected = run(toy_config(tmp_path / "whole"))
+    cfg = toy_config(tmp_path / "parts")
+
+    def crash(step: int, loss: float) -> None:
+        if step == 7:
+            raise RuntimeError("power failure")
+
+    with pytest.raises(RuntimeError, match="power failure"):
+        run(cfg, on_step=crash)
+    with (cfg.out / metrics.FILE).open("a") as file:
+        file.write('{"kind": "train", "st')  # the line that was being written
+    console = quiet()
+    model, result = run(cfg, ToyLM(seed=9), resume=True, console=console)
+    assert "resumed at step 5/12" in text_of(console)
+    assert result.losses == expected.losses
+    assert same_bits(weights(model), weights(whole))
+    assert figures(cfg.out) == figures(tmp_path / "whole")
+
+
+def test_resuming_a_finished_run_trains_nothing(tmp_path: Path) -> None:
+    cfg = toy_config(tmp_path)
+    whole, expected = run(cfg)
+    steps: list[int] = []
+    model, result = run(cfg, ToyLM(seed=9), resume=True, on_step=lambda step, loss: steps.append(step))
+    assert not steps
+    assert result == expected
+    assert same_bits(weights(model), weights(whole))
+
+
+def test_lost_metrics_are_mentioned_and_losses_come_from_the_checkpoint(tmp_path: Path) -> None:
+    cfg = toy_config(tmp_path)
+    expected = run(cfg)[1]
+    (tmp_path / metrics.FILE).unlink()
+    console = quiet()
+    assert run(cfg, ToyLM(), resume=True, console=console)[1].losses == expected.losses
+    assert "lacks 12 of the 12 steps" in text_of(console)
+
+
+@pytest.mark.parametrize("change", [{"lr": 0.06}, {"seed": 1}, {"steps": 13}, {"batch": 3}, {"dtype": "bf16"}])
+def test_resuming_with_other_settings_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    cfg = toy_config(tmp_path)
+    run(cfg, stop_after=3)
+    before = figures(tmp_path)
+    with pytest.raises(CheckpointError, match=f"other settings\n.*\n.*{next(iter(change))} was"):
+        run(replace(cfg, **change), resume=True)
+    assert figures(tmp_path) == before
+    assert checkpoint.latest(tmp_path / loop_module.CHECKPOINTS).name == "step-00000003"
+
+
+def test_resuming_on_other_data_or_with_another_optimizer_is_refused(tmp_path: Path) -> None:
+    cfg = toy_config(tmp_path)
+    run(cfg, stop_after=3)
+    with pytest.raises(CheckpointError, match="data was"):
+        train(ToyLM(), toy_data(seed=1), cfg, resume=True, console=quiet())
+    with pytest.raises(CheckpointError, match="optimizer was"):
+        run(cfg, resume=True, make_optimizer=lambda m, c: torch.optim.SGD(m.parameters()))
+
+
+def test_settings_that_change_no_number_may_change(tmp_path: Path) -> None:
+    cfg = toy_config(tmp_path)
+    expected = run(toy_config(tmp_path / "whole"))[1].losses
+    run(cfg, stop_after=3)
+    other = replace(cfg, eval_every=2, eval_batches=1, checkpoint_every=1, keep=1, threads=1)
+    assert run(other, ToyLM(seed=9), resume=True)[1].losses == expected
+
+
+def test_nothing_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoint to resume from") as caught:
+        run(toy_config(tmp_path), resume=True)
+    assert caught.value.where == str(tmp_path / loop_module.CHECKPOINTS)
+
+
+def test_a_new_run_moves_the_old_one_aside(tmp_path: Path) -> None:
+    cfg = toy_config(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    first = run(cfg)[1]
+    for number in (1, 2):
+        console = quiet()
+        run(replace(cfg, seed=number), console=console)
+        assert f"previous-{number}" in text_of(console)
+    old = tmp_path / "previous-1"
+    assert [loss for kind, _, loss in figures(old) if kind == "train"] == first.losses
+    assert checkpoint.latest(old / loop_module.CHECKPOINTS).name == "step-00000012"
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert len([f for f in figures(tmp_path) if f[0] == "train"]) == 12
+    assert set_aside(tmp_path / "nowhere") is None
+
+
+# Interruption
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_stop_between_steps_and_save(tmp_path: Path, number: signal.Signals) -> None:
+    def on_step(step: int, loss: float) -> None:
+        if step == 3:
+            os.kill(os.getpid(), number)
+
+    before, console = signal.getsignal(number), quiet()
+    with pytest.raises(TrainingInterrupted) as caught:
+        run(toy_config(tmp_path), on_step=on_step, console=console)
+    stopped = caught.value
+    assert stopped.code == 130
+    assert stopped.checkpoint == checkpoint.latest(tmp_path / loop_module.CHECKPOINTS)
+    assert stopped.checkpoint.name == "step-00000003"
+    assert "interrupted at step 3; resume continues from" in text_of(console)
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_in_the_last_step_still_stops_what_follows(tmp_path: Path) -> None:
+    with pytest.raises(TrainingInterrupted) as caught:
+        run(toy_config(tmp_path), on_step=interrupt_at(12))
+    assert caught.value.step == 12
+    assert len(run(toy_config(tmp_path), ToyLM(seed=9), resume=True)[1].losses) == 12
+
+
+def test_a_second_ctrl_c_stops_at_once_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    class Stuck(ToyLM):
+        def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Output:
+            if int(self.seen) == 7 * 16:
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().forward(input_ids, labels)
+
+    cfg = toy_config(tmp_path)
+    with pytest.raises(TrainingInterrupted) as caught:
+        run(cfg, Stuck())
+    assert caught.value.step == 7
+    assert caught.value.checkpoint is not None
+    assert caught.value.checkpoint.name == "step-00000005"
+    assert run(cfg, ToyLM(seed=9), resume=True)[1].losses == run(toy_config(tmp_path / "whole"))[1].losses
+
+
+def test_interrupted_before_anything_was_saved(tmp_path: Path) -> None:
+    class Stuck(ToyLM):
+        def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Output:
+            raise KeyboardInterrupt
+
+    with pytest.raises(TrainingInterrupted, match="at step 0; nothing was saved") as caught:
+        run(toy_config(tmp_path), Stuck())
+    assert caught.value.checkpoint is None
+
+
+def test_process_ends_with_130_and_resumes(tmp_path: Path) -> None:
+    """The whole way: a real SIGTERM from outside, a new process that resumes, weights as without the interruption."""
+    program = """
+import sys, pathlib, torch
+from moefx.train.loop import train
+from tests.train.toy import ToyLM, toy_config, toy_data, quiet
+out, resume = pathlib.Path(sys.argv[1]), sys.argv[2] == "resume"
+def ready(step, loss):
+    if step == 4 and not resume:
+        print("ready", flush=True)
+        sys.stdin.readline()
+model = ToyLM(seed=9 if resume else 0)
+train(model, toy_data(), toy_config(out), on_step=ready, resume=resume, console=quiet())
+torch.save(model.state_dict(), out / "end.pt")
+"""
+    root = str(Path(__file__).parents[2])
+
+    def start(mode: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", program, str(tmp_path / "run"), mode]
+        pipe = subprocess.PIPE
+        environment = {**os.environ, "PYTHONPATH": root}
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, cwd=root, env=environment)
+
+    first = start("new")
+    assert first.stdout is not None
+    assert first.stdout.readline() == "ready\n"
+    first.send_signal(signal.SIGTERM)
+    _, errors = first.communicate("\n", timeout=60)
+    assert first.returncode == 130, errors
+    assert "SIGTERM: finishing this step" in errors
+    second = start("resume")
+    _, errors = second.communicate(timeout=60)
+    assert second.returncode == 0, errors
+    whole, _ = run(toy_config(tmp_path / "whole"))
+    assert same_bits(torch.load(tmp_path / "run" / "end.pt"), weights(whole))
+
+
+def test_no_handlers_outside_of_the_main_thread() -> None:
+    before, inside = signal.getsignal(signal.SIGINT), []
+
+    def enter() -> None:
+        with StopRequest() as stop:
+            inside.append((signal.getsignal(signal.SIGINT), stop.requested))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert inside == [(before, False)]
+
+
+# What goes wrong
+
+
+def test_divergence_is_an_error_and_the_last_checkpoint_stays(tmp_path: Path) -> None:
+    class Explodes(ToyLM):
+        def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Output:
+            out = super().forward(input_ids, labels)
+            if out.loss is not None and int(self.seen) == 7 * 16:
+                out.loss = out.loss * math.nan
+            return out
+
+    model = Explodes()
+    with pytest.raises(DivergedError, match="diverged") as caught:
+        run(toy_config(tmp_path), model)
+    assert caught.value.where == "step 7 of 12"
+    assert "loss nan" in str(caught.value.why)
+    assert "step-00000005" in str(caught.value.todo)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert checkpoint.latest(tmp_path / loop_module.CHECKPOINTS).name == "step-00000005"
+
+
+def test_infinite_gradient_with_finite_loss(tmp_path: Path) -> None:
+    class Steep(ToyLM):
+        def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Output:
+            out = super().forward(input_ids, labels)
+            zero = (self.embed.weight[0, 0] * 0).abs()
+            return Output(None if out.loss is None else out.loss + zero.sqrt(), out.logits)
+
+    model = Steep()
+    before = weights(model)
+    with pytest.raises(DivergedError, match=r"gradient norm (nan|inf)"):
+        run(toy_config(tmp_path), model)
+    assert torch.equal(model.embed.weight, before["embed.weight"])
+
+
+@pytest.mark.parametrize(("value", "found"), [(None, "None"), ("per token", r"Tensor \[2\]"), (1.0, "float")])
+def test_a_model_without_a_scalar_loss(tmp_path: Path, value: Any, found: str) -> None:
+    class Lossless(ToyLM):
+        def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Any:
+            out = super().forward(input_ids, labels)
+            return Output(out.logits[:, 0, 0] if value == "per token" else value, out.logits)
+
+    with pytest.raises(InputError, match=rf"no scalar loss\n.*Lossless\n.*{found}"):
+        run(toy_config(tmp_path), Lossless())
+
+
+def test_data_that_does_not_fit(tmp_path: Path) -> None:
+    data = toy_data()
+    with pytest.raises(InputError, match="less than one sequence of 8"):
+        train(ToyLM(), TokenDataset(data.train, data.val[:7], 16, "short"), toy_config(tmp_path), console=quiet())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps=0 is out of range"),
+        ({"batch": 0}, "batch=0"),
+        ({"seq": 1}, "seq=1"),
+        ({"lr": -1.0}, "lr=-1.0"),
+        ({"lr": math.nan}, "lr=nan"),
+        ({"clip": -0.5}, "clip=-0.5"),
+        ({"seed": -1}, "seed=-1"),
+        ({"keep": 0}, "keep=0"),
+        ({"threads": 0}, "threads=0"),
+        ({"betas": (0.9, 1.0)}, "betas"),
+        ({"dtype": "bf61"}, "did you mean 'bf16'"),
+        ({"eval_every": -1}, "eval_every=-1"),
+    ],
+)
+def test_settings_out_of_range(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        TrainConfig(**change)
+
+
+# What a run shows and writes
+
+
+def test_lines_in_a_pipe(tmp_path: Path) -> None:
+    console = quiet()
+    run(toy_config(tmp_path, steps=45, eval_every=0), console=console, label="toy")
+    steps = [line.split()[2] for line in text_of(console).splitlines() if "tokens/s" in line]
+    assert steps == ["1/45", "20/45", "40/45", "45/45"]
+    assert "toy: step 45/45  validation loss" in text_of(console)
+
+
+def test_bar_on_a_terminal(tmp_path: Path) -> None:
+    import io
+
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    run(toy_config(tmp_path), console=console, label="toy")
+    assert "12/12" in text_of(console)
+    assert "tokens/s" in text_of(console)
+    assert "toy: step 1/12" not in text_of(console)
+
+
+def test_metrics_file(tmp_path: Path) -> None:
+    cfg = toy_config(tmp_path)
+    result = run(cfg)[1]
+    records = read_metrics(tmp_path)
+    assert [r["loss"] for r in records if r["kind"] == "train"] == result.losses
+    assert [(r["step"], r["loss"]) for r in records if r["kind"] == "val"] == result.val
+    assert {"lr", "grad_norm", "tokens_per_s"} < set(records[0])
+    for line in (tmp_path / metrics.FILE).read_text().splitlines():
+        json.loads(line)
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    cfg = toy_config(tmp_path)
+    run(cfg, stop_after=7)
+    result = run(cfg, ToyLM(), resume=True)[1]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    scalars = events.Scalars("train/loss")
+    assert [e.step for e in scalars] == list(range(1, 13))
+    assert [e.value for e in scalars] == pytest.approx(result.losses)
+    assert [e.step for e in events.Scalars("val/loss")] == [4, 7, 8, 12]
+
+
+def test_tensorboard_missing_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setattr(metrics, "_told", False)
+    console = quiet()
+    for name in ("a", "b"):
+        result = run(toy_config(tmp_path / name), console=console)[1]
+        assert len(result.losses) == 12
+    assert text_of(console).count("TensorBoard is not installed") == 1
+    assert len(read_metrics(tmp_path / "b")) == 15
+
+
+def test_output_directory_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match="output directory cannot be written") as caught:
+        run(toy_config(tmp_path / "file"))
+    assert caught.value.where == str(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_missing_safetensors_is_found_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    model = ToyLM()
+    with pytest.raises(MissingPackageError, match="safetensors"):
+        run(toy_config(tmp_path), model)
+    assert int(model.seen) == 0

@@ -1,0 +1,235 @@
+"""The comparison that `moefx train` makes, with a stand-in for the compiler."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from moefx.errors import InputError
+from moefx.train import story
+from moefx.train.checkpoint import CheckpointError
+from moefx.train.data import TokenDataset, unigram_nats
+from moefx.train.interrupt import TrainingInterrupted
+from moefx.train.loop import TrainResult
+from moefx.train.metrics import read_metrics
+from moefx.train.parts import val_batches
+from moefx.train.story import baseline, compared_steps, max_difference, run_training, summarize, table
+
+from .toy import ToyLM, quiet, same_bits, text_of, toy_config, toy_data, weights
+
+
+class FakeReport:
+    def to_dict(self) -> dict[str, Any]:
+        stages = {"capture": {"seconds": 1.25, "nodes": 100}, "codegen": {"seconds": 2.5, "nodes": 0}}
+        return {"casts": {"before": 12, "after": 2}, "stages": stages}
+
+
+class FakeOptimized(nn.Module):
+    """Stands in for OptimizedModule: same state_dict, a report, and whatever difference a test wants."""
+
+    def __init__(self, model: nn.Module, error: float = 0.0) -> None:
+        super().__init__()
+        self.model, self.error, self.report = model, error, FakeReport()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.load_state_dict(*args, **kwargs)
+
+    def forward(self, **inputs: Any) -> Any:
+        out = self.model(**inputs)
+        out.loss = out.loss + self.error
+        return out
+
+
+class FakeCompiler:
+    def __init__(self, error: float = 0.0) -> None:
+        self.error, self.calls = error, []  # type: ignore[var-annotated]
+
+    def __call__(self, model: nn.Module, example_inputs: Any, **options: Any) -> FakeOptimized:
+        self.calls.append((copy.deepcopy(model), example_inputs, options, torch.is_autocast_enabled("cpu")))
+        return FakeOptimized(model, self.error)
+
+
+def tell(out: Path, **options: Any) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "model": ToyLM(), "data": toy_data(), "cfg": toy_config(out), "optimize": FakeCompiler(), "console": quiet(),
+    }  # fmt: skip
+    return run_training(**{**settings, **options})
+
+
+def test_an_exact_compiler_gives_equal_curves(tmp_path: Path) -> None:
+    model = ToyLM()
+    before = weights(model)
+    content = tell(tmp_path, model=model)
+    figures = content["train"]
+    assert figures["optimized"]["losses"] == figures["original"]["losses"]
+    assert len(figures["optimized"]["losses"]) == 12
+    assert figures["max_difference"] == {"loss": 0.0, "step": 1, "steps": 12}
+    assert figures["optimized"]["val_loss"] == figures["original"]["val_loss"]
+    assert content["report"]["casts"] == {"before": 12, "after": 2}
+    assert json.loads((tmp_path / story.REPORT).read_text()) == content
+    assert same_bits(weights(model), before)  # the caller's model is not trained
+
+
+def test_a_wrong_compiler_is_seen(tmp_path: Path) -> None:
+    console = quiet()
+    figures = tell(tmp_path, optimize=FakeCompiler(error=0.125), console=console)["train"]
+    assert figures["max_difference"]["loss"] == pytest.approx(0.125)
+    assert "1.2e-01" in text_of(console)
+
+
+def test_what_the_compiler_is_given(tmp_path: Path) -> None:
+    compiler, model = FakeCompiler(), ToyLM().eval()
+    cfg = toy_config(tmp_path, dtype="bf16", grad_accum=2)
+    tell(tmp_path, model=model, cfg=cfg, optimize=compiler, recipe="fp8", options={"codegen": "eager"})
+    [(given, inputs, options, autocast)] = compiler.calls
+    assert same_bits(weights(given), weights(model))
+    assert given.training
+    assert inputs["input_ids"].shape == (2, 8)  # a microbatch: what training will call it with
+    assert inputs["labels"] is inputs["input_ids"]
+    assert options == {"recipe": "fp8", "codegen": "eager"}
+    assert autocast
+
+
+@pytest.mark.parametrize(("compare", "steps"), [("none", 0), (0, 0), (5, 5), ("5", 5), (99, 12), ("all", 12)])
+def test_how_much_is_compared(tmp_path: Path, compare: str | int, steps: int) -> None:
+    assert compared_steps(compare, 12) == steps
+    console = quiet()
+    figures = tell(tmp_path, compare=compare, console=console)["train"]
+    if steps == 0:
+        assert figures["original"] is None
+        assert figures["max_difference"] is None
+        assert "largest loss difference" not in text_of(console)
+    else:
+        assert figures["original"]["losses"] == figures["optimized"]["losses"][:steps]
+        assert figures["max_difference"]["steps"] == steps
+        assert f"largest loss difference in {steps} steps" in text_of(console)
+
+
+@pytest.mark.parametrize("compare", ["some", "-1", -1, "1.5", ""])
+def test_compare_misspelt(compare: str | int) -> None:
+    with pytest.raises(InputError, match="is not understood"):
+        compared_steps(compare, 10)
+
+
+def test_baseline_is_of_the_predicted_tokens() -> None:
+    data, cfg = toy_data(), toy_config(Path("unused"))
+    predicted = torch.cat([w[:, 1:].reshape(-1) for w in val_batches(data, cfg)]).numpy()
+    assert baseline(data, cfg) == pytest.approx(unigram_nats(data.train, predicted, 16))
+    assert baseline(data, toy_config(Path("unused"), eval_batches=0)) is None
+
+
+def test_largest_difference() -> None:
+    assert max_difference([1.0, 2.0, 3.0], [1.0, 2.5, 2.75, 9.0]) == {"loss": 0.5, "step": 2, "steps": 3}
+    assert max_difference([], [1.0]) is None
+
+
+def test_summary_and_table_without_validation_or_original() -> None:
+    cfg = toy_config(Path("somewhere"))
+    figures = summarize(TrainResult([2.0, 1.0], [], 10.0, 0.5), None, cfg, toy_data(), None)
+    assert figures["optimized"]["final_loss"] == 1.0
+    assert figures["optimized"]["val_loss"] is None
+    assert figures["config"]["out"] == "somewhere"
+    assert figures["data"]["train_tokens"] == 2000
+    json.dumps(figures)
+    console = quiet()
+    console.print(table({"train": figures, "report": {}}))
+    assert "1.0000" in text_of(console)
+    assert "casts" not in text_of(console)
+
+
+def test_table_shows_what_matters() -> None:
+    optimized, original = (
+        TrainResult([2.0, 1.0], [(2, 1.5)], 300.0, 1.0),
+        TrainResult([2.0, 1.25], [(2, 1.5)], 200.0, 1.0),
+    )
+    figures = summarize(optimized, original, toy_config(Path("out")), toy_data(), 2.75)
+    console = quiet()
+    console.print(table({"train": figures, "report": FakeReport().to_dict()}))
+    rows = {line.split("│")[1].strip(): line for line in text_of(console).splitlines() if line.startswith("│")}
+    assert "1.2500" in rows["final training loss"]
+    assert "2.5e-01" in rows["final training loss"]
+    assert "at step 2" in rows["largest loss difference in 2 steps"]
+    assert "2.7500" in rows["unigram baseline of validation"]
+    assert "1.50x" in rows["tokens/s"]
+    assert [c.strip() for c in rows["precision casts per step"].split("│")[2:4]] == ["2", "12"]
+    assert "1.25" in rows["capture"]
+    assert "3.75" in rows["all stages"]
+
+
+# Interrupted stories
+
+
+def interrupted_after(monkeypatch: pytest.MonkeyPatch, label: str, step: int) -> Any:
+    """Stop the run named `label` at `step`, as Ctrl-C would."""
+    train = story.train
+
+    def on_step(done: int, loss: float) -> None:
+        if done == step:
+            raise KeyboardInterrupt
+
+    def stopping(*args: Any, **options: Any) -> TrainResult:
+        return train(*args, **options, on_step=on_step if options["label"] == label else None)
+
+    context = pytest.MonkeyPatch.context()
+    patch = context.__enter__()
+    patch.setattr(story, "train", stopping)
+    return context
+
+
+@pytest.mark.parametrize("label", ["optimized", "original"])
+def test_resume_continues_wherever_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, label: str) -> None:
+    expected = tell(tmp_path / "whole")
+    tell(tmp_path / "parts", cfg=toy_config(tmp_path / "parts", seed=5))  # an older run of other settings lies there
+    context = interrupted_after(monkeypatch, label, 4)
+    with pytest.raises(TrainingInterrupted):
+        tell(tmp_path / "parts")
+    context.__exit__(None, None, None)
+    content = tell(tmp_path / "parts", model=ToyLM(), resume=True)
+    for name in ("optimized", "original"):
+        assert content["train"][name]["losses"] == expected["train"][name]["losses"]
+        assert content["train"][name]["val"] == expected["train"][name]["val"]
+        steps = [r["step"] for r in read_metrics(tmp_path / "parts" / name) if r["kind"] == "train"]
+        assert steps == list(range(1, 13))
+
+
+def test_resume_of_nothing(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoint to resume from"):
+        tell(tmp_path, resume=True)
+
+
+def test_data_and_model_must_fit(tmp_path: Path) -> None:
+    class Config:
+        vocab_size = 8
+
+    model = ToyLM()
+    model.config = Config()  # type: ignore[assignment]
+    compiler = FakeCompiler()
+    with pytest.raises(InputError, match="token id 15 is outside of a vocabulary of 8"):
+        tell(tmp_path, model=model, optimize=compiler)
+    assert not compiler.calls
+    data = toy_data()
+    with pytest.raises(InputError, match="less than one sequence"):
+        tell(tmp_path, data=TokenDataset(data.train[:3], data.val, 16, "short"))
+    with pytest.raises(InputError, match="cannot be read"):
+        tell(tmp_path, data=[tmp_path / "gone.txt"])
+    with pytest.raises(InputError, match="no such model"):
+        tell(tmp_path, model="no_such_model")
+
+
+def test_report_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match="report could not be written"):
+        story.write_json(tmp_path / "file" / "report.json", {})
+    story.write_json(tmp_path / "report.json", {"a": 1})
+    with pytest.raises(TypeError):
+        story.write_json(tmp_path / "report.json", {("no", "key"): 1})  # type: ignore[dict-item]
+    assert json.loads((tmp_path / "report.json").read_text()) == {"a": 1}

@@ -7,11 +7,14 @@ is recorded, so that a report can say it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from moefx.errors import InputError, nearest
 
 
 @dataclass(frozen=True)
@@ -70,4 +73,22 @@ def used() -> dict[str, dict[str, int]]:
 
 def names(op: str) -> list[str]:
     """Providers of `op` in priority order."""
+    if op not in _TABLE:
+        raise InputError(f"no dialect op is called {op!r}", todo=nearest(op, _TABLE))
     return [p.name for p in _TABLE[op].providers]
+
+
+@contextmanager
+def preferring(name: str) -> Iterator[None]:
+    """Within, an op runs its provider called `name` where that supports the call, and its reference elsewhere."""
+    before = {op: entry.providers for op, entry in _TABLE.items()}
+    known = {p.name for providers in before.values() for p in providers}
+    if name not in known:
+        raise InputError(f"no provider is called {name!r}", todo=nearest(name, known))
+    try:
+        for entry in _TABLE.values():
+            entry.providers = [*(p for p in entry.providers if p.name == name), entry.providers[-1]]
+        yield
+    finally:
+        for op, providers in before.items():
+            _TABLE[op].providers = providers

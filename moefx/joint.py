@@ -191,9 +191,9 @@ def prune_tangents(bw: fx.GraphModule, absent: frozenset[str]) -> fx.GraphModule
                 graph.erase_node(node)
                 depends.add(other)
             else:
-                _fill(graph, node, dead)
+                _fill(graph, node, dead, gone)
         elif dead:
-            _fill(graph, node, dead)
+            _fill(graph, node, dead, gone)
     out = graph.output_node()
     out.args = (tuple(None if a in gone else a for a in out.args[0]),)  # type: ignore[union-attr]
     graph.eliminate_dead_code()
@@ -208,15 +208,37 @@ def _same(a: fx.Node, b: fx.Node) -> bool:
     return bool(x.shape == y.shape and x.dtype == y.dtype)
 
 
-def _fill(graph: fx.Graph, node: fx.Node, dead: list[fx.Node]) -> None:
+def _fill(graph: fx.Graph, node: fx.Node, dead: list[fx.Node], gone: set[fx.Node]) -> None:
     """Let `node` read zeros in place of its absent inputs (all parts of a multi-output one)."""
     for d in dead:
         val = d.meta["val"]
         with graph.inserting_before(node):
             zeros = graph.call_function(
                 torch.ops.aten.full.default,
-                ([int(s) if isinstance(s, int) else s for s in val.shape], 0),
+                ([_size(graph, node, s, gone) for s in val.shape], 0),
                 {"dtype": val.dtype, "device": val.device, "layout": torch.strided, "pin_memory": False},
             )
         zeros.meta = {**d.meta}
         node.replace_input_with(d, zeros)
+
+
+def _size(graph: fx.Graph, node: fx.Node, size: int | torch.SymInt, gone: set[fx.Node]) -> int | fx.Node:
+    """A size as a graph argument: a symbolic one is read off a tensor that exists before `node`."""
+    if isinstance(size, int):
+        return size
+    for n in graph.nodes:
+        if n is node:
+            break
+        val = None if n in gone else n.meta.get("val")
+        if isinstance(val, torch.SymInt) and val.node.expr == size.node.expr:
+            found: fx.Node = n
+            return found
+        for axis, s in enumerate(val.shape if isinstance(val, torch.Tensor) else ()):
+            if isinstance(s, torch.SymInt) and s.node.expr == size.node.expr:
+                found = graph.call_function(torch.ops.aten.sym_size.int, (n, axis))
+                found.meta = {"val": s}
+                return found
+    raise CaptureError(
+        f"a backward without some of its tangents needs zeros of symbolic size {size}, which nothing else has",
+        todo="differentiate all outputs together, or leave out dynamic=",
+    )

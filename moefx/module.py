@@ -21,6 +21,8 @@ from .errors import InputError
 from .program import Program
 
 Tensor = torch.Tensor
+# Config entries that no forward depends on: captures run without a cache, and `save_pretrained` notes the other ones.
+_NOT_COMPUTED_WITH = frozenset({"use_cache", "dtype", "_name_or_path", "transformers_version"})
 _OWN = frozenset({"_original", "_options", "_compile", "_variants", "_structure", "_report", "_refs"})
 
 
@@ -234,7 +236,7 @@ class Structure:
             (k, v)
             for c in self.configs
             for k, v in c.items()
-            if type(v) in (bool, int, float, str, type(None)) and k != "use_cache"
+            if type(v) in (bool, int, float, str, type(None)) and k not in _NOT_COMPUTED_WITH
         )
         hooks = tuple((i, *d) for i, d in enumerate(self.hooks) if d)
         return (tensors, tuple(m.training for m in self.modules), hooks, config)

@@ -1,9 +1,10 @@
 """Stage 1: let the MoE blocks of a model emit `moefx.experts` while it is captured, and put everything back afterwards.
 
-transformers looks the implementation of an experts class up by name at call time. moefx registers its own for the length
-of a capture: it reads the layout from the flags that the class carries, and the activation by running the module's own
-gate on random numbers and comparing with the dialect's kinds. Nothing is raised on looks: a gate that matches no kind
-stays the module's own code between dialect ops, and a module whose layout cannot be read is left alone and reported.
+transformers looks the implementation of an experts class up by name at call time. moefx registers its own for the
+length of a capture: it reads the layout from the flags that the class carries, and the activation by running the
+module's own gate on random numbers and comparing with the dialect's kinds. Nothing is raised on looks: a gate that
+matches no kind stays the module's own code between dialect ops, and a module whose layout cannot be read is left alone
+and reported.
 """
 
 from __future__ import annotations
@@ -195,7 +196,7 @@ _MOE_NAME = re.compile(r"expert|moe", re.IGNORECASE)
 def _look_alike(module: nn.Module) -> str | None:
     """Why a module that looks like an expert bank is not raised, or None when it does not look like one."""
     name = type(module).__name__
-    experts = getattr(module, "num_experts", 0) or getattr(module, "moe_num_experts", 0)
+    experts = next((n for a in ("num_experts", "moe_num_experts") if type(n := getattr(module, a, None)) is int), 0)
     stacked = [n for n, p in module._parameters.items() if p is not None and (p.dim() == 3 or _flat(name, p, experts))]
     if stacked and _MOE_NAME.search(name):
         return f"stacked parameters {', '.join(stacked)}, but not called through transformers' experts interface"
@@ -209,4 +210,4 @@ def _look_alike(module: nn.Module) -> str | None:
 
 def _flat(name: str, p: Tensor, experts: int) -> bool:
     """Whether a matrix of an `...Expert...` module holds the experts below each other, [E * I, H] as in DBRX."""
-    return "expert" in name.lower() and p.dim() == 2 and 0 < experts < p.shape[0] and p.shape[0] % experts == 0
+    return "expert" in name.lower() and p.dim() == 2 and 1 < experts < p.shape[0] and p.shape[0] % experts == 0

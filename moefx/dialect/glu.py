@@ -186,16 +186,15 @@ def _glu_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 
 
 def _glu_double_backward(ctx: Any, ddh: Tensor, ddw: Tensor) -> tuple[Any, ...]:
-    """Second derivatives, for eager mode only: autograd differentiates the reference."""
+    """Second derivatives (third ones too): autograd differentiates the reference. Too rare to be written by hand."""
+    further = torch.is_grad_enabled()
     with torch.enable_grad():
-        inputs = [t if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
-        outputs = glu_backward_reference(*inputs, ctx.kind)
-        weighted = inputs[2] is not None
-        seeds = (ddh, ddw) if weighted else (ddh,)
-        grads = torch.autograd.grad(
-            outputs[: len(seeds)], [t for t in inputs if t is not None], seeds, allow_unused=True
-        )
-    return (*grads[:2], grads[2] if weighted else None, None)
+        given = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in ctx.saved_tensors]
+        outputs = glu_backward_reference(given[0], given[1], given[2], ctx.kind)
+        n = 3 if given[2] is not None else 2  # inputs; outputs are one less
+        seeds = (ddh, ddw)[: n - 1]
+        grads = torch.autograd.grad(outputs[: n - 1], given[:n], seeds, allow_unused=True, create_graph=further)
+    return (*grads, *(None,) * (4 - n))
 
 
 glu_backward = define(

@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import nn
 
 from ..errors import InputError
-from .checkpoint import checkpoints
+from .checkpoint import checkpoints, latest
 from .config import TrainConfig
 from .data import TokenDataset, open_dataset, unigram_nats
 from .loop import CHECKPOINTS, TrainResult, set_aside, train
@@ -68,11 +68,13 @@ def run_training(
     original.train()
     tokens.check(seq=cfg.seq, model_vocab=vocab_size_of(original))
     outs = {name: replace(cfg, out=cfg.out / name) for name in (OPTIMIZED, ORIGINAL)}
-    if not resume:  # both now: else a later resume would take a finished run of another model for this one's
+    if resume:
+        latest(outs[OPTIMIZED].out / CHECKPOINTS)  # nothing there: say so before the compiler runs, not after
+    else:  # both now: otherwise a later resume would take a finished run of another model for this one's
         for sub in outs.values():
             set_aside(sub.out)
 
-    # fp32 weights are copied before either is trained, hence both start from the same bits.
+    # Copied before either is trained: both start from the same bits.
     optimized = _optimized(copy.deepcopy(original), tokens, cfg, optimize, {"recipe": recipe, **(options or {})})
     result = train(optimized, tokens, outs[OPTIMIZED], resume=resume, label=OPTIMIZED, console=console)
     reference = None

@@ -78,9 +78,9 @@ def _line(node: fx.Node, origin: bool, lines: bool) -> str:
     elif node.op == "output":
         return f"return {_args(node.args)}"
     else:
-        kwargs = "".join(f", {k}={_arg(v)}" for k, v in node.kwargs.items())
+        call = ", ".join([*map(_arg, node.args), *(f"{k}={_arg(v)}" for k, v in node.kwargs.items())])
         kind = typed(value(node))
-        text = f"%{node.name}{': ' + kind if kind else ''} = {target_name(node)}({_args(node.args)}{kwargs})"
+        text = f"%{node.name}{': ' + kind if kind else ''} = {target_name(node)}({call})"
     notes = []
     if origin:
         if is_backward(node):
@@ -103,4 +103,8 @@ def _arg(a: Any) -> str:
         return f"%{a.name}"
     if isinstance(a, tuple | list):
         return f"[{_args(a)}]"
-    return repr(a)
+    if isinstance(a, slice):
+        return f"slice({_args((a.start, a.stop, a.step))})"
+    if isinstance(a, dict):
+        return "{" + ", ".join(f"{k!r}: {_arg(v)}" for k, v in a.items()) + "}"
+    return getattr(a, "__name__", "function") if callable(a) and not isinstance(a, type) else repr(a)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ import moefx
 
 from . import zoo
 from .compare import (
-    Rounding,
+    BF16_BATCHES,
     Step,
     eval_step,
     relative,
@@ -25,15 +24,14 @@ from .compare import (
     rounding_faults,
     structure_faults,
     train_step,
+    typical,
     value_faults,
 )
 
 pytest.importorskip("transformers")
 
 IDIOMS = {"gpt_oss": "interleaved clamp(1,1.702) | kn bias", "nemotron_h": "plain relu2 | nk"}
-# Batches of the bf16 comparison. Of three the median counts: rounding alone can send a token with two nearly equal scores to another
-# expert, in the original as in the optimized model, and that is a large error of one batch.
-BF16_BATCHES = (1, 2, 3)
+pytestmark = pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 
 
 @dataclass
@@ -63,7 +61,7 @@ def experts_of(model: nn.Module, entry: zoo.Entry) -> Iterator[nn.Module]:
 def change_first_experts(
     opt: moefx.OptimizedModule, entry: zoo.Entry, reference: Step, change: Callable[..., None]
 ) -> Any:
-    """A copy of an optimized model in which `change(weights, busiest, second)` was applied to its first bank of experts."""
+    """A copy of an optimized model, with `change(weights, busiest, second)` applied to its first bank of experts."""
     other = copy.deepcopy(opt)
     path, bank = next((n, m) for n, m in other.named_modules() if type(m).__name__ == entry.experts)
     use = reference.grads[f"{path}.down_proj"].float().flatten(1).norm(dim=1)
@@ -73,7 +71,7 @@ def change_first_experts(
     return other
 
 
-# -- fp32 --------------------------------------------------------------------------------------------------------------------------
+# -- fp32 ------------------------------------------------------------------------------------------------------------
 
 
 def test_every_block_is_raised_or_the_report_says_why(case: Case) -> None:
@@ -154,18 +152,18 @@ def test_noise_is_drawn_from_the_same_stream(name: str, overrides: dict[str, Any
     assert relative(train_step(case.opt, case.inputs, 2).leaves["logits"], want.leaves["logits"]) > 1e-2
 
 
-# -- bf16 --------------------------------------------------------------------------------------------------------------------------
+# -- bf16 ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", zoo.NAMES)
 def test_bf16_rounds_no_worse_than_the_original(name: str) -> None:
     entry = zoo.get(name)
-    model, exact = bf16_pair(entry)
+    model, exact = zoo.build(entry, dtype=torch.bfloat16), zoo.build(entry)
+    exact.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
     opt = moefx.optimize(model, zoo.batch(entry), codegen="eager")
 
     measured = []
-    for seed in BF16_BATCHES:
-        inputs = zoo.batch(entry, seed)
+    for inputs in (zoo.batch(entry, seed) for seed in BF16_BATCHES):
         want, got, own = train_step(exact, inputs), train_step(opt, inputs), train_step(model, inputs)
         assert structure_faults(got, own) == []
         measured.append(rounding(own, got, want))
@@ -178,16 +176,3 @@ def test_bf16_rounds_no_worse_than_the_original(name: str) -> None:
 
     wrong = train_step(change_first_experts(opt, entry, own, exchange), inputs)
     assert "gradient error of" in " ".join(rounding_faults(rounding(own, wrong, want)))
-
-
-def bf16_pair(entry: zoo.Entry) -> tuple[nn.Module, nn.Module]:
-    """The family in bf16, and in fp32 with the very same weight values."""
-    model, exact = zoo.build(entry, dtype=torch.bfloat16), zoo.build(entry)
-    exact.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
-    return model, exact
-
-
-def typical(measured: list[Rounding]) -> Rounding:
-    """The measurement whose ratio of gradient errors is the median."""
-    middle = median(r.ratio for r in measured)
-    return next(r for r in measured if r.ratio == middle)

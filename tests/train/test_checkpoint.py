@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -234,8 +235,6 @@ def test_damage_is_named_and_nothing_is_changed(tmp_path: Path, name: str, harm:
     with pytest.raises(CheckpointError, match="is damaged") as caught:
         checkpoint.load(path, model=model, optimizer=optimizer, fingerprint=PRINT)
     assert caught.value.where == str(path)
-    import re
-
     assert re.search(why, str(caught.value.why)), caught.value.why
     assert older.name in str(caught.value.todo)
     assert same_bits(weights(model), before)

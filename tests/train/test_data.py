@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -60,8 +61,6 @@ def test_corpus_leaves_out_what_differs_between_machines(documents: list[tuple[s
 def test_corpus_is_the_same_in_another_process(documents: list[tuple[str, bytes]]) -> None:
     program = "from moefx.train.data import embedded_dataset; print(embedded_dataset().fingerprint)"
     environment = {"PYTHONHASHSEED": "123", "PYTHONPATH": str(Path(__file__).parents[2])}
-    import os
-
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, env={**os.environ, **environment}
     )
@@ -84,7 +83,7 @@ def test_held_out_documents_are_about_one_in_twenty(documents: list[tuple[str, b
 def test_splits_of_the_corpus_share_no_document(documents: list[tuple[str, bytes]]) -> None:
     data = embedded_dataset()
     train, val = (set(bytes(data.tokens(split)).split(b"\0")) for split in ("train", "val"))
-    expected = {True: set(), False: set()}  # type: dict[bool, set[bytes]]
+    expected: dict[bool, set[bytes]] = {True: set(), False: set()}
     for name, text in documents:
         if text:  # empty __init__ files are in both
             expected[is_held_out(name)].add(text)
@@ -154,13 +153,13 @@ def test_seeds_steps_and_splits_draw_differently() -> None:
     assert len({start for d in drawn for start in d}) > 60  # of 64: neighbouring steps share no starts
 
 
+FROZEN = [993, 623, 362, 5]
+
+
 def test_drawing_is_frozen() -> None:
     """The words of Philox are defined by its paper. If this changes, old runs can no longer be resumed exactly."""
     data = TokenDataset(np.arange(1000, dtype=np.uint16), np.arange(1000, dtype=np.uint16), 1000, "count")
     assert next(data.batches("train", 4, 2, seed=7, start_step=5))[:, 0].tolist() == FROZEN
-
-
-FROZEN = [993, 623, 362, 5]
 
 
 def test_fingerprint_sees_every_token_and_the_split() -> None:

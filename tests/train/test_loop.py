@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import math
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from moefx.errors import InputError, MissingPackageError
@@ -511,10 +513,6 @@ def test_lines_in_a_pipe(tmp_path: Path) -> None:
 
 
 def test_bar_on_a_terminal(tmp_path: Path) -> None:
-    import io
-
-    from rich.console import Console
-
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
     run(toy_config(tmp_path), console=console, label="toy")
     assert "12/12" in text_of(console)

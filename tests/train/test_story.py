@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import nn
 from moefx.errors import InputError
 from moefx.train import story
 from moefx.train.checkpoint import CheckpointError
+from moefx.train.config import TrainConfig
 from moefx.train.data import TokenDataset, unigram_nats
 from moefx.train.interrupt import TrainingInterrupted
 from moefx.train.loop import TrainResult
@@ -51,7 +54,8 @@ class FakeOptimized(nn.Module):
 
 class FakeCompiler:
     def __init__(self, error: float = 0.0) -> None:
-        self.error, self.calls = error, []  # type: ignore[var-annotated]
+        self.error = error
+        self.calls: list[tuple[nn.Module, dict[str, torch.Tensor], dict[str, Any], bool]] = []
 
     def __call__(self, model: nn.Module, example_inputs: Any, **options: Any) -> FakeOptimized:
         self.calls.append((copy.deepcopy(model), example_inputs, options, torch.is_autocast_enabled("cpu")))
@@ -168,8 +172,9 @@ def test_table_shows_what_matters() -> None:
 # Interrupted stories
 
 
-def interrupted_after(monkeypatch: pytest.MonkeyPatch, label: str, step: int) -> Any:
-    """Stop the run named `label` at `step`, as Ctrl-C would."""
+@contextmanager
+def interrupted(label: str, step: int) -> Iterator[None]:
+    """Inside, the run named `label` is stopped at `step`, as Ctrl-C would; the run before it is not."""
     train = story.train
 
     def on_step(done: int, loss: float) -> None:
@@ -179,20 +184,17 @@ def interrupted_after(monkeypatch: pytest.MonkeyPatch, label: str, step: int) ->
     def stopping(*args: Any, **options: Any) -> TrainResult:
         return train(*args, **options, on_step=on_step if options["label"] == label else None)
 
-    context = pytest.MonkeyPatch.context()
-    patch = context.__enter__()
-    patch.setattr(story, "train", stopping)
-    return context
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(story, "train", stopping)
+        yield
 
 
 @pytest.mark.parametrize("label", ["optimized", "original"])
-def test_resume_continues_wherever_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, label: str) -> None:
+def test_resume_continues_wherever_it_was(tmp_path: Path, label: str) -> None:
     expected = tell(tmp_path / "whole")
     tell(tmp_path / "parts", cfg=toy_config(tmp_path / "parts", seed=5))  # an older run of other settings lies there
-    context = interrupted_after(monkeypatch, label, 4)
-    with pytest.raises(TrainingInterrupted):
+    with interrupted(label, 4), pytest.raises(TrainingInterrupted):
         tell(tmp_path / "parts")
-    context.__exit__(None, None, None)
     content = tell(tmp_path / "parts", model=ToyLM(), resume=True)
     for name in ("optimized", "original"):
         assert content["train"][name]["losses"] == expected["train"][name]["losses"]
@@ -202,8 +204,10 @@ def test_resume_continues_wherever_it_was(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_resume_of_nothing(tmp_path: Path) -> None:
+    compiler = FakeCompiler()
     with pytest.raises(CheckpointError, match="no checkpoint to resume from"):
-        tell(tmp_path, resume=True)
+        tell(tmp_path, resume=True, optimize=compiler)
+    assert not compiler.calls  # said before the long compilation
 
 
 def test_data_and_model_must_fit(tmp_path: Path) -> None:
@@ -233,3 +237,15 @@ def test_report_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         story.write_json(tmp_path / "report.json", {("no", "key"): 1})  # type: ignore[dict-item]
     assert json.loads((tmp_path / "report.json").read_text()) == {"a": 1}
+
+
+@pytest.mark.nightly
+def test_two_hundred_steps_of_the_default_model(tmp_path: Path) -> None:
+    """The main job with the real compiler: equal curves, and more learnt than how frequent each byte is."""
+    pytest.importorskip("transformers")
+    content = run_training(cfg=TrainConfig(out=tmp_path), console=quiet())
+    figures = content["train"]
+    assert figures["max_difference"]["steps"] == 200
+    assert figures["max_difference"]["loss"] < 1e-3
+    assert figures["optimized"]["val_loss"] < figures["unigram_nats"] - 0.2
+    assert content["report"]["stages"]

@@ -3,9 +3,9 @@
 A transformers model returns logits beside the loss. A runtime that fills missing tangents with zeros makes a tensor of
 tokens x vocabulary for them and adds it to the loss's own gradient; moefx runs a backward that was specialised to the
 tangents that are there. Both run here in one process on one model: `backward(loss)`, and `backward(loss, other outputs)`
-with explicit zeros, which is what the filling runtime does. Gradients are compared.
+with explicit zeros, which is what the filling runtime does. The original model runs beside them. Gradients are compared.
 
-    python benchmarks/tangents.py [--vocab 32768] [--tokens 512] [--codegen eager] [--rounds 9]
+    python benchmarks/tangents.py [--vocab 32768] [--tokens 512] [--codegen eager,inductor] [--rounds 9]
 
 Single thread, process CPU time; arms are interleaved and a ratio is taken within each round. Memory is the highest sum
 of what PyTorch's allocator has given out during the backward, above what was held when the step began, as its profiler
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import platform
 import statistics
 import time
@@ -23,6 +24,8 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch: its profiler announces itself at every use
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -59,79 +62,109 @@ def zeros_for_the_rest(out: Any) -> None:
     torch.autograd.backward(outs, [torch.ones_like(outs[0]), *[torch.zeros_like(t) for t in outs[1:]]])
 
 
-ARMS = {"loss": loss_alone, "zeros": zeros_for_the_rest}
+ARMS: dict[str, tuple[str, Callable[[Any], None]]] = {
+    "loss": ("optimized", loss_alone),
+    "zeros": ("optimized", zeros_for_the_rest),
+    "original": ("original", loss_alone),
+}
 
 
-def gradients(model: torch.nn.Module, opt: torch.nn.Module, inputs: Any, arm: str) -> list[torch.Tensor]:
-    model.zero_grad()
-    ARMS[arm](opt(**inputs))
-    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+class Bench:
+    """One model and its optimized form, one batch."""
+
+    def __init__(self, vocab: int, tokens: int, codegen: str) -> None:
+        from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+        import moefx
+
+        torch.manual_seed(0)
+        config = Qwen3MoeConfig(
+            vocab_size=vocab, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=1,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=8, num_experts_per_tok=2,
+            output_router_logits=True, use_cache=False,
+        )  # fmt: skip
+        ids = torch.randint(0, vocab, (1, tokens))
+        self.inputs = {"input_ids": ids, "labels": ids.clone()}
+        model = Qwen3MoeForCausalLM(config).train()
+        self.modules = {"original": model, "optimized": moefx.optimize(model, self.inputs, codegen=codegen)}
+
+    def step(self, arm: str) -> float:
+        """One step; CPU seconds of its backward."""
+        name, backward = ARMS[arm]
+        out = self.modules[name](**self.inputs)
+        start = time.process_time()
+        backward(out)
+        return time.process_time() - start
+
+    def gradients(self, arm: str) -> list[torch.Tensor]:
+        """Gradients of all parameters."""
+        self.clear()
+        self.step(arm)
+        return [p.grad.clone() for p in self.modules["original"].parameters() if p.grad is not None]
+
+    def clear(self) -> None:
+        """Drop all gradients."""
+        self.modules["original"].zero_grad()
+
+    def measure(self, arm: str) -> dict[str, float]:
+        """CPU seconds of backward and step, and peak bytes of a step."""
+        self.clear()
+        start = time.process_time()
+        backward = self.step(arm)
+        total = time.process_time() - start
+        self.clear()
+        return {"backward_s": backward, "step_s": total, "peak_bytes": peak_bytes(lambda: self.step(arm))}
 
 
-def measure(opt: torch.nn.Module, inputs: Any, arm: str) -> tuple[float, float, int]:
-    """CPU seconds of the backward and of the whole step, and peak bytes of the whole step."""
-    opt.zero_grad()
-    start = time.process_time()
-    out = opt(**inputs)
-    middle = time.process_time()
-    ARMS[arm](out)
-    end = time.process_time()
-    del out
-    opt.zero_grad()
-    return end - middle, end - start, peak_bytes(lambda: ARMS[arm](opt(**inputs)))
+def worst(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
+    """Largest relative difference of a gradient."""
+    return max(float((x - y).norm() / y.norm().clamp_min(1e-30)) for x, y in zip(a, b, strict=True))
+
+
+def report(rows: list[dict[str, Any]], other: str) -> None:
+    """Medians, and the ratio of `loss` to the other arm, taken within each round."""
+    for key, unit, scale in (("peak_bytes", "MiB", 2**20), ("backward_s", "ms", 1e-3), ("step_s", "ms", 1e-3)):
+        a, b = ([r[key] for r in rows if r["arm"] == arm] for arm in ("loss", other))
+        ratios = sorted(x / y for x, y in zip(a, b, strict=True))
+        low, middle, high = ratios[len(ratios) // 4], statistics.median(ratios), ratios[-1 - len(ratios) // 4]
+        medians = (
+            f"{statistics.median(a) / scale:8.1f} {unit:<4}{other:>9} {statistics.median(b) / scale:8.1f} {unit:<4}"
+        )
+        print(f"  {key:<11}{medians}ratio {middle:.3f} (quartiles {low:.3f} to {high:.3f})")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocab", type=int, default=32768)
     parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--codegen", default="eager", choices=["eager", "inductor"])
+    parser.add_argument("--codegen", default="eager", help="eager, inductor or eager,inductor")
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    import moefx
-
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=args.vocab, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=8, num_experts_per_tok=2,
-        output_router_logits=True, use_cache=False,
-    )  # fmt: skip
-    model = Qwen3MoeForCausalLM(config).train()
-    ids = torch.randint(0, args.vocab, (1, args.tokens))
-    inputs = {"input_ids": ids, "labels": ids.clone()}
-    opt = moefx.optimize(model, inputs, codegen=args.codegen)
-
-    pairs = zip(gradients(model, opt, inputs, "loss"), gradients(model, opt, inputs, "zeros"), strict=True)
-    worst = max(float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs)
     rows: list[dict[str, Any]] = []
-    for n in range(args.rounds):
-        for arm in ("loss", "zeros") if n % 2 else ("zeros", "loss"):
-            backward, step, peak = measure(opt, inputs, arm)
-            rows.append({"round": n, "arm": arm, "backward_s": backward, "step_s": step, "peak_bytes": peak})
-
-    def of(arm: str, key: str) -> list[float]:
-        return [r[key] for r in sorted(rows, key=lambda r: r["round"]) if r["arm"] == arm]
-
-    shape = f"{args.tokens} tokens x {args.vocab} words, {args.tokens * args.vocab * 4 / 2**20:.0f} MiB a tensor"
-    print(f"{shape}; {args.codegen} codegen; torch {torch.__version__}, {platform.machine()}")
-    print(f"largest relative difference of a gradient: {worst:.1e}")
-    for key, unit, scale in (("peak_bytes", "MiB", 2**20), ("backward_s", "ms", 1e-3), ("step_s", "ms", 1e-3)):
-        a, b = of("loss", key), of("zeros", key)
-        ratios = sorted(x / y for x, y in zip(a, b, strict=True))
-        low, middle, high = ratios[len(ratios) // 4], statistics.median(ratios), ratios[-1 - len(ratios) // 4]
-        ends = f"{statistics.median(a) / scale:8.1f} {unit} loss alone, {statistics.median(b) / scale:8.1f} {unit} zeros"
-        print(f"{key:<12}{ends}   ratio {middle:.3f} (quartiles {low:.3f} to {high:.3f})")
+    for codegen in args.codegen.split(","):
+        bench = Bench(args.vocab, args.tokens, codegen)
+        size = args.tokens * args.vocab * 4 / 2**20
+        print(f"{codegen} codegen, torch {torch.__version__}, {platform.machine()}; {args.tokens} tokens x {args.vocab} "
+              f"words: {size:.0f} MiB a tensor")  # fmt: skip
+        kept = {arm: bench.gradients(arm) for arm in ARMS}  # also compiles both backwards
+        for other in ("zeros", "original"):
+            print(f"  gradients of the loss alone against {other}: {worst(kept['loss'], kept[other]):.1e}")
+        kept.clear()
+        mine: list[dict[str, Any]] = []
+        for n in range(args.rounds):
+            for arm in list(ARMS)[:: 1 if n % 2 else -1]:
+                mine.append({"round": n, "arm": arm, **bench.measure(arm)})
+        for other in ("zeros", "original"):
+            report(mine, other)
+        shared = {"torch": torch.__version__, "codegen": codegen, "tokens": args.tokens, "vocab": args.vocab}
+        rows += [{**shared, **r} for r in mine]
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("w", newline="") as f:
-        shared = {"codegen": args.codegen, "tokens": args.tokens, "vocab": args.vocab, "torch": torch.__version__}
-        writer = csv.DictWriter(f, [*shared, *rows[0]])
+        writer = csv.DictWriter(f, rows[0])
         writer.writeheader()
-        writer.writerows({**shared, **r} for r in rows)
+        writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -191,7 +191,11 @@ def test_pruning_nothing_keeps_every_node(lm: Compiled) -> None:
 def test_an_absent_tangent_that_meets_a_present_one_reads_as_zeros() -> None:
     """Concatenated gradients: half of the concatenation is absent and cannot be left out."""
     c = Compiled(ref.Halves(), (ref.hidden(),))
-    for of in (lambda out: out[0].square().sum(), lambda out: out[1].square().sum(), lambda out: (out[0] * out[1]).sum()):
+    for of in (
+        lambda out: out[0].square().sum(),
+        lambda out: out[1].square().sum(),
+        lambda out: (out[0] * out[1]).sum(),
+    ):
         ref.assert_same(ref.step(c.opt, c.inputs, of), ref.step(c.model, c.inputs, of))
     assert sorted(c.program.backward_variants) == [[0], [0, 1], [1]]
 
@@ -269,5 +273,7 @@ def test_saved_activations_die_at_their_last_use(lm: Compiled, retain: bool) -> 
         loss.backward(retain_graph=retain)
     lm.opt.zero_grad()
     assert seen.counts[0][1] == len(refs)
-    last = dict(seen.counts)["embedding_dense_backward.default"]  # the end of the backward; autograd frees the rest later
+    last = dict(seen.counts)[
+        "embedding_dense_backward.default"
+    ]  # the end of the backward; autograd frees the rest later
     assert last == (len(refs) if retain else 0)

@@ -27,7 +27,7 @@ LAYERS = (
     ("moefx.models",),
     ("moefx.optimize", "moefx.backend", "moefx.module", "moefx.program"),
     ("moefx.passes",),
-    ("moefx.manager", "moefx.graph", "moefx.capture", "moefx.joint", "moefx.report", "moefx.view"),
+    ("moefx.manager", "moefx.verify", "moefx.graph", "moefx.capture", "moefx.joint", "moefx.report", "moefx.view"),
     ("moefx.dialect",),
     ("moefx.kernels",),
     ("moefx.precision",),

@@ -185,11 +185,16 @@ def _glu_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
     ctx.save_for_backward(da, h, w)
 
 
+def _alone(t: Tensor) -> Tensor:
+    return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+
+
 def _glu_double_backward(ctx: Any, ddh: Tensor, ddw: Tensor) -> tuple[Any, ...]:
     """Second derivatives (third ones too): autograd differentiates the reference. Too rare to be written by hand."""
     further = torch.is_grad_enabled()
     with torch.enable_grad():
-        given = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in ctx.saved_tensors]
+        # Views, because one operand may itself depend on another: each is differentiated as if it stood alone.
+        given = [None if t is None else _alone(t) for t in ctx.saved_tensors]
         outputs = glu_backward_reference(given[0], given[1], given[2], ctx.kind)
         n = 3 if given[2] is not None else 2  # inputs; outputs are one less
         seeds = (ddh, ddw)[: n - 1]

@@ -152,6 +152,19 @@ def test_noise_is_drawn_from_the_same_stream(name: str, overrides: dict[str, Any
     assert relative(train_step(case.opt, case.inputs, 2).leaves["logits"], want.leaves["logits"]) > 1e-2
 
 
+def test_graphs_return_no_cache() -> None:
+    """`use_cache` of the config is off in the graphs and stays on in the config."""
+    entry = zoo.get("mixtral")
+    model, inputs = zoo.build(entry, use_cache=True).eval(), zoo.batch(entry)
+    with torch.no_grad():
+        opt = moefx.optimize(model, inputs, codegen="eager")
+    want, got = eval_step(model, inputs), eval_step(opt, inputs)
+    assert set(want.output) - set(got.output) == {"past_key_values"}
+    assert set(got.output) < set(want.output)
+    assert relative(got.leaves["logits"], want.leaves["logits"]) < 1e-5
+    assert model.config.use_cache is True
+
+
 # -- bf16 ------------------------------------------------------------------------------------------------------------
 
 
@@ -176,3 +189,23 @@ def test_bf16_rounds_no_worse_than_the_original(name: str) -> None:
 
     wrong = train_step(change_first_experts(opt, entry, own, exchange), inputs)
     assert "gradient error of" in " ".join(rounding_faults(rounding(own, wrong, want)))
+
+
+def test_autocast_runs_the_products_in_its_dtype() -> None:
+    """fp32 weights under autocast: as the loop of the class, whose linear layers are cast; same yardstick as above."""
+    entry = zoo.get("mixtral")
+    model, inputs = zoo.build(entry, experts_implementation="eager"), zoo.batch(entry)
+    with torch.autocast("cpu", torch.bfloat16):
+        opt = moefx.optimize(model, inputs, codegen="eager")
+    products = [n for n in opt.graphs["joint"].graph.nodes if "moefx.grouped_mm" in str(n.target)]
+    assert products
+    assert {n.meta["val"].dtype for n in products} == {torch.bfloat16}
+
+    measured = []
+    for inputs in (zoo.batch(entry, seed) for seed in BF16_BATCHES):
+        want = train_step(model, inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            own, got = train_step(model, inputs), train_step(opt, inputs)
+        assert structure_faults(got, own) == []
+        measured.append(rounding(own, got, want))
+    assert rounding_faults(typical(measured)) == []

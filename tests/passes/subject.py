@@ -7,7 +7,6 @@ compiled modules, model graphs are differentiated, and each node's recorded valu
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from moefx import compat
-from moefx.capture import Captured, capture
+from moefx.capture import Captured, capture, warm_up
 from moefx.errors import PassError
 from moefx.graph import edit
 from moefx.graph.effects import name_of
@@ -37,20 +36,20 @@ ALLOWED = {
 
 
 class Made(nn.Module):
-    """A module whose forward is a function of the module and the inputs; parameters by keyword."""
+    """A module whose forward is a function of the module and the inputs; parameters (or buffers) by keyword."""
 
-    def __init__(self, fn: Callable[..., Any], **tensors: Tensor) -> None:
+    def __init__(self, fn: Callable[..., Any], *, grad: bool = True, **tensors: Tensor) -> None:
         super().__init__()
         self.fn = fn
         for name, t in tensors.items():
-            if t.is_floating_point() and not name.startswith("buffer"):
+            if grad:
                 self.register_parameter(name, nn.Parameter(t))
             else:
                 self.register_buffer(name, t)
 
-    def forward(self, *args: Tensor) -> Any:
+    def forward(self, x: Tensor, *args: Tensor) -> Any:
         """Call the function."""
-        return self.fn(self, *args)
+        return self.fn(self, x, *args)
 
 
 def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -110,6 +109,7 @@ def model_graph(module: nn.Module, *args: Tensor, dynamic: Any = None, **kwargs:
 
 def captured_graph(module: nn.Module, *args: Tensor, dynamic: Any = None, **kwargs: Tensor) -> Captured:
     """The same, as captured."""
+    warm_up(module, args, kwargs)
     with raised(module):
         found = capture(module, args, kwargs, dynamic)
     for node in found.graph.find_nodes(op="placeholder"):
@@ -328,7 +328,7 @@ def failure(p: Pass, subject: Subject, verify: bool = False) -> PassError:
     raise AssertionError(f"{p.name} passed")
 
 
-def params(subject: Subject) -> dict[str, Tensor]:
-    """Values of the placeholders by parameter or input name."""
-    named = zip(subject.graph.find_nodes(op="placeholder"), subject.values, strict=True)
-    return {n.meta["moefx_name"]: copy.copy(v) for n, v in named}
+def symbolic(graph: fx.Graph, name: str) -> bool:
+    """Whether all results of the nodes of this name have a size that is a symbol."""
+    found = [t for n in nodes(graph, name) for t in flat(edit.value(n))]
+    return bool(found) and all(any(isinstance(s, torch.SymInt) for s in t.shape) for t in found)

@@ -16,7 +16,6 @@ from torch import nn
 from moefx.errors import InputError
 from moefx.train import story
 from moefx.train.checkpoint import CheckpointError
-from moefx.train.config import TrainConfig
 from moefx.train.data import TokenDataset, unigram_nats
 from moefx.train.interrupt import TrainingInterrupted
 from moefx.train.loop import TrainResult
@@ -237,15 +236,3 @@ def test_report_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         story.write_json(tmp_path / "report.json", {("no", "key"): 1})  # type: ignore[dict-item]
     assert json.loads((tmp_path / "report.json").read_text()) == {"a": 1}
-
-
-@pytest.mark.nightly
-def test_two_hundred_steps_of_the_default_model(tmp_path: Path) -> None:
-    """The main job with the real compiler: equal curves, and more learnt than how frequent each byte is."""
-    pytest.importorskip("transformers")
-    content = run_training(cfg=TrainConfig(out=tmp_path), console=quiet())
-    figures = content["train"]
-    assert figures["max_difference"]["steps"] == 200
-    assert figures["max_difference"]["loss"] < 1e-3
-    assert figures["optimized"]["val_loss"] < figures["unigram_nats"] - 0.2
-    assert content["report"]["stages"]

@@ -2,8 +2,9 @@
 
 A transformers model returns logits beside the loss. A runtime that fills missing tangents with zeros makes a tensor of
 tokens x vocabulary for them and adds it to the loss's own gradient; moefx runs a backward that was specialised to the
-tangents that are there. Both run here in one process on one model: `backward(loss)`, and `backward(loss, other outputs)`
-with explicit zeros, which is what the filling runtime does. The original model runs beside them. Gradients are compared.
+tangents that are there. Both run here in one process on one model: `backward(loss)`, and `backward(loss, other
+outputs)` with explicit zeros, which is what the filling runtime does. The original model runs beside them, and the
+gradients of all three are compared.
 
     python benchmarks/tangents.py [--vocab 32768] [--tokens 512] [--codegen eager,inductor] [--rounds 9]
 
@@ -146,8 +147,8 @@ def main() -> None:
     for codegen in args.codegen.split(","):
         bench = Bench(args.vocab, args.tokens, codegen)
         size = args.tokens * args.vocab * 4 / 2**20
-        print(f"{codegen} codegen, torch {torch.__version__}, {platform.machine()}; {args.tokens} tokens x {args.vocab} "
-              f"words: {size:.0f} MiB a tensor")  # fmt: skip
+        print(f"{codegen} codegen, torch {torch.__version__}, {platform.machine()}")
+        print(f"  {args.tokens} tokens x {args.vocab} words: {size:.0f} MiB a tensor")
         kept = {arm: bench.gradients(arm) for arm in ARMS}  # also compiles both backwards
         for other in ("zeros", "original"):
             print(f"  gradients of the loss alone against {other}: {worst(kept['loss'], kept[other]):.1e}")

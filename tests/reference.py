@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import moefx
@@ -65,6 +66,13 @@ class Block(nn.Module):
         return self.moe(x).square().mean()
 
 
+class Dropped(Block):
+    """Dropout before the block and after it."""
+
+    def forward(self, x: Tensor) -> Any:
+        return F.dropout(self.moe(F.dropout(x, 0.3, self.training)), 0.2, self.training).square().mean()
+
+
 class Two(Block):
     """Two scalars; the second goes through a head of its own."""
 
@@ -86,6 +94,33 @@ class Halves(Block):
         return a * 1.5, b * 2.5
 
 
+class Norm(Block):
+    """A running mean that the forward updates in place, then reads; and a counter."""
+
+    mean: Tensor
+    steps: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(HIDDEN))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Any:
+        self.mean.lerp_(x.detach().mean((0, 1)), 0.25)
+        self.steps += 1
+        return self.moe(x - self.mean).square().mean()
+
+
+class ReadFirst(Norm):
+    """The backward needs the buffer as it was before the update."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.moe(x) * (self.mean.clone() + 1)
+        self.mean.lerp_(x.detach().mean((0, 1)), 0.25)
+        self.steps.add_(1)
+        return y.square().mean()
+
+
 def hidden(seed: int = 1) -> Tensor:
     """Hidden states [2, 8, HIDDEN] for `Block`."""
     return torch.randn(2, TOKENS // 2, HIDDEN, generator=torch.Generator().manual_seed(seed))
@@ -100,8 +135,8 @@ class Step:
 
 
 def loss(out: Any) -> Tensor:
-    """The loss of an output."""
-    found: Tensor = out.loss
+    """The loss of an output, or the output itself."""
+    found: Tensor = out if isinstance(out, Tensor) else out.loss
     return found
 
 

@@ -53,7 +53,8 @@ def define(
     torch.library.register_fake(f"moefx::{name}", checked_fake, lib=LIB)
     if backward is not None:
         torch.library.register_autograd(f"moefx::{name}", backward, setup_context=setup, lib=LIB)
-    return getattr(torch.ops.moefx, name)
+    op: Fn = getattr(torch.ops.moefx, name)
+    return op
 
 
 def autocast(name: str, floating: Callable[[tuple[Any, ...], torch.dtype], tuple[Any, ...]]) -> None:

@@ -64,7 +64,8 @@ def expand(x_TH: Tensor, idx_Tk: Tensor, w_Tk: Tensor, weights: Sequence[Tensor]
     y = ops.grouped_mm(ops.glu(h, None, str(s.glu)), down, offsets)
     if down_bias is not None:
         y = ops.grouped_bias(y, down_bias, offsets)
-    return ops.unpermute(y, token, order, slot, w_Tk)
+    out: Tensor = ops.unpermute(y, token, order, slot, w_Tk)
+    return out
 
 
 LIB.define("experts(Tensor x, Tensor idx, Tensor w, Tensor[] weights, str spec) -> Tensor")

@@ -25,7 +25,7 @@ from ._op import define
 
 Tensor = torch.Tensor
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "clamp")
-FLAGS = ([], ["plain"], ["interleaved"])
+FLAGS: tuple[list[str], ...] = ([], ["plain"], ["interleaved"])
 
 
 _NUMBER = r"([-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|inf))"
@@ -53,7 +53,7 @@ class GluKind:
         *flags, name = text.split(" ")
         match = re.fullmatch(rf"(\w+)(?:\({_NUMBER},{_NUMBER}\))?", name)
         if match is None or match[1] not in ACTIVATIONS or (match[1] == "clamp") != (match[2] is not None):
-            todo = nearest(name.split("(")[0], [f"{a}(limit,alpha)" if a == "clamp" else a for a in ACTIVATIONS])
+            todo = f"{nearest(name.split('(')[0], ACTIVATIONS)}; only clamp takes numbers: clamp(limit,alpha)"
             raise InputError(f"unknown activation kind {text!r}", todo=todo)
         if flags not in FLAGS or (match[1] == "clamp" and "plain" in flags):
             todo = "write nothing, 'plain' or 'interleaved' before the name; clamp is always gated"
@@ -191,15 +191,15 @@ def _alone(t: Tensor) -> Tensor:
 
 def _glu_double_backward(ctx: Any, ddh: Tensor, ddw: Tensor) -> tuple[Any, ...]:
     """Second derivatives (third ones too): autograd differentiates the reference. Too rare to be written by hand."""
+    da, h, w = ctx.saved_tensors
     further = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views, because one operand may itself depend on another: each is differentiated as if it stood alone.
-        given = [None if t is None else _alone(t) for t in ctx.saved_tensors]
-        outputs = glu_backward_reference(given[0], given[1], given[2], ctx.kind)
-        n = 3 if given[2] is not None else 2  # inputs; outputs are one less
-        seeds = (ddh, ddw)[: n - 1]
-        grads = torch.autograd.grad(outputs[: n - 1], given[:n], seeds, allow_unused=True, create_graph=further)
-    return (*grads, *(None,) * (4 - n))
+        given = [_alone(t) for t in (da, h, w) if t is not None]
+        outputs = glu_backward_reference(given[0], given[1], given[2] if w is not None else None, ctx.kind)
+        outputs, seeds = (outputs[:1], (ddh,)) if w is None else (outputs, (ddh, ddw))
+        grads = torch.autograd.grad(outputs, given, seeds, allow_unused=True, create_graph=further)
+    return *grads, *(None,) * (4 - len(given))
 
 
 glu_backward = define(

@@ -83,3 +83,4 @@ def calls(r: Routing, dtype: torch.dtype = torch.float32) -> dict[str, Call]:
 
 NAMES = tuple(calls(oracles.CASES["balanced"]))
 each_call = pytest.mark.parametrize("name", NAMES)
+each_differentiable = pytest.mark.parametrize("name", [n for n in NAMES if n != "plan"])

@@ -9,11 +9,8 @@ import pytest
 import torch
 
 from . import oracles
-from .calls import NAMES, calls, each_call
+from .calls import calls, each_call, each_differentiable
 from .oracles import Tensor, each_arm, each_kind, ops, randn, running
-
-DIFFERENTIABLE = tuple(n for n in NAMES if n != "plan")
-each_differentiable = pytest.mark.parametrize("name", DIFFERENTIABLE)
 
 
 def as_function(call: Any) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:

@@ -1,6 +1,6 @@
 """Every row is defined, and what was dropped stays out.
 
-Uninitialised memory is filled with NaN, so a row that no kernel wrote shows. Rows that must not be read hold NaN or Inf.
+Uninitialised memory is filled with NaN, so a row that no kernel wrote shows. Rows that must not be read are NaN or Inf.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def test_the_poison_works() -> None:
 
 
 def test_a_kernel_that_leaves_rows_out_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The negative control: a grouped_mm that, like torch.grouped_mm, leaves the rows behind the last offset as they are.
+    # The negative control: like torch.grouped_mm, it leaves the rows behind the last offset as they are.
     def leaky(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
         y, ends = x.new_empty(x.shape[0], w.shape[1]), offsets.tolist()
         for e in range(w.shape[0]):

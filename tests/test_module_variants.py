@@ -1,0 +1,469 @@
+"""One optimized module, many signatures: each call runs a graph that is valid for it, and never a wrong one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import moefx
+
+from . import reference as ref
+
+Tensor = torch.Tensor
+
+
+@pytest.fixture(scope="module")
+def compiled() -> moefx.OptimizedModule:
+    """Compiled for `batch()` in training mode. Not used itself: tests take copies, which share the compiled graph."""
+    return ref.optimize(ref.tiny())
+
+
+@pytest.fixture
+def opt(compiled: moefx.OptimizedModule) -> moefx.OptimizedModule:
+    return copy.deepcopy(compiled)
+
+
+def check(opt: moefx.OptimizedModule, inputs: Any, of: Callable[[Any], Tensor] = ref.loss) -> ref.Step:
+    """A step that equals the original's; the step."""
+    got = ref.step(opt, inputs, of)
+    ref.assert_same(got, ref.step(opt.original, inputs, of))
+    return got
+
+
+def count(opt: moefx.OptimizedModule) -> int:
+    return len(ref.programs(opt))
+
+
+# --- modes
+
+
+def test_train_and_eval_have_graphs_of_their_own() -> None:
+    opt = ref.optimize(ref.Dropped(), (ref.hidden(),))
+    train = check(opt, (ref.hidden(),))
+    assert opt.eval().training is False
+    evaluated = check(opt, (ref.hidden(),))
+    assert ref.differ(train, evaluated)
+    assert count(opt) == 2
+    opt.train()
+    assert torch.equal(check(opt, (ref.hidden(),)).value, train.value)
+    assert count(opt) == 2
+
+
+def test_one_submodule_in_eval_mode() -> None:
+    class Sub(ref.Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.drop(self.moe(x)).square().mean()
+
+    opt = ref.optimize(Sub(), (ref.hidden(),))
+    both = check(opt, (ref.hidden(),))
+    opt.drop.eval()
+    assert ref.differ(check(opt, (ref.hidden(),)), both)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_a_graph_runs_that_saves_nothing(opt: moefx.OptimizedModule, mode: Any) -> None:
+    with mode():
+        out = opt(**ref.batch())
+        want = opt.original(**ref.batch())
+        assert ref.error(out.logits, want.logits) <= 1e-5
+    assert not out.logits.requires_grad
+    assert not out.loss.requires_grad
+    assert out.logits.is_inference() == (mode is torch.inference_mode)
+    training, inference = ref.programs(opt)
+    assert training.bw_graph is not None
+    assert inference.bw_graph is None
+    assert inference.saved == []
+    assert opt(**ref.batch()).loss.requires_grad  # and training goes on as before
+    assert count(opt) == 2
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_optimizing_for_inference_first(mode: Any) -> None:
+    model = ref.tiny()
+    with mode():
+        opt = ref.optimize(model)
+        assert ref.error(opt(**ref.batch()).loss, model(**ref.batch()).loss) <= 1e-5
+    assert [p.bw_graph for p in ref.programs(opt)] == [None]
+    assert opt.report.signatures[0]["grad"] is False
+    check(opt, ref.batch())
+    with torch.no_grad():
+        assert ref.error(opt(**ref.batch()).loss, model(**ref.batch()).loss) <= 1e-5
+    assert count(opt) == 2
+
+
+# --- the model changes after compiling
+
+
+def test_requires_grad_toggled(opt: moefx.OptimizedModule) -> None:
+    everything = check(opt, ref.batch())
+    opt.lm_head.weight.requires_grad_(False)
+    assert check(opt, ref.batch()).grads["lm_head.weight"] is None
+    assert count(opt) == 2
+    opt.lm_head.weight.requires_grad_(True)
+    assert torch.equal(check(opt, ref.batch()).value, everything.value)
+    assert count(opt) == 2
+
+
+def test_dtype_changed(opt: moefx.OptimizedModule) -> None:
+    single = check(opt, ref.batch())
+    assert opt.to(torch.bfloat16) is opt
+    got, want = ref.step(opt, ref.batch()), ref.step(opt.original, ref.batch())
+    ref.assert_same(got, want, value=1e-2, grad=5e-2)
+    assert {g.dtype for g in got.grads.values() if g is not None} == {torch.bfloat16}
+    assert not torch.equal(got.value, single.value)
+    assert count(opt) == 2
+
+
+def test_submodule_replaced_by_one_of_the_same_shape(opt: moefx.OptimizedModule) -> None:
+    before = check(opt, ref.batch())
+    opt.model.layers[0].mlp.experts.act_fn = nn.GELU()
+    assert ref.differ(check(opt, ref.batch()), before)
+
+
+def test_submodule_replaced_by_one_without_parameters(opt: moefx.OptimizedModule) -> None:
+    before = check(opt, ref.batch())
+    opt.original.model.layers[0].input_layernorm = nn.Identity()
+    got = check(opt, ref.batch())
+    assert ref.differ(got, before)
+    assert "model.layers.0.input_layernorm.weight" not in got.grads
+
+
+def test_parameter_replaced(opt: moefx.OptimizedModule) -> None:
+    before = check(opt, ref.batch())
+    opt.lm_head.weight = nn.Parameter(opt.lm_head.weight.detach() * -1)
+    assert ref.differ(check(opt, ref.batch()), before)
+    assert count(opt) == 1
+
+
+def test_embeddings_resized(opt: moefx.OptimizedModule) -> None:
+    opt.resize_token_embeddings(ref.VOCAB + 16)
+    assert opt(**ref.batch()).logits.shape[-1] == ref.VOCAB + 16
+    check(opt, ref.batch())
+
+
+def test_config_changed(opt: moefx.OptimizedModule) -> None:
+    assert opt(**ref.batch()).router_logits is not None
+    opt.config.output_router_logits = False
+    assert list(opt(**ref.batch())) == list(opt.original(**ref.batch())) == ["loss", "logits"]
+    got = check(opt, ref.batch())
+    opt.config.output_router_logits = True
+    assert not torch.equal(check(opt, ref.batch()).value, got.value)  # with the auxiliary loss
+    assert count(opt) == 2
+
+
+def test_saving_the_model_changes_its_config_but_needs_no_new_graph(opt: moefx.OptimizedModule, tmp_path: Any) -> None:
+    before = dict(vars(opt.config))
+    opt.save_pretrained(tmp_path)
+    assert dict(vars(opt.config)) != before
+    opt(**ref.batch())
+    assert count(opt) == 1
+
+
+def test_moving_a_model_that_compiled_graphs_hold_no_tensor_of(opt: moefx.OptimizedModule) -> None:
+    """New storage under the same parameters, as after a move to another device and back."""
+    for p in opt.parameters():
+        p.data = p.data.clone() * 1.1
+    check(opt, ref.batch())
+    assert count(opt) == 1
+
+
+# --- hooks
+
+
+def test_forward_hooks_of_submodules_are_traced(opt: moefx.OptimizedModule) -> None:
+    before = check(opt, ref.batch())
+    handle = opt.model.layers[0].mlp.register_forward_hook(lambda module, args, out: out * 2)
+    assert ref.differ(check(opt, ref.batch()), before)
+    handle.remove()
+    assert torch.equal(check(opt, ref.batch()).value, before.value)
+    assert count(opt) == 2
+
+
+def test_forward_pre_hooks_of_submodules_are_traced(opt: moefx.OptimizedModule) -> None:
+    before = check(opt, ref.batch())
+    opt.model.layers[0].mlp.register_forward_pre_hook(lambda module, args: (args[0] * 1.5,))
+    assert ref.differ(check(opt, ref.batch()), before)
+
+
+def test_a_hook_with_a_side_effect_is_reported(opt: moefx.OptimizedModule) -> None:
+    seen: list[Tensor] = []
+    opt.model.layers[0].mlp.register_forward_hook(lambda module, args, out: seen.append(out.detach()))
+    with pytest.warns(UserWarning, match="Python state, which compiled graphs do not repeat"):
+        opt(**ref.batch())
+
+
+def test_backward_hooks_of_submodules_are_refused(opt: moefx.OptimizedModule) -> None:
+    opt.model.layers[0].mlp.register_full_backward_hook(lambda module, grad_in, grad_out: (grad_in[0] * 2,))
+    with pytest.raises(moefx.CaptureError, match="backwards hooks"):
+        opt(**ref.batch())
+
+
+@pytest.mark.parametrize("on", ["optimized", "original"])
+def test_hooks_of_the_model_itself_run_at_every_call(opt: moefx.OptimizedModule, on: str) -> None:
+    module = opt if on == "optimized" else opt.original
+    before, calls = check(opt, ref.batch()), list[str]()
+
+    def pre(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        calls.append("pre")
+        return args, {**kwargs, "labels": kwargs["labels"].flip(0)}
+
+    def post(module: nn.Module, args: Any, out: Any) -> Any:
+        calls.append("post")
+        out["loss"] = out.loss * 3
+        return out
+
+    handles = [module.register_forward_pre_hook(pre, with_kwargs=True), module.register_forward_hook(post)]
+    got = ref.step(opt, ref.batch())
+    assert calls == ["pre", "post"]
+    ref.step(opt, ref.batch())
+    assert calls == ["pre", "post"] * 2
+    assert ref.differ(got, before)
+    ref.assert_same(got, ref.step(opt.original, ref.batch()))
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(check(opt, ref.batch()).value, before.value)
+    assert count(opt) == 1
+
+
+def test_full_backward_hooks_of_the_model_itself() -> None:
+    opt = ref.optimize(ref.Block(), (ref.hidden().requires_grad_(),))
+    calls = []
+    opt.register_full_backward_hook(lambda module, grad_in, grad_out: calls.append((grad_in[0].shape, grad_out[0])))
+    opt(ref.hidden().requires_grad_()).backward()
+    assert calls == [(ref.hidden().shape, torch.ones(()))]
+
+
+def test_hooks_of_parameters(opt: moefx.OptimizedModule) -> None:
+    opt.lm_head.weight.register_hook(lambda g: g * 2)
+    accumulated = []
+    opt.lm_head.weight.register_post_accumulate_grad_hook(lambda p: accumulated.append(p.grad.norm()))
+    check(opt, ref.batch())
+    assert len(accumulated) == 2
+    assert accumulated[0] == pytest.approx(accumulated[1], rel=1e-4)
+
+
+# --- inputs
+
+
+def test_a_new_shape_compiles_a_new_variant(opt: moefx.OptimizedModule) -> None:
+    for i, (B, S) in enumerate([(2, 8), (3, 8), (2, 11), (1, 8), (2, 8)]):
+        check(opt, ref.batch(B, S))
+        assert count(opt) == min(i + 1, 4)
+    assert [s["inputs"][0] for s in opt.report.signatures][-3:] == ["int64[3, 8]", "int64[2, 11]", "int64[1, 8]"]
+
+
+def test_labels_absent_and_present(opt: moefx.OptimizedModule) -> None:
+    ids = {"input_ids": ref.batch()["input_ids"]}
+    out = opt(**ids)
+    assert out.loss is None
+    check(opt, ids, lambda out: out.logits.square().mean())
+    check(opt, ref.batch())
+    check(opt, {**ids, "labels": None}, lambda out: out.logits.square().mean())
+
+
+def test_the_same_tensor_twice_at_first_and_two_tensors_later() -> None:
+    """`labels=input_ids` when optimizing must not make the graph read one in the place of the other."""
+    model = ref.tiny()
+    ids = ref.batch()["input_ids"]
+    opt = ref.optimize(model, {"input_ids": ids, "labels": ids})
+    same = check(opt, {"input_ids": ids, "labels": ids})
+    assert ref.differ(check(opt, ref.batch()), same)
+    assert ref.differ(check(opt, {"input_ids": ids, "labels": ids.flip(1)}), same)
+    assert count(opt) == 1
+
+
+def test_the_same_differentiable_tensor_twice() -> None:
+    class Both(ref.Block):
+        def forward(self, x: Tensor, y: Tensor) -> Any:
+            return (self.moe(x) * y).mean()
+
+    x = ref.hidden().requires_grad_()
+    opt = ref.optimize(Both(), (x, x))
+    grads = []
+    for module in (opt, opt.original):
+        a, b = ref.hidden(1).requires_grad_(), ref.hidden(2).requires_grad_()
+        module(a, b).backward()
+        module(a, a).backward()
+        grads.append((a.grad, b.grad))
+    for got, want in zip(*grads, strict=True):
+        assert ref.error(got, want) <= 1e-4  # type: ignore[arg-type]
+
+
+def test_a_parameter_as_an_input() -> None:
+    class Scaled(ref.Block):
+        def forward(self, x: Tensor, w: Tensor) -> Any:
+            return (self.moe(x) @ w.mT).square().mean()
+
+    model = Scaled()
+    opt = ref.optimize(model, (ref.hidden(), model.moe.gate.weight))
+    check(opt, (ref.hidden(), model.moe.gate.weight))
+    check(opt, (ref.hidden(), nn.Parameter(model.moe.gate.weight.detach() * 3)))
+
+
+def test_keywords_in_any_order(opt: moefx.OptimizedModule) -> None:
+    b = ref.batch()
+    check(opt, {"labels": b["labels"], "input_ids": b["input_ids"]})
+    assert count(opt) == 1
+
+
+def test_positional_and_keyword_arguments(opt: moefx.OptimizedModule) -> None:
+    b = ref.batch()
+    assert ref.error(opt(b["input_ids"], labels=b["labels"]).loss, opt(**b).loss) <= 1e-6
+
+
+def test_inputs_of_any_layout(opt: moefx.OptimizedModule) -> None:
+    strided = {k: v.mT.contiguous().mT for k, v in ref.batch().items()}
+    assert not strided["input_ids"].is_contiguous()
+    check(opt, strided)
+    check(opt, {k: torch.stack([v, v * 0], -1)[..., 0] for k, v in ref.batch().items()})
+    offset = {k: torch.cat([v * 0, v])[2:] for k, v in ref.batch().items()}
+    check(opt, offset)
+    expanded = {k: v[:1].expand(2, -1) for k, v in ref.batch().items()}
+    check(opt, expanded)
+
+
+@pytest.mark.parametrize(
+    "constants",
+    [
+        {"attention_mask": None},
+        {"logits_to_keep": 0},
+        {"output_router_logits": True, "use_cache": False},
+        {"attention_mask": torch.tensor([[1] * 8, [0] * 3 + [1] * 5])},
+        {"position_ids": torch.arange(8).flip(0)[None], "past_key_values": None},
+    ],
+)
+def test_numbers_truth_values_none_and_masks_as_arguments(opt: moefx.OptimizedModule, constants: Any) -> None:
+    check(opt, {**ref.batch(), **constants})
+
+
+def test_constants_are_part_of_the_signature() -> None:
+    class Powered(ref.Block):
+        def forward(self, x: Tensor, power: Any = 2, flip: bool = False, name: str = "mean", scale: Any = None) -> Any:
+            y = self.moe(x if scale is None else x * scale["by"]) ** power
+            return getattr(-y if flip else y, name)()
+
+    model = Powered()
+    opt = ref.optimize(model, {"x": ref.hidden()})
+    calls: list[dict[str, Any]] = [
+        {}, {"power": 3}, {"power": 2.0}, {"power": True}, {"power": 1}, {"flip": True}, {"name": "sum"},
+        {"scale": {"by": 0.5}}, {"scale": {"by": torch.tensor(0.5)}},
+    ]  # fmt: skip
+    values = [check(opt, {"x": ref.hidden(), **c}).value for c in calls * 2]
+    assert count(opt) == len(calls)
+    assert torch.equal(torch.stack(values[: len(calls)]), torch.stack(values[len(calls) :]))
+
+
+def test_nested_inputs_and_outputs() -> None:
+    class Nested(ref.Block):
+        def forward(self, x: Any) -> Any:
+            y = self.moe(x["a"]) + x["list"][1]
+            return {"y": (y, [y.sum(), 3, None, "text"]), "x": x["a"]}
+
+    opt = ref.optimize(Nested(), {"x": {"a": ref.hidden(), "list": [ref.hidden(2), ref.hidden(3)]}})
+    x = {"a": ref.hidden(4), "list": [ref.hidden(5), ref.hidden(6)]}
+    got, want = opt(x=x), opt.original(x=x)
+    assert ref.error(got["y"][0], want["y"][0]) <= 1e-5
+    assert got["y"][1][1:] == [3, None, "text"]
+    assert got["x"] is x["a"]
+    check(opt, {"x": x}, lambda out: out["y"][1][0])
+
+
+def test_outputs_have_the_type_of_the_original(opt: moefx.OptimizedModule) -> None:
+    got, want = opt(**ref.batch()), opt.original(**ref.batch())
+    assert type(got) is type(want)
+    assert list(got) == list(want)
+    assert isinstance(got.router_logits, tuple)
+
+
+def test_an_output_that_is_a_view_of_another_can_be_written_to() -> None:
+    class Views(ref.Block):
+        def forward(self, x: Tensor) -> Any:
+            y = self.moe(x)
+            return y, y.transpose(0, 1), y[0]
+
+    opt = ref.optimize(Views(), (ref.hidden(),))
+    for module in (opt, opt.original):
+        assert [o.shape for o in module(ref.hidden())] == [(2, 8, 32), (8, 2, 32), (8, 32)]
+    check(opt, (ref.hidden(),), lambda out: out[0].square().sum() + out[1].sum() + out[2].exp().sum())
+    with torch.no_grad():
+        outs = opt(ref.hidden())
+        want = [o.clone() for o in outs]
+        outs[1].zero_()
+    assert all(torch.equal(outs[i], want[i]) for i in (0, 2))
+
+
+def test_a_model_that_writes_into_its_input() -> None:
+    class Writes(ref.Block):
+        def forward(self, x: Tensor, seen: Tensor) -> Any:
+            seen.add_(1)
+            return self.moe(x).square().mean()
+
+    opt = ref.optimize(Writes(), (ref.hidden(), torch.zeros(3)))
+    seen = torch.zeros(3)
+    check(opt, (ref.hidden(), seen))
+    assert seen.tolist() == [2, 2, 2]  # once by each of the two models
+
+
+# --- symbolic sizes
+
+
+@pytest.fixture(scope="module")
+def dynamic() -> moefx.OptimizedModule:
+    return ref.optimize(ref.tiny(), dynamic=ref.DYNAMIC)
+
+
+def test_one_variant_serves_many_sizes(dynamic: moefx.OptimizedModule) -> None:
+    opt = copy.deepcopy(dynamic)
+    for B, S in [(2, 8), (3, 8), (2, 16), (5, 7), (4, 4), (2, 8)]:
+        check(opt, ref.batch(B, S))
+    assert count(opt) == 1
+    assert ref.programs(opt)[0].saved_bytes is None
+
+
+def test_sizes_outside_what_was_assumed_compile_another_variant(dynamic: moefx.OptimizedModule) -> None:
+    opt = copy.deepcopy(dynamic)
+    for B, S, variants in [(1, 8, 2), (1, 12, 2), (3, 9, 2)]:  # one sequence is a broadcast, not a batch
+        check(opt, ref.batch(B, S))
+        assert count(opt) == variants
+
+
+def test_other_signatures_of_a_dynamic_module(dynamic: moefx.OptimizedModule) -> None:
+    opt = copy.deepcopy(dynamic)
+    for B in (3, 4):
+        check(opt, {"input_ids": ref.batch(B)["input_ids"]}, lambda out: out.logits.square().mean())
+    assert count(opt) == 2
+    opt.eval()
+    with torch.no_grad():
+        for B in (2, 3):
+            assert ref.error(opt(**ref.batch(B)).loss, opt.original(**ref.batch(B)).loss) <= 1e-5
+    assert count(opt) == 3
+
+
+def test_a_dynamic_module_takes_inputs_of_any_layout(dynamic: moefx.OptimizedModule) -> None:
+    opt = copy.deepcopy(dynamic)
+    check(opt, {k: v.mT.contiguous().mT for k, v in ref.batch(3, 5).items()})
+
+
+def test_partly_dynamic_inputs() -> None:
+    opt = ref.optimize(ref.Block(), {"x": ref.hidden()}, dynamic={"x": (1,)})
+    for B, S, variants in [(2, 8, 1), (2, 5, 1), (3, 5, 2), (3, 7, 2)]:
+        check(opt, {"x": torch.randn(B, S, ref.HIDDEN, generator=torch.Generator().manual_seed(S))})
+        assert count(opt) == variants
+
+
+def test_dynamic_sizes_with_inductor() -> None:
+    opt = ref.optimize(ref.Two(), {"x": ref.hidden()}, dynamic={"x": (0, 1)}, codegen="inductor")
+    for B, S in [(2, 8), (3, 5), (7, 2)]:
+        x = {"x": torch.randn(B, S, ref.HIDDEN, generator=torch.Generator().manual_seed(S))}
+        check(opt, x, lambda out: out[0] + out[1])
+        check(opt, x, lambda out: out[0])
+    assert count(opt) == 1

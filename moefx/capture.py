@@ -70,7 +70,7 @@ def check_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         raise InputError(
             "the example inputs do not fit the model's forward", where=type(model).__qualname__, why=str(e), todo=hint
         ) from e
-    if not any(isinstance(v, Tensor) for v in (*args, *kwargs.values())):
+    if not any(isinstance(v, Tensor) for v in pytree.tree_leaves((args, kwargs))):
         raise InputError(
             "the example inputs hold no tensor", where=type(model).__qualname__, todo="pass at least one tensor"
         )

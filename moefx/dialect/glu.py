@@ -197,8 +197,8 @@ def _glu_double_backward(ctx: Any, ddh: Tensor, ddw: Tensor) -> tuple[Any, ...]:
         # Views, because one operand may itself depend on another: each is differentiated as if it stood alone.
         given = [_alone(t) for t in (da, h, w) if t is not None]
         outputs = glu_backward_reference(given[0], given[1], given[2] if w is not None else None, ctx.kind)
-        outputs, seeds = (outputs[:1], (ddh,)) if w is None else (outputs, (ddh, ddw))
-        grads = torch.autograd.grad(outputs, given, seeds, allow_unused=True, create_graph=further)
+        n = len(given) - 1
+        grads = torch.autograd.grad(outputs[:n], given, (ddh, ddw)[:n], allow_unused=True, create_graph=further)
     return *grads, *(None,) * (4 - len(given))
 
 

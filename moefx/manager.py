@@ -233,7 +233,7 @@ def _apply(p: Pass, graph: fx.Graph, ctx: Context, *, mark: bool = True) -> list
             why=f"{type(e).__name__}: {e}",
             todo="the model itself is unchanged; mend the pass or leave it out",
         ) from e
-    changed = [n for n in graph.nodes if n not in before or (n.target, n.args, n.kwargs) != before[n]]
+    changed = [n for n in graph.nodes if n not in before or _differs((n.target, n.args, n.kwargs), before[n])]
     if mark:
         for n in changed:
             if n.op != "output":
@@ -241,6 +241,13 @@ def _apply(p: Pass, graph: fx.Graph, ctx: Context, *, mark: bool = True) -> list
                 n.meta["moefx_passes"] = (*passes, p.name) if p.name not in passes else passes
     # Without new or changed nodes, some may be gone, or stand in another order.
     return changed or ([] if list(before) == list(graph.nodes) else [graph.output_node()])
+
+
+def _differs(now: tuple[Any, ...], was: tuple[Any, ...]) -> bool:
+    """Whether a node calls or reads something else. To Python 2, 2.0 and True are equal; to a graph they are not."""
+    if all(a is b for a, b in zip(now, was, strict=True)):
+        return False
+    return now != was or repr(now[1:]) != repr(was[1:])
 
 
 def _flat_outputs(graph: fx.Graph) -> list[Any]:

@@ -127,15 +127,13 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
 
     with stage("model passes") as done:  # stage 3
         verifier = Verifier(compat.flat_inputs(captured.gm, args, kwargs), grad) if o.verify else None
-        o.passes.run("model", captured.gm, report, captured.gm.meta["fake_mode"], verifier)
+        fakes = [value(n) for n in captured.graph.find_nodes(op="placeholder")]
+        o.passes.run("model", captured.gm, report, compat.fake_mode_of(fakes), verifier)
         done(captured)
 
     with stage("joint") as done:  # stage 4
         joint = done(trace_joint(captured, grad=grad, codegen=o.codegen))
-    _label_inputs(
-        joint.graph,
-        {n.name: str(s.key) for n, s in zip(joint.graph.find_nodes(op="placeholder"), joint.inputs, strict=True)},
-    )
+    _label_inputs(joint.graph, _joint_names(joint, args, kwargs))
     report.graphs.keep("joint", joint.gm, copy_plain(joint.graph))
 
     with stage("training passes") as done:  # stage 5
@@ -217,6 +215,17 @@ def _no_blocks(model: nn.Module) -> CaptureError:
 def _label_inputs(graph: fx.Graph, names: dict[str, str]) -> None:
     for node in graph.find_nodes(op="placeholder"):
         node.meta["moefx_name"] = names.get(node.name, node.name)
+
+
+def _joint_names(joint: Joint, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, str]:
+    """Placeholders of a joint graph by what they are: dotted parameter names, argument names, tangents by output."""
+    paths = [path for path, _ in pytree.tree_flatten_with_path((args, kwargs))[0]]
+    called = [".".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path[1:]) for path in paths]
+    names = {}
+    for slot, node in zip(joint.inputs, joint.graph.find_nodes(op="placeholder"), strict=True):
+        named = called[int(slot.key)] if slot.kind == "input" else str(slot.key)
+        names[node.name] = f"gradient of output {slot.key}" if slot.kind == "tangent" else named
+    return names
 
 
 def _joint_values(model: nn.Module, joint: Joint, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

@@ -191,3 +191,7 @@ def inline(graph: fx.Graph, node: fx.Node, fn: Callable[..., Any]) -> None:
             user.replace_all_uses_with(table[out[i]])
             graph.erase_node(user)
     graph.erase_node(node)
+    # A result that nobody reads leaves nothing behind.
+    for made in reversed([table[n] for n in traced.graph.nodes if n.op == "call_function"]):
+        if not made.users:
+            graph.erase_node(made)

@@ -26,10 +26,9 @@ _DRAWS = frozenset({
     "multinomial", "poisson", "binomial", "gumbel_softmax", "rrelu_", "uniform_", "normal_", "bernoulli_", "random_",
     "exponential_", "cauchy_", "geometric_", "log_normal_",
 })
-# These return their input, or a view of it, in some cases, without saying so in an aten schema of the same name.
-_MAY_RETURN_INPUT = frozenset({
-    "float", "half", "bfloat16", "double", "int", "long", "bool", "type", "type_as", "cpu", "cuda", "dropout",
-    "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout",
+# These return their input where there is nothing to cast or move.
+_CASTS = frozenset({
+    "to", "float", "half", "bfloat16", "double", "int", "long", "bool", "type", "type_as", "cpu", "cuda",
 })
 # fmt: on
 _VIEW_ATTRIBUTES = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
@@ -120,7 +119,9 @@ def view_source(node: fx.Node) -> fx.Node | None:
         return view_source(source) if isinstance(value(source), tuple | list) else source
     if node.target is getattr:
         return source if node.args[1] in _VIEW_ATTRIBUTES else None
-    if source in mutated(node) or name in _MAY_RETURN_INPUT or _returns_alias(name):
+    if name in _CASTS and getattr(value(source), "dtype", None) != getattr(value(node), "dtype", None):
+        return None  # another dtype is a copy
+    if source in mutated(node) or name in _CASTS or "dropout" in name or _returns_alias(name):
         return source
     return None
 

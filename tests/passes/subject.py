@@ -60,7 +60,11 @@ def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tens
 def weights(layout: str = "nk", bias: bool = False, gated: bool = True, seed: int = 0) -> dict[str, Tensor]:
     """Parameters of a router and of one bank of experts: router, up, down, and up_bias, down_bias if asked for."""
     width = 2 * I if gated else I
-    found = {"router": rand(E, H, seed=seed + 1), "up": rand(E, width, H, seed=seed + 2), "down": rand(E, H, I, seed=seed + 3)}
+    found = {
+        "router": rand(E, H, seed=seed + 1),
+        "up": rand(E, width, H, seed=seed + 2),
+        "down": rand(E, H, I, seed=seed + 3),
+    }
     if bias:
         found |= {"up_bias": rand(E, width, seed=seed + 4), "down_bias": rand(E, H, seed=seed + 5)}
     if layout == "kn":
@@ -133,7 +137,10 @@ def trained(module: nn.Module, captured: Captured, passes: Iterable[Pass] = ()) 
     PassManager(tuple(passes), ANY).run("model", captured.gm, Report(), captured.gm.meta["fake_mode"])
     joint = trace_joint(captured, grad=True, codegen="eager")
     inputs = torch.utils._pytree.tree_leaves((captured.args, captured.kwargs))
-    state = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
+    state = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
     values: list[Any] = []
     for slot, node in zip(joint.inputs, joint.graph.find_nodes(op="placeholder"), strict=True):
         node.meta["moefx_name"] = str(slot.key)
@@ -239,7 +246,7 @@ def same_results(a: dict[str, Tensor], b: dict[str, Tensor], numerics: str) -> N
     assert any(bool(t.any()) for k, t in a.items() if not k.startswith("input"))
     for key, x in a.items():
         y = b[key]
-        assert x.dtype == y.dtype and x.shape == y.shape, key
+        assert (x.dtype, x.shape) == (y.dtype, y.shape), key
         if not x.is_floating_point() or numerics == "exact" or key.startswith("input"):
             assert torch.equal(x, y), f"{key} is not the same"
         elif numerics == "rounding":
@@ -314,6 +321,19 @@ def untouched_twice(p: Pass, subject: Subject) -> None:
     assert str(subject.graph) == text
     assert report.passes[0].matched == 0
     assert len(report.graphs) == 0
+
+
+def put(subject: Subject, after: fx.Node, target: Any, *args: Any, users: bool = True) -> fx.Node:
+    """Insert a call behind a node, with value and origin; the node's other users read it, if asked for."""
+    graph, readers = subject.graph, list(after.users)
+    with graph.inserting_after(max([after, *[a for a in args if isinstance(a, fx.Node)]])):
+        new = graph.call_function(target, args)
+    new.meta = edit.origin(after)
+    with torch.no_grad(), subject.fake_mode:
+        edit.set_value(new, target(*fx.map_arg(args, edit.value)), subject.level)
+    for reader in readers if users else ():
+        reader.replace_input_with(after, new)
+    return new
 
 
 def failure(p: Pass, subject: Subject, verify: bool = False) -> PassError:

@@ -115,7 +115,10 @@ def test_buffer_updates_stay(write: Callable[[Tensor, Tensor], Any]) -> None:
         ("bernoulli", lambda x: x.sigmoid().bernoulli()),
         ("gumbel_softmax", F.gumbel_softmax),
         ("exponential_", lambda x: torch.empty_like(x).exponential_()),
-        ("scaled_dot_product_attention", lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None], dropout_p=0.2)),
+        (
+            "scaled_dot_product_attention",
+            lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None], dropout_p=0.2),
+        ),
         ("multinomial", lambda x: torch.multinomial(x.sigmoid(), 1)),
     ],
 )

@@ -131,7 +131,9 @@ def test_symbolic_number_of_tokens() -> None:
 
 
 def test_no_experts_no_change() -> None:
-    assert not rewrite(ExpandExperts(), model_graph(Made(lambda m, x: route(m, x)[1] * 2, **weights()), rand(T, H))).changed
+    assert not rewrite(
+        ExpandExperts(), model_graph(Made(lambda m, x: route(m, x)[1] * 2, **weights()), rand(T, H))
+    ).changed
 
 
 def test_unreadable_spec_names_the_node() -> None:
@@ -168,4 +170,3 @@ def test_real_model_with_biases_and_the_other_layout(gpt_oss: Subject) -> None:
     assert all("clamp" in str(n.args[2]) for n in nodes(done.graph, "glu"))
     shapes = {tuple(n.meta["val"].shape) for n in nodes(done.graph, "glu")}
     assert all(s[1] * 2 == nodes(done.graph, "grouped_mm")[0].meta["val"].shape[1] for s in shapes)
-

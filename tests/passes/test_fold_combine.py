@@ -72,6 +72,7 @@ def test_the_weights_move() -> None:
 
 def test_output_rows_are_not_kept_for_the_backward() -> None:
     """The point of the pass: before it, the products' output is saved; after it, nothing of width H per row is."""
+
     def saved(passes: tuple[Any, ...]) -> set[tuple[int, ...]]:
         captured = captured_graph(Made(bank, **weights()), rand(T, H))
         PassManager(passes, ANY).run("model", captured.gm, Report(), captured.gm.meta["fake_mode"])
@@ -171,7 +172,9 @@ def weights_written(m: Any, x: Tensor) -> Any:
     w, idx = route(m, x)[1:]
     w = w * 1
     token, order, slot, offsets = ops.plan(idx, E, 1)
-    y = ops.grouped_mm(ops.glu(ops.grouped_mm(ops.permute(x, token, slot), m.up, offsets), None, "silu"), m.down, offsets)
+    y = ops.grouped_mm(
+        ops.glu(ops.grouped_mm(ops.permute(x, token, slot), m.up, offsets), None, "silu"), m.down, offsets
+    )
     w.view(-1).mul_(2.0)
     return ops.unpermute(y, token, order, slot, w)
 
@@ -222,5 +225,7 @@ def test_real_model_with_biases(gpt_oss: Subject) -> None:
     """gpt-oss: every layer is rejected, and the reason names its module."""
     done = rewrite(FoldCombine(), rewrite(ExpandExperts(), gpt_oss).subject)
     assert not done.changed
-    assert [r["why"] for r in done.row.rejected] == ["a bias is added after the down product, and it is weighted too"] * 2
+    assert [r["why"] for r in done.row.rejected] == [
+        "a bias is added after the down product, and it is weighted too"
+    ] * 2
     assert [r["node"].split(":")[0] for r in done.row.rejected] == [f"model.layers.{i}.mlp.experts" for i in (0, 1)]

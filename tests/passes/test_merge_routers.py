@@ -12,7 +12,21 @@ from torch.nn import functional as F
 from moefx.passes import MergeRouters
 from tests.family import zoo
 from tests.passes.conftest import build
-from tests.passes.subject import E, H, K, Made, Rewritten, Subject, T, count, model_graph, nodes, rand, rewrite, symbolic
+from tests.passes.subject import (
+    E,
+    H,
+    K,
+    Made,
+    Rewritten,
+    Subject,
+    T,
+    count,
+    model_graph,
+    nodes,
+    rand,
+    rewrite,
+    symbolic,
+)
 
 Tensor = torch.Tensor
 Second = Callable[[Tensor, Tensor], Any]

@@ -1,0 +1,209 @@
+"""`moefx.optimize`: its arguments, its report, and what is left of a run that failed."""
+
+from __future__ import annotations
+
+import importlib
+from collections import UserDict
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+
+import moefx
+
+
+from . import reference as ref
+
+Tensor = torch.Tensor
+stages: Any = importlib.import_module("moefx.optimize")  # the name `moefx.optimize` is the function
+
+
+@pytest.fixture(scope="module")
+def opt() -> moefx.OptimizedModule:
+    return ref.optimize(ref.tiny())
+
+
+# --- arguments
+
+
+@pytest.mark.parametrize("form", ["dict", "mapping", "tuple", "list", "tensor"])
+def test_example_inputs_in_any_form(form: str) -> None:
+    x = ref.hidden()
+    inputs = {"dict": {"x": x}, "mapping": UserDict(x=x), "tuple": (x,), "list": [x], "tensor": x}[form]
+    opt = ref.optimize(ref.Block(), inputs)
+    ref.assert_same(ref.step(opt, (x,)), ref.step(opt.original, (x,)))
+    assert len(ref.programs(opt)) == (
+        2 if form in ("dict", "mapping") else 1
+    )  # how it is passed is part of a signature
+
+
+def test_the_inputs_are_left_alone() -> None:
+    x = ref.hidden().requires_grad_()
+    inputs = {"x": x}
+    ref.optimize(ref.Block(), inputs, dynamic={"x": (0, 1)})
+    assert inputs == {"x": x}
+    assert x.grad is None
+    assert torch.equal(x.detach(), ref.hidden())
+    assert not vars(x)
+
+
+def test_recipes_by_name_and_as_objects() -> None:
+    recipe = moefx.Recipe("mine", ("expand_experts",), "experts only")
+    opt = ref.optimize(ref.Block(), (ref.hidden(),), recipe=recipe)
+    assert opt.report.recipe == "mine"
+    assert [p.name for p in opt.report.passes] == ["expand_experts"]
+    ref.assert_same(ref.step(opt, (ref.hidden(),)), ref.step(opt.original, (ref.hidden(),)))
+
+
+def test_passes_as_pipeline_names_and_instances() -> None:
+    @dataclass(frozen=True)
+    class Counting(moefx.Pass):
+        """Counts nodes."""
+
+        def run(self, graph: fx.Graph, ctx: moefx.Context) -> None:
+            for node in graph.find_nodes(op="placeholder"):
+                ctx.matched(node)
+
+    for passes in (
+        moefx.pipeline("bf16", codegen="eager").insert(Counting(), after="expand_experts"),
+        ["expand_experts", Counting()],
+    ):
+        opt = ref.optimize(ref.Block(), (ref.hidden(),), passes=passes)
+        (row,) = [p for p in opt.report.passes if p.name == "counting"]
+        assert row.matched == 4  # x, the gate and two stacks of experts
+        ref.assert_same(ref.step(opt, (ref.hidden(),)), ref.step(opt.original, (ref.hidden(),)))
+
+
+def test_no_passes_at_all() -> None:
+    opt = ref.optimize(ref.Block(), (ref.hidden(),), passes=["expand_experts"])
+    assert [p.name for p in opt.report.passes] == ["expand_experts"]
+
+
+def test_verify_measures_every_pass_that_changed_something() -> None:
+    opt = ref.optimize(ref.tiny(), verify=True)
+    errors = {p.name: p.error for p in opt.report.passes if p.matched}
+    assert errors
+    assert all(e is not None and 0 <= e < 1e-4 for e in errors.values())
+    plain = {p.name: p.error for p in ref.optimize(ref.Block(), (ref.hidden(),)).report.passes}
+    assert set(plain.values()) == {None}
+    ref.assert_same(ref.step(opt, ref.batch()), ref.step(opt.original, ref.batch()))
+
+
+def test_both_codegens_agree() -> None:
+    model = ref.Two()
+    steps = []
+    for codegen in stages.CODEGENS:
+        opt = ref.optimize(model, (ref.hidden(),), codegen=codegen)
+        assert opt.report.codegen == codegen
+        for of in (lambda out: out[0], lambda out: out[0] + out[1]):
+            ref.assert_same(ref.step(opt, (ref.hidden(),), of), ref.step(model, (ref.hidden(),), of))
+        steps.append(opt.report.stages["codegen"]["seconds"])
+    assert len(steps) == 2
+
+
+# --- the report
+
+
+def test_signatures_are_listed_in_the_order_of_compilation(opt: moefx.OptimizedModule) -> None:
+    opt(**ref.batch(3, 5))
+    opt.eval()
+    with torch.no_grad():
+        opt(**ref.batch())
+    opt.train()
+    rows = [{k: v for k, v in s.items() if k != "seconds"} for s in opt.report.signatures]
+    assert rows == [
+        {"mode": "train", "grad": True, "inputs": ["int64[2, 8]", "int64[2, 8]"]},
+        {"mode": "train", "grad": True, "inputs": ["int64[3, 5]", "int64[3, 5]"]},
+        {"mode": "eval", "grad": False, "inputs": ["int64[2, 8]", "int64[2, 8]"]},
+    ]
+    assert all(s["seconds"] > 0 for s in opt.report.signatures)
+
+
+def test_stages_are_timed_and_counted(opt: moefx.OptimizedModule) -> None:
+    opt(**ref.batch()).loss.backward()
+    opt.zero_grad()
+    rows = opt.report.stages
+    assert list(rows) == [
+        "warm-up", "capture", "model passes", "joint", "training passes", "partition", "codegen", "codegen backward"
+    ]  # fmt: skip
+    assert all(r["seconds"] >= 0 for r in rows.values())
+    assert rows["joint"]["nodes"] > rows["capture"]["nodes"] > 50
+    assert opt.report.memory["saved_bytes"] > 0
+
+
+def test_graphs_of_every_stage_can_be_looked_at(opt: moefx.OptimizedModule) -> None:
+    assert {"captured", "expand_experts", "joint", "forward", "backward"} <= set(opt.graphs)
+    experts = {name: "moefx.experts" in str(g.graph) for name, g in opt.graphs.items()}
+    assert experts["captured"]
+    assert not experts["forward"]
+    assert all(isinstance(g, fx.GraphModule) for g in opt.graphs.values())
+
+
+def test_the_report_of_the_first_signature_is_not_touched_by_later_ones(opt: moefx.OptimizedModule) -> None:
+    before = (list(opt.graphs), len(opt.report.passes), opt.report.stages["capture"]["seconds"])
+    opt(**ref.batch(1, 6))
+    assert (list(opt.graphs), len(opt.report.passes), opt.report.stages["capture"]["seconds"]) == before
+
+
+def test_a_slow_compilation_says_what_it_is_doing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ref.optimize(ref.Block(), (ref.hidden(),))
+    monkeypatch.setattr(stages.Stages, "total", property(lambda self: 3.0))
+    ref.optimize(ref.Block(), (ref.hidden(),))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[2].split(" ")[0] for line in lines if line.startswith("moefx: Block: ")][-1] == "codegen"
+    assert "(3.0 s so far)" in lines[-1]
+
+
+# --- failures
+
+
+@dataclass(frozen=True)
+class Broken(moefx.Pass):
+    """Fails at either level."""
+
+    level: str = "model"  # type: ignore[misc]
+
+    def run(self, graph: fx.Graph, ctx: moefx.Context) -> None:
+        raise ZeroDivisionError("a fault of the pass's own")
+
+
+def fail(*args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError("no such luck")
+
+
+FAILURES: dict[str, tuple[dict[str, Any], str | None, str]] = {
+    "a model pass": ({"passes": [Broken()]}, None, "a fault of the pass's own"),
+    "a training pass": ({"passes": ["expand_experts", Broken("training")]}, None, "a fault of the pass's own"),
+    "capture": ({}, "capture", "no such luck"),
+    "joint": ({}, "trace_joint", "no such luck"),
+    "partition": ({}, "split", "no such luck"),
+    "codegen": ({}, "compiler", "no such luck"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_after_a_failure_the_model_is_as_it_was(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    class Noisy(ref.Norm):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x + torch.rand_like(x))
+
+    options, replaced, text = FAILURES[name]
+    model = Noisy().eval()
+    registry = set(ALL_EXPERTS_FUNCTIONS.keys())
+    before, flags = ref.snapshot(model), [set(vars(m)) for m in model.modules()]
+    with monkeypatch.context() as patch:
+        if replaced:
+            patch.setattr(stages, replaced, fail)
+        with pytest.raises((moefx.PassError, RuntimeError), match=text):
+            ref.optimize(model, (ref.hidden(),), **options)
+    ref.assert_unchanged(model, before)
+    assert [set(vars(m)) for m in model.modules()] == flags
+    assert set(ALL_EXPERTS_FUNCTIONS.keys()) == registry
+    opt = ref.optimize(model, (ref.hidden(),))
+    ref.assert_same(ref.step(opt, (ref.hidden(),)), ref.step(model, (ref.hidden(),)), value=1e-3, grad=2)

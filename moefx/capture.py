@@ -36,6 +36,7 @@ class Captured:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     names: dict[str, str] = field(default_factory=dict)  # placeholder -> dotted parameter or buffer name, or input name
+    dynamic: dict[str, list[int]] = field(default_factory=dict)  # input name -> axes that were captured as symbols
 
     @property
     def graph(self) -> fx.Graph:
@@ -92,6 +93,19 @@ def check_dynamic(named: dict[str, Any], dynamic: compat.DynamicDims) -> None:
             )
 
 
+def check_symbolic(captured: Captured) -> None:
+    """Raise `CaptureError` when tracing fixed a size that was to stay symbolic. Sizes of 0 and 1 are always fixed."""
+    for node in captured.graph.find_nodes(op="placeholder"):
+        name, val = captured.names.get(node.name, ""), node.meta.get("example_value")
+        for axis in captured.dynamic.get(name, ()):
+            if compat.is_fixed(val.shape[axis]) and (size := int(val.shape[axis])) > 1:
+                raise CaptureError(
+                    f"axis {axis} of {name!r} cannot be dynamic: the model works for size {size} alone",
+                    why="something in the forward compares this size with a number, or with the size of a parameter",
+                    todo=f"leave the axis out of dynamic={{{name!r}: ...}}",
+                )
+
+
 def distinct(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The call with every tensor an object of its own.
 
@@ -139,7 +153,7 @@ def capture(
     placeholders = gm.graph.find_nodes(op="placeholder")
     values = compat.flat_inputs(gm, args, kwargs)
     names = {p.name: known.get(id(v), p.name) for p, v in zip(placeholders, values, strict=True)}
-    return Captured(gm, args, kwargs, names)
+    return Captured(gm, args, kwargs, names, axes)
 
 
 def warm_up(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -160,11 +174,13 @@ def warm_up(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         try:
             model(*args, **kwargs)
         except Exception as e:
+            known = inspect.signature(model.forward).parameters
+            odd = [f"; forward names no argument {k!r}: {nearest(k, known)}" for k in kwargs if k not in known]
             raise InputError(
                 "the model itself fails on the example inputs, before anything was traced",
                 where=type(model).__qualname__,
                 why=f"{type(e).__name__}: {e}",
-                todo="call model(...) with the same inputs and mend that first",
+                todo=f"call model(...) with the same inputs and mend that first{''.join(odd)}",
             ) from e
         finally:
             for path, registry, name, live, kept in buffers:

@@ -17,7 +17,12 @@ from .errors import InputError, MoefxError
 from .passes import get_pass, pass_names
 from .precision.recipe import get_recipe
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="A compiler for Mixture-of-Experts training.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # a MoefxError is a message, not a traceback
+    help="A compiler for Mixture-of-Experts training.",
+)
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 MODEL_HELP = "'default', a transformers config.json or its folder, or module:factory."
 Model = Annotated[str, typer.Argument(help=MODEL_HELP)]

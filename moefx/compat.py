@@ -55,12 +55,18 @@ def capture_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict
     `meta["side_effects"]` lists the Python objects that the forward changes; a graph does not repeat that.
     Dynamo's own errors come through (`CAPTURE_ERRORS`); the caller words them for users.
     """
-    torch._dynamo.reset()
-    # Data-dependent sizes (nonzero, where) become unbacked symbols instead of graph breaks, as in a full-graph compile.
-    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            gm: fx.GraphModule = dynamo_graph_capture_for_export(module)(*args, **kwargs)
+    settings = torch._dynamo.config.patch(
+        # Data-dependent sizes (nonzero, where) become unbacked symbols instead of graph breaks.
+        capture_dynamic_output_shape_ops=True,
+        capture_scalar_outputs=True,
+        # A size or number that differed in an earlier capture stays a constant: variants are keyed by it.
+        automatic_dynamic_shapes=False,
+        specialize_int=True,
+        specialize_float=True,
+    )
+    with settings, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        gm: fx.GraphModule = dynamo_graph_capture_for_export(module)(*args, **kwargs)
     gm.meta["side_effects"] = []
     for w in caught:
         if (found := _SIDE_EFFECTS.search(str(w.message))) is not None:
@@ -85,15 +91,15 @@ def flat_inputs(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any
 @contextlib.contextmanager
 def dynamic_dims(tensors: Mapping[str, Tensor], dims: DynamicDims) -> Iterator[None]:
     """While active, the given axes of the given tensors are captured as symbols; marks are taken off at the end."""
-    marked = [tensors[name] for name in dims]
+    before = [(tensors[name], set(vars(tensors[name]))) for name in dims]
     try:
         for name, axes in dims.items():
             for axis in axes:
                 torch._dynamo.mark_dynamic(tensors[name], axis)
         yield
     finally:
-        for t in marked:
-            for attr in [a for a in vars(t) if a.startswith("_dynamo_")]:
+        for t, kept in before:
+            for attr in set(vars(t)) - kept:
                 delattr(t, attr)
 
 
@@ -294,6 +300,11 @@ def guards_hold(fake_mode: FakeTensorMode, expression: str | None, values: Seque
     """Evaluate `guard_expression` on real inputs."""
     env = fake_mode.shape_env
     return expression is None or env is None or bool(env.evaluate_guards_expression(expression, list(values)))
+
+
+def is_fixed(size: int | torch.SymInt) -> bool:
+    """Whether a size is a number, also one that was symbolic until something compared it with a number."""
+    return isinstance(size, int) or bool(size.node.shape_env.replace(size.node.expr).is_number)
 
 
 def is_symbol(value: object) -> bool:

@@ -90,8 +90,8 @@ def _export(captured: Captured, grad: bool, inductor: bool) -> compat.ExportedGr
         raise CaptureError(
             "the captured model could not be traced into a training graph",
             why=f"{type(e).__name__}: {first}",
-            todo="check that forward and backward run without moefx (a tensor changed in place while the backward needs "
-            "it fails there too), and that outputs are tensors and plain containers (use_cache=False: no cache)",
+            todo="check that forward and backward run without moefx (a tensor changed in place that the backward needs "
+            "fails there too), and that outputs are tensors and plain containers (use_cache=False: no cache)",
         ) from e
 
 

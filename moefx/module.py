@@ -227,9 +227,7 @@ class Structure:
         """Hashable state that graphs are specialised to."""
         first: dict[int, int] = {}
         tensors = tuple(
-            None
-            if t is None
-            else (first.setdefault(id(t), i), t.requires_grad, t.dtype, t.shape, t.stride(), t.device)
+            None if t is None else (first.setdefault(id(t), i), t.requires_grad, t.dtype, t.shape, t.stride(), t.device)
             for i, t in enumerate(d.get(n) for d, n in self.tensors)
         )
         config = tuple(

@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from . import compat
-from .capture import as_call, capture, check_call, check_dynamic, distinct, warm_up
+from .capture import as_call, capture, check_call, check_dynamic, check_symbolic, distinct, warm_up
 from .errors import CaptureError, InputError, PassError, nearest
 from .graph.edit import copy_plain, value
 from .joint import Joint, compiler, split, trace_joint
@@ -133,6 +133,7 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
 
     with stage("joint") as done:  # stage 4
         joint = done(trace_joint(captured, grad=grad, codegen=o.codegen))
+        check_symbolic(captured)
     _label_inputs(joint.graph, _joint_names(joint, args, kwargs))
     report.graphs.keep("joint", joint.gm, copy_plain(joint.graph))
 

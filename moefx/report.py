@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,18 +90,19 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: blocks, passes, casts, stages, memory, providers, signatures, and what was optimized how."""
-        return {
+        data = {
             "model": self.model,
             "recipe": self.recipe,
             "codegen": self.codegen,
             "blocks": self.blocks,
-            "passes": [dict(vars(p)) for p in self.passes],
+            "passes": [vars(p) for p in self.passes],
             "casts": self.casts,
             "stages": self.stages,
             "memory": self.memory,
             "providers": self.providers,
             "signatures": self.signatures,
         }
+        return copy.deepcopy(data)
 
     def __str__(self) -> str:
         raised = [b for b in self.blocks if b["raised"]]

@@ -25,7 +25,8 @@ def tiny(**config: Any) -> nn.Module:
     defaults: dict[str, Any] = dict(
         vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=4, num_experts_per_tok=2,
-        max_position_embeddings=64, initializer_range=0.2, pad_token_id=None, output_router_logits=True, use_cache=False,
+        max_position_embeddings=64, initializer_range=0.2, pad_token_id=None, output_router_logits=True,
+        use_cache=False,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

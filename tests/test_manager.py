@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -516,6 +517,29 @@ def test_honest_classes_pass(graph: Subject, by: float, klass: str) -> None:
     s, report = graph.copy(), Report()
     PassManager((Edit(scaled(by), klass),)).run("model", s.gm, report, s.fake_mode, Verifier(s.values, grad=True))
     assert report.passes[0].error == pytest.approx(by - 1, rel=0.2, abs=1e-9)
+
+
+def test_infinities_are_compared_as_they_are() -> None:
+    """Where they were before, a pass that keeps them is exact, and one that moves them is not; both figures are JSON."""
+
+    def fn(m: Any, x: Tensor) -> Tensor:
+        return torch.exp(x * m.p) * 2
+
+    subject = model_graph(Made(fn, grad=False, p=torch.tensor([1.0] * (H - 2) + [1e3, float("nan")])), rand(T, H))
+
+    def run(edit: Any, klass: str) -> Any:
+        s, report = subject.copy(), Report()
+        PassManager((Edit(edit, klass),)).run("model", s.gm, report, s.fake_mode, Verifier(s.values, grad=False))
+        return report.passes[0].error
+
+    def add(graph: fx.Graph, ctx: Context) -> None:
+        if count(graph, "clamp") == 0:
+            after(graph, first(graph, "exp"), torch.clamp, -1e30, 1e30)
+
+    assert run(scaled(1.5), "changes") == pytest.approx(0.5)
+    with pytest.raises(PassError, match="changed output 0 by inf"):
+        run(add, "rounding")
+    assert json.loads(json.dumps(run(add, "changes"), allow_nan=False)) > 1e300
 
 
 def test_each_pass_is_compared_with_the_one_before(graph: Subject) -> None:

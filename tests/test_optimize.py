@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections import UserDict
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ from torch import fx
 
 import moefx
 
-
 from . import reference as ref
 
 Tensor = torch.Tensor
@@ -22,7 +22,7 @@ stages: Any = importlib.import_module("moefx.optimize")  # the name `moefx.optim
 
 @pytest.fixture(scope="module")
 def opt() -> moefx.OptimizedModule:
-    return ref.optimize(ref.tiny())
+    return ref.optimize(ref.Dropped(), (ref.hidden(),))
 
 
 # --- arguments
@@ -76,11 +76,6 @@ def test_passes_as_pipeline_names_and_instances() -> None:
         ref.assert_same(ref.step(opt, (ref.hidden(),)), ref.step(opt.original, (ref.hidden(),)))
 
 
-def test_no_passes_at_all() -> None:
-    opt = ref.optimize(ref.Block(), (ref.hidden(),), passes=["expand_experts"])
-    assert [p.name for p in opt.report.passes] == ["expand_experts"]
-
-
 def test_verify_measures_every_pass_that_changed_something() -> None:
     opt = ref.optimize(ref.tiny(), verify=True)
     errors = {p.name: p.error for p in opt.report.passes if p.matched}
@@ -91,45 +86,62 @@ def test_verify_measures_every_pass_that_changed_something() -> None:
     ref.assert_same(ref.step(opt, ref.batch()), ref.step(opt.original, ref.batch()))
 
 
-def test_both_codegens_agree() -> None:
-    model = ref.Two()
-    steps = []
-    for codegen in stages.CODEGENS:
-        opt = ref.optimize(model, (ref.hidden(),), codegen=codegen)
-        assert opt.report.codegen == codegen
-        for of in (lambda out: out[0], lambda out: out[0] + out[1]):
-            ref.assert_same(ref.step(opt, (ref.hidden(),), of), ref.step(model, (ref.hidden(),), of))
-        steps.append(opt.report.stages["codegen"]["seconds"])
-    assert len(steps) == 2
+def test_a_bank_of_experts_that_is_not_raised_is_named_in_the_report() -> None:
+    class Loop(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = torch.nn.ModuleList(torch.nn.Linear(ref.HIDDEN, 8) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Any:
+            return sum(e(x).square().sum() for e in self.experts)
+
+    opt = ref.optimize(Loop(), (ref.hidden(),))
+    (row,) = opt.report.to_dict()["blocks"]
+    assert row["raised"] is False
+    assert "hand-written loop" in row["reason"]
+    assert "0 raised, 1 left alone" in str(opt.report)
+    ref.assert_same(ref.step(opt, (ref.hidden(),)), ref.step(opt.original, (ref.hidden(),)))
+
+
+def test_inductor_codegen_of_a_transformers_model() -> None:
+    model = ref.tiny(attention_dropout=0.2)
+    opt = ref.optimize(model, codegen="inductor")
+    ref.assert_same(ref.step(opt, ref.batch()), ref.step(model, ref.batch()))
+    ref.assert_same(*(ref.step(m, ref.batch(), lambda out: out.router_logits[0].square().sum()) for m in (opt, model)))
+    (program,) = ref.programs(opt)
+    assert len(program.backward_variants) == 2
+    assert not any(
+        "moefx.glu" in str(n.target) for n in program.fw_graph.graph.nodes
+    )  # inlined, so that Inductor fuses it
 
 
 # --- the report
 
 
 def test_signatures_are_listed_in_the_order_of_compilation(opt: moefx.OptimizedModule) -> None:
-    opt(**ref.batch(3, 5))
+    opt(ref.hidden()[:1])
     opt.eval()
     with torch.no_grad():
-        opt(**ref.batch())
+        opt(ref.hidden())
     opt.train()
     rows = [{k: v for k, v in s.items() if k != "seconds"} for s in opt.report.signatures]
     assert rows == [
-        {"mode": "train", "grad": True, "inputs": ["int64[2, 8]", "int64[2, 8]"]},
-        {"mode": "train", "grad": True, "inputs": ["int64[3, 5]", "int64[3, 5]"]},
-        {"mode": "eval", "grad": False, "inputs": ["int64[2, 8]", "int64[2, 8]"]},
+        {"mode": "train", "grad": True, "inputs": ["float32[2, 8, 32]"]},
+        {"mode": "train", "grad": True, "inputs": ["float32[1, 8, 32]"]},
+        {"mode": "eval", "grad": False, "inputs": ["float32[2, 8, 32]"]},
     ]
     assert all(s["seconds"] > 0 for s in opt.report.signatures)
 
 
 def test_stages_are_timed_and_counted(opt: moefx.OptimizedModule) -> None:
-    opt(**ref.batch()).loss.backward()
+    opt(ref.hidden()).backward()
     opt.zero_grad()
     rows = opt.report.stages
     assert list(rows) == [
         "warm-up", "capture", "model passes", "joint", "training passes", "partition", "codegen", "codegen backward"
     ]  # fmt: skip
     assert all(r["seconds"] >= 0 for r in rows.values())
-    assert rows["joint"]["nodes"] > rows["capture"]["nodes"] > 50
+    assert rows["joint"]["nodes"] > rows["capture"]["nodes"] > 20
     assert opt.report.memory["saved_bytes"] > 0
 
 
@@ -143,7 +155,7 @@ def test_graphs_of_every_stage_can_be_looked_at(opt: moefx.OptimizedModule) -> N
 
 def test_the_report_of_the_first_signature_is_not_touched_by_later_ones(opt: moefx.OptimizedModule) -> None:
     before = (list(opt.graphs), len(opt.report.passes), opt.report.stages["capture"]["seconds"])
-    opt(**ref.batch(1, 6))
+    opt(ref.hidden()[:, :6])
     assert (list(opt.graphs), len(opt.report.passes), opt.report.stages["capture"]["seconds"]) == before
 
 
@@ -195,6 +207,7 @@ def test_after_a_failure_the_model_is_as_it_was(name: str, monkeypatch: pytest.M
 
     options, replaced, text = FAILURES[name]
     model = Noisy().eval()
+    other = copy.deepcopy(model)
     registry = set(ALL_EXPERTS_FUNCTIONS.keys())
     before, flags = ref.snapshot(model), [set(vars(m)) for m in model.modules()]
     with monkeypatch.context() as patch:
@@ -206,4 +219,4 @@ def test_after_a_failure_the_model_is_as_it_was(name: str, monkeypatch: pytest.M
     assert [set(vars(m)) for m in model.modules()] == flags
     assert set(ALL_EXPERTS_FUNCTIONS.keys()) == registry
     opt = ref.optimize(model, (ref.hidden(),))
-    ref.assert_same(ref.step(opt, (ref.hidden(),)), ref.step(model, (ref.hidden(),)), value=1e-3, grad=2)
+    ref.assert_same(ref.step(opt, (ref.hidden(),)), ref.step(other, (ref.hidden(),)))

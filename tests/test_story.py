@@ -27,7 +27,7 @@ def test_loss_curves_agree_at_every_step(story: tuple[dict[str, Any], Path, Trai
     optimized, original = (np.array(story[0]["train"][arm]["losses"]) for arm in ("optimized", "original"))
     assert len(optimized) == len(original) == 200
     assert np.abs(optimized - original).max() <= 1e-3
-    # The curves carry information: the loss moved by far more than the tolerance, and the runs are not one and the same.
+    # The curves carry information: the loss moved by far more than the tolerance, and the runs are not the same run.
     assert optimized[0] - optimized[-1] > 1
     assert (optimized != original).any()
 

@@ -17,4 +17,4 @@ opt = moefx.optimize(model, batch, codegen="eager", verify=True)
 loss = opt(**batch).loss
 loss.backward()
 print(opt.report)
-print(f"loss {loss.item():.6f}, original {model(**batch).loss.item():.6f}")
+print(f"loss {loss.item():.6f}, original {model(**batch).loss.item():.6f}")  # loss 5.553648, original 5.553648

@@ -161,7 +161,7 @@ def export_graph(
     # Arguments that are no tensors are constants in the graph: their placeholders, and the gradients they would have,
     # only stand in the way of code generation.
     primals = sum(s.kind != "tangent" for s in inputs)
-    kept = [i for i, n in enumerate(placeholders) if "val" in n.meta or n.users]
+    kept = [i for i, n in enumerate(placeholders) if isinstance(n.meta.get("val"), Tensor) or n.users]
     dropped = set(range(len(placeholders))) - set(kept)
     first = len(values) - primals if grad else len(values)
     keep = [i for i in range(len(values)) if i - first not in dropped]

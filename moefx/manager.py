@@ -158,10 +158,12 @@ class PassManager:
         """Run this level's passes on `gm` in place; rows and snapshots go to the report."""
         if verifier is not None:
             verifier.start(gm)
-        kept = Kept(gm.graph)
+        kept = before = Kept(gm.graph)
         for p in self.ordered():
             if p.level == level:
                 kept = _run_one(p, gm, report, fake_mode, verifier, kept)
+        if kept is not before:
+            gm.recompile()  # once, not after every pass: checks and snapshots need the graph alone
 
 
 def check_pass(p: object) -> None:
@@ -200,7 +202,6 @@ def _run_one(
                     where=_where(again[0]),
                     todo="make the rewrite skip its own result",
                 )
-            gm.recompile()
     except PassError as e:
         raise PassError(f"pass {p.name}: {e.what}", e.where, e.why, e.todo) from e
     except MoefxError:

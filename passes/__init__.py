@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from moefx.errors import PassError, nearest
 from moefx.manager import Pass, PassManager, check_pass
@@ -18,10 +19,11 @@ from .merge_routers import MergeRouters
 from .orient_wgrad import OrientWgrad
 from .share_plans import SharePlans
 
+Factory = TypeVar("Factory", bound=Callable[[], Pass])
 _REGISTRY: dict[str, Callable[[], Pass]] = {}
 
 
-def register_pass(factory: Callable[[], Pass]) -> Callable[[], Pass]:
+def register_pass(factory: Factory) -> Factory:
     """Make a pass known by name, for `passes=[...]` and the command line. Usable as a class decorator.
 
     Raises `PassError` when the name is taken by another pass.

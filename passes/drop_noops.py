@@ -1,4 +1,4 @@
-"""Copies, views and casts that change nothing go from the training graph."""
+"""Aliases, views and pairs of transposes that change nothing go from the training graph."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def test_a_buffer_bound_anew_to_what_it_held_is_no_change() -> None:
 # --- capture
 
 
-def captured(model: nn.Module, inputs: Any, **options: Any) -> Any:
+def captured(model: Any, inputs: Any, **options: Any) -> Any:
     args, kwargs = as_call(inputs)
     warm_up(model, args, kwargs)
     with raised(model):
@@ -218,14 +218,18 @@ def test_distinct_separates_tensors_that_are_the_same_object() -> None:
 
 
 def test_dynamic_axes_are_symbols_in_both_graphs_and_leave_no_mark_on_the_inputs() -> None:
-    inputs = ref.batch()
-    graph = captured(ref.tiny(), inputs, dynamic={"input_ids": (0, 1), "labels": (1,)})
+    class Both(ref.Block):
+        def forward(self, x: Tensor, y: Tensor) -> Any:
+            return self.moe(x).square().mean() + y.sum()
+
+    inputs = {"x": ref.hidden(), "y": torch.ones(3, 4)}
+    graph = captured(Both(), inputs, dynamic={"x": (0, 1), "y": (1,)})
     shapes = {
         graph.names[n.name]: [isinstance(s, torch.SymInt) for s in n.meta["example_value"].shape]
         for n in graph.graph.find_nodes(op="placeholder")
         if graph.names[n.name] in inputs
     }
-    assert shapes == {"input_ids": [True, True], "labels": [False, True]}
+    assert shapes == {"x": [True, True, False], "y": [False, True]}
     joint = trace_joint(graph, grad=True, codegen="eager")
     symbols = {
         str(s)
@@ -241,9 +245,17 @@ def test_dynamic_axes_are_symbols_in_both_graphs_and_leave_no_mark_on_the_inputs
 
 
 def test_arguments_that_are_no_tensors_are_no_inputs_of_the_training_graph() -> None:
-    inputs = {**ref.batch(), "attention_mask": None, "logits_to_keep": 0}
-    joint = trace_joint(captured(ref.tiny(), inputs), grad=True, codegen="eager")
-    plain = trace_joint(captured(ref.tiny(), ref.batch()), grad=True, codegen="eager")
+    class Optional(ref.Block):
+        def forward(self, a: Any = None, x: Any = None, b: Any = None, y: Any = 0) -> Any:
+            return self.moe(x).square().mean() + y
+
+    inputs = {"a": None, "x": ref.hidden(), "b": 3, "y": torch.ones(())}
+    joint = trace_joint(captured(Optional(), inputs), grad=True, codegen="eager")
+    plain = trace_joint(captured(Optional(), {"x": ref.hidden(), "y": torch.ones(())}), grad=True, codegen="eager")
+    assert [s.key for s in joint.inputs if s.kind == "input"] == [
+        1,
+        3,
+    ]  # positions in the call, as the runtime needs them
     assert [s.kind for s in joint.inputs] == [s.kind for s in plain.inputs]
     assert len(joint.outputs) == len(plain.outputs) == len(joint.graph.output_node().args[0])
     assert joint.fwd_outputs == plain.fwd_outputs

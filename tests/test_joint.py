@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import fx, nn
+from torch import fx
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,7 +27,7 @@ aten = torch.ops.aten
 class Compiled:
     """A model, its optimized form and the program of the one signature that these tests call."""
 
-    def __init__(self, model: nn.Module, inputs: Any) -> None:
+    def __init__(self, model: Any, inputs: Any) -> None:
         self.model, self.inputs = model, inputs
         self.opt = ref.optimize(model, inputs)
         self.program: Program = ref.programs(self.opt)[0]

@@ -520,12 +520,12 @@ def test_honest_classes_pass(graph: Subject, by: float, klass: str) -> None:
 
 
 def test_infinities_are_compared_as_they_are() -> None:
-    """Where they were before, a pass that keeps them is exact, and one that moves them is not; both figures are JSON."""
+    """A pass that keeps them where they were is exact, one that moves them is not; both figures are JSON."""
 
     def fn(m: Any, x: Tensor) -> Tensor:
-        return torch.exp(x * m.p) * 2
+        return torch.exp(x / m.p) * 2
 
-    subject = model_graph(Made(fn, grad=False, p=torch.tensor([1.0] * (H - 2) + [1e3, float("nan")])), rand(T, H))
+    subject = model_graph(Made(fn, grad=False, p=torch.tensor([1.0] * (H - 2) + [1e-3, float("nan")])), rand(T, H))
 
     def run(edit: Any, klass: str) -> Any:
         s, report = subject.copy(), Report()
@@ -640,6 +640,28 @@ def test_all_default_passes_are_what_they_say(name: str) -> None:
         assert all(a.nodes_after == b.nodes_before for a, b in itertools.pairwise(level_rows))
     everywhere = [n for p in changed for n in opt.graphs[p].graph.nodes if n.meta.get("moefx_passes")]
     assert {n.meta["moefx_passes"][-1] for n in everywhere} == changed - {"dead_code", "dead_code_training"}
+
+
+@pytest.mark.parametrize("codegen", ["eager", pytest.param("inductor", marks=pytest.mark.nightly)])
+def test_a_training_pass_of_ones_own_trains(codegen: str) -> None:
+    """Its node, made without any meta, gets through either partitioner; the gradients are the original's."""
+    pytest.importorskip("transformers")
+    model = reference.tiny()
+
+    @dataclass(frozen=True)
+    class Copies(Pass):
+        level = "training"
+
+        def run(self, graph: fx.Graph, ctx: Context) -> None:
+            for node in ctx.at(nodes(graph, "glu")):
+                if not any(u.target is torch.ops.aten.clone.default for u in node.users):
+                    ctx.matched(after(graph, node, torch.ops.aten.clone.default))
+
+    passes = pipeline(codegen="eager").insert(Copies())
+    opt = reference.optimize(model, passes=passes, codegen=codegen, verify=True)
+    assert {p.name: p.matched for p in opt.report.passes}["copies"] == 1
+    assert any("copies" in n.meta.get("moefx_passes", ()) for n in opt.graphs["forward"].graph.nodes)
+    reference.assert_same(reference.step(opt, reference.batch()), reference.step(model, reference.batch()))
 
 
 # -- a model after a failure -----------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ def opt() -> moefx.OptimizedModule:
 
 
 @pytest.fixture(scope="module")
-def model(opt: moefx.OptimizedModule) -> nn.Module:
+def model(opt: moefx.OptimizedModule) -> Any:
     return opt.original
 
 
@@ -33,22 +33,22 @@ def model(opt: moefx.OptimizedModule) -> nn.Module:
 
 
 def test_parameters_buffers_and_submodules_are_the_same_objects_under_the_same_names(
-    opt: moefx.OptimizedModule, model: nn.Module
+    opt: moefx.OptimizedModule, model: Any
 ) -> None:
     for kind in ("named_parameters", "named_buffers", "named_children"):
         got, want = (list(getattr(m, kind)()) for m in (opt, model))
         assert [n for n, _ in got] == [n for n, _ in want]
         assert all(a is b for (_, a), (_, b) in zip(got, want, strict=True))
         assert len(got) >= 1
-    got, want = dict(opt.named_modules()), dict(model.named_modules())
-    assert list(got) == list(want)
-    assert {n for n in got if got[n] is not want[n]} == {""}
+    mine, theirs = dict(opt.named_modules()), dict(model.named_modules())
+    assert list(mine) == list(theirs)
+    assert {n for n in mine if mine[n] is not theirs[n]} == {""}
     assert opt.get_submodule("model.layers.0.mlp") is model.get_submodule("model.layers.0.mlp")
     assert opt.get_parameter("lm_head.weight") is model.lm_head.weight
 
 
 def test_state_dict_has_the_same_keys_in_the_same_order_and_shares_storage(
-    opt: moefx.OptimizedModule, model: nn.Module
+    opt: moefx.OptimizedModule, model: Any
 ) -> None:
     got, want = opt.state_dict(), model.state_dict()
     assert list(got) == list(want)
@@ -56,7 +56,7 @@ def test_state_dict_has_the_same_keys_in_the_same_order_and_shares_storage(
     assert list(opt.state_dict(prefix="a.")) == [f"a.{n}" for n in want]
 
 
-def test_state_of_a_module_that_holds_an_optimized_one(opt: moefx.OptimizedModule, model: nn.Module) -> None:
+def test_state_of_a_module_that_holds_an_optimized_one(opt: moefx.OptimizedModule, model: Any) -> None:
     outer, plain = nn.ModuleDict({"m": opt}), nn.ModuleDict({"m": model})
     assert list(outer.state_dict()) == list(plain.state_dict())
     assert [n for n, _ in outer.named_parameters()] == [n for n, _ in plain.named_parameters()]
@@ -94,7 +94,7 @@ def test_registering_on_either_side_is_seen_on_both() -> None:
 # --- attributes
 
 
-def test_attributes_fall_through(opt: moefx.OptimizedModule, model: nn.Module) -> None:
+def test_attributes_fall_through(opt: moefx.OptimizedModule, model: Any) -> None:
     assert opt.config is model.config
     assert opt.dtype == torch.float32
     assert opt.device == torch.device("cpu")
@@ -106,7 +106,7 @@ def test_attributes_fall_through(opt: moefx.OptimizedModule, model: nn.Module) -
         _ = opt.no_such_attribute
 
 
-def test_setting_an_attribute_of_the_original_sets_it_there(opt: moefx.OptimizedModule, model: nn.Module) -> None:
+def test_setting_an_attribute_of_the_original_sets_it_there(opt: moefx.OptimizedModule, model: Any) -> None:
     kept = model.loss_type
     opt.loss_type = "other"
     assert model.loss_type == "other"
@@ -125,7 +125,7 @@ def test_replacing_a_parameter_through_the_optimized_module(opt: moefx.Optimized
     assert target.original.lm_head.weight is new
 
 
-def test_modes(opt: moefx.OptimizedModule, model: nn.Module) -> None:
+def test_modes(opt: moefx.OptimizedModule, model: Any) -> None:
     assert opt.training
     assert opt.eval() is opt
     assert not any(m.training for m in (opt, *model.modules()))
@@ -155,7 +155,7 @@ def test_to_apply_and_requires_grad_act_on_the_original(opt: moefx.OptimizedModu
     assert target.half().original.dtype == torch.float16
 
 
-def test_generate_runs_and_gives_what_the_original_gives(opt: moefx.OptimizedModule, model: nn.Module) -> None:
+def test_generate_runs_and_gives_what_the_original_gives(opt: moefx.OptimizedModule, model: Any) -> None:
     prompt = ref.batch(1, 4)["input_ids"]
     opt.eval()
     got, want = (m.generate(prompt, max_new_tokens=5, do_sample=False) for m in (opt, model))
@@ -262,7 +262,7 @@ def test_optimizing_changes_nothing_of_the_model() -> None:
     assert not {n for n in new if "moefx" in n}
 
 
-def test_the_original_runs_its_own_code(opt: moefx.OptimizedModule, model: nn.Module) -> None:
+def test_the_original_runs_its_own_code(opt: moefx.OptimizedModule, model: Any) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Ops(TorchDispatchMode):

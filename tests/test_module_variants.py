@@ -255,10 +255,15 @@ def test_hooks_of_parameters(opt: moefx.OptimizedModule) -> None:
 
 
 def test_a_new_shape_compiles_a_new_variant(opt: moefx.OptimizedModule) -> None:
+    check(opt, ref.batch(3, 5))
+    check(opt, ref.batch())
+    assert count(opt) == 2
+    block = ref.optimize(ref.Block(), (ref.hidden(),))
     for i, (B, S) in enumerate([(2, 8), (3, 8), (2, 11), (1, 8), (2, 8)]):
-        check(opt, ref.batch(B, S))
-        assert count(opt) == min(i + 1, 4)
-    assert [s["inputs"][0] for s in opt.report.signatures][-3:] == ["int64[3, 8]", "int64[2, 11]", "int64[1, 8]"]
+        check(block, (torch.randn(B, S, ref.HIDDEN, generator=torch.Generator().manual_seed(S)),))
+        assert count(block) == min(i + 1, 4)
+    shapes = [s["inputs"][0].removeprefix("float32") for s in block.report.signatures]
+    assert shapes == ["[2, 8, 32]", "[3, 8, 32]", "[2, 11, 32]", "[1, 8, 32]"]
 
 
 def test_labels_absent_and_present(opt: moefx.OptimizedModule) -> None:
@@ -295,7 +300,7 @@ def test_the_same_differentiable_tensor_twice() -> None:
         module(a, a).backward()
         grads.append((a.grad, b.grad))
     for got, want in zip(*grads, strict=True):
-        assert ref.error(got, want) <= 1e-4  # type: ignore[arg-type]
+        assert ref.error(got, want) <= 1e-4
 
 
 def test_a_parameter_as_an_input() -> None:
@@ -324,19 +329,27 @@ def test_inputs_of_any_layout(opt: moefx.OptimizedModule) -> None:
     strided = {k: v.mT.contiguous().mT for k, v in ref.batch().items()}
     assert not strided["input_ids"].is_contiguous()
     check(opt, strided)
-    check(opt, {k: torch.stack([v, v * 0], -1)[..., 0] for k, v in ref.batch().items()})
-    offset = {k: torch.cat([v * 0, v])[2:] for k, v in ref.batch().items()}
-    check(opt, offset)
-    expanded = {k: v[:1].expand(2, -1) for k, v in ref.batch().items()}
-    check(opt, expanded)
+
+    class Copies(ref.Block):
+        def forward(self, x: Tensor) -> Any:
+            return self.moe(x.contiguous()).square().mean() + x.mT.sum()
+
+    block, x = ref.optimize(Copies(), (ref.hidden(),)), ref.hidden()
+    layouts = [
+        x.mT.contiguous().mT,
+        torch.stack([x, x * 0], -1)[..., 0],
+        torch.cat([x * 0, x])[2:],
+        x[:1].expand(2, -1, -1),
+    ]
+    for layout in layouts:
+        check(block, (layout,))
+        check(block, (layout.detach().requires_grad_(),))
 
 
 @pytest.mark.parametrize(
     "constants",
     [
-        {"attention_mask": None},
-        {"logits_to_keep": 0},
-        {"output_router_logits": True, "use_cache": False},
+        {"attention_mask": None, "logits_to_keep": 0, "output_router_logits": True, "use_cache": False},
         {"attention_mask": torch.tensor([[1] * 8, [0] * 3 + [1] * 5])},
         {"position_ids": torch.arange(8)[None] % 5, "past_key_values": None},
     ],
@@ -459,6 +472,20 @@ def test_other_signatures_of_a_dynamic_module(dynamic: moefx.OptimizedModule) ->
 def test_a_dynamic_module_takes_inputs_of_any_layout(dynamic: moefx.OptimizedModule) -> None:
     opt = copy.deepcopy(dynamic)
     check(opt, {k: v.mT.contiguous().mT for k, v in ref.batch(3, 5).items()})
+
+
+def test_constants_beside_dynamic_inputs() -> None:
+    """A number that happens to equal a size is not that size."""
+
+    class Scales(ref.Block):
+        def forward(self, x: Tensor, by: int = 1, name: Any = None) -> Any:
+            return self.moe(x * by).square().mean() if name is None else self.moe(x).sum()
+
+    opt = ref.optimize(Scales(), {"x": ref.hidden(), "by": 8, "name": None}, dynamic={"x": (0, 1)})
+    for S, by, name, variants in [(8, 8, None, 1), (5, 8, None, 1), (5, 5, None, 2), (6, 5, None, 2), (6, 8, "n", 3)]:
+        x = torch.randn(2, S, ref.HIDDEN, generator=torch.Generator().manual_seed(S))
+        check(opt, {"x": x, "by": by, "name": name})
+        assert count(opt) == variants
 
 
 def test_partly_dynamic_inputs() -> None:

@@ -107,7 +107,8 @@ def test_inductor_codegen_of_a_transformers_model() -> None:
     model = ref.tiny(attention_dropout=0.2)
     opt = ref.optimize(model, codegen="inductor")
     ref.assert_same(ref.step(opt, ref.batch()), ref.step(model, ref.batch()))
-    ref.assert_same(*(ref.step(m, ref.batch(), lambda out: out.router_logits[0].square().sum()) for m in (opt, model)))
+    got, want = (ref.step(m, ref.batch(), lambda out: out.router_logits[0].square().sum()) for m in (opt, model))
+    ref.assert_same(got, want)
     (program,) = ref.programs(opt)
     assert len(program.backward_variants) == 2
     assert not any(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,10 @@ import torch
 from torch import fx, nn
 
 import moefx
+from moefx.graph.edit import copy_plain
 from moefx.passes.raise_experts import Block
 from tests.family import zoo
+from tests.passes.subject import Made, model_graph
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -112,3 +115,50 @@ def test_graphs_are_runnable_modules(tiny: moefx.OptimizedModule) -> None:
     outs = gm(*[values[n] for n in names])
     with torch.no_grad():
         torch.testing.assert_close(outs[0], model(x))
+
+
+@pytest.mark.parametrize(
+    ("fn", "text"),
+    [
+        (lambda x: torch.ones(size=(2,), dtype=torch.int32), "torch.ones(size=[2], dtype=torch.int32)"),
+        (lambda x: x[1:, None], "operator.getitem(%l_x_, [slice(1, None, None), None])"),
+        (lambda x: x[: x.shape[0] - 1], "slice(None, 4, None)"),
+        (lambda x: x.sum(0, keepdim=True), ".sum(%l_x_, 0, keepdim=True)"),
+        (lambda x: torch.cat([x, x.double()], dim=0), "torch.cat([%l_x_, %double], dim=0)"),
+        (lambda x: x.to(torch.bfloat16), ": bf16[5, 8] = .to(%l_x_, torch.bfloat16)"),
+        (lambda x: torch.topk(x, 2)[1], "(f32[5, 2], i64[5, 2]) = torch.topk(%l_x_, 2)"),
+    ],
+)
+def test_every_kind_of_argument_is_readable(fn: Callable[[torch.Tensor], torch.Tensor], text: str) -> None:
+    graph = model_graph(Made(lambda m, x: fn(x), p=torch.ones(1)), torch.randn(5, 8)).graph
+    assert text in moefx.render(graph)
+
+
+def test_slices_over_nodes_and_functions_hide_no_names_and_show_no_addresses() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.call_function(torch.ops.aten.sin.default, (slice(x, None), {"key": x}, torch.relu))
+    line = moefx.render(graph).splitlines()[1]
+    assert line == "%sin_default = aten.sin(slice(%x, None, None), {'key': %x}, relu)"
+
+
+def test_symbolic_sizes_and_options() -> None:
+    made = Made(lambda m, x: (x * m.p).sum(0), p=torch.ones(8))
+    graph = model_graph(made, torch.randn(5, 8), dynamic={"x": (0,)}).graph
+    assert re.search(r"%mul: f32\[s\d+, 8\] = operator\.mul", moefx.render(graph))
+    assert "#" in moefx.render(graph)
+    assert "#" not in moefx.render(graph, origin=False, lines=False)
+    assert "test_view.py:" in moefx.render(graph)
+    assert "test_view.py:" not in moefx.render(graph, lines=False)
+
+
+def test_context_of_a_diff() -> None:
+    graph = (
+        model_graph(Made(lambda m, x: ((x * m.p).exp() + 1).sin() - 2, p=torch.ones(8)), torch.randn(5, 8)).copy().graph
+    )
+    other = copy_plain(graph)
+    next(n for n in other.nodes if n.target == "exp").target = "cos"
+    changed = [line[0] for line in moefx.diff(graph, other, context=0).splitlines()[2:]]
+    assert changed == ["@", "-", "+"]
+    assert len(moefx.diff(graph, other, context=2).splitlines()) == 2 + 1 + 2 + 4
+    assert moefx.diff(graph, copy_plain(graph)) == ""

@@ -153,6 +153,8 @@ def map_values(nodes: Iterable[Any]) -> list[Any]:
 
 def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
     """Whether two shapes or strides are equal for all values of their symbols. Adds no guard, as `==` would."""
+    if all(type(x) is int for x in (*a, *b)):
+        return tuple(a) == tuple(b)
     return len(a) == len(b) and all(statically_known_true(x == y) for x, y in zip(a, b, strict=True))
 
 

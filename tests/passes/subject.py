@@ -232,7 +232,8 @@ def run(subject: Subject, graph: fx.Graph | None = None, seed: int = 0) -> dict[
     if isinstance(total, Tensor):
         total.backward()  # type: ignore[no-untyped-call]
     found |= {f"gradient {i}": v.grad for i, v in leaves.items() if v.grad is not None}
-    return {k: t.detach() for k, t in found.items()} | {f"input {i}": v.detach() for i, v in enumerate(values)}
+    found |= {f"input {i}": v for i, v in enumerate(values) if isinstance(v, Tensor)}  # torch 2.11 passes sizes, too
+    return {k: t.detach() for k, t in found.items()}
 
 
 def differentiable(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""Copies, views and transposes that change nothing go from the training graph."""
+"""Aliases, views and transposes that change nothing go from the training graph."""
 
 from __future__ import annotations
 

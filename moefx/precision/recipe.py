@@ -1,38 +1,249 @@
-"""Recipes: a name for a pipeline of passes. `bf16` is the only one so far: compute in the dtypes that the model has."""
+"""Recipes: which operand of which product is stored, computed and sent in which format. Data, not code.
+
+A recipe maps `role.usage` to a QuantSpec string. Roles are `input` (activations that enter an expert product),
+`weight`, `grad` (gradients that enter one) and `hidden` (what the activation function reads). Usages are the products
+`fprop`, `dgrad`, `wgrad`, what travels between ranks (`wire`), and what the backward keeps (`stored`). A key may name
+one product of the experts in front: `down.grad.dgrad`. What no key names stays wide.
+
+Specs are about the operand as [rows, columns]: rows of tokens for input, grad and hidden; [out, in] for a weight in
+fprop and [in, out] in dgrad. Blocks run along the axis that is summed over: columns in fprop and dgrad, rows in wgrad.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import fnmatch
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from moefx.errors import RecipeError, nearest
 
+from .spec import QuantSpec
+
+USAGES = {
+    "input": ("fprop", "wgrad", "wire", "stored"),
+    "weight": ("fprop", "dgrad"),
+    "grad": ("dgrad", "wgrad", "wire"),
+    "hidden": ("stored",),
+}
+PRODUCTS = {
+    "fprop": ("input.fprop", "weight.fprop"),
+    "dgrad": ("grad.dgrad", "weight.dgrad"),
+    "wgrad": ("grad.wgrad", "input.wgrad"),
+}
+GEMMS = ("up", "down")
+KEYS = tuple(f"{role}.{usage}" for role, usages in USAGES.items() for usage in usages)
+ACCUMULATE = ("fp32", "fast", "promote128")
+OUT = ("wide", "float32", "bfloat16")
+
+_MODEL = ("merge_routers", "expand_experts", "share_plans", "fold_combine")
+_TRAINING = ("dead_code", "drop_noops", "orient_wgrad")
+
 
 @dataclass(frozen=True)
+class Rule:
+    """Specs for the modules whose dotted path matches a shell pattern; `specs=None` leaves them wide.
+
+    The keys given replace the recipe's; the others stay. The first rule that matches a module decides.
+    """
+
+    path: str
+    specs: Mapping[str, str] | None = None
+
+    def matches(self, path: str) -> bool:
+        """Whether this rule is about the module at `path`."""
+        return fnmatch.fnmatchcase(path, self.path)
+
+
+@dataclass(frozen=True, init=False)
 class Recipe:
-    """A named list of passes in listing order (the manager orders them by what they require and provide)."""
+    """A precision recipe.
+
+    Args:
+        name: how it is chosen: `moefx.optimize(..., recipe=name)` once it is registered.
+        about: one line for `moefx recipes`.
+        specs: `[up.|down.]role.usage` -> spec string, for example {"input.fprop": "e4m3 1x128 po2/rceil"}.
+        rules: ordered exceptions by module path.
+        align: rows of each expert are padded to a multiple of this, for kernels that need it.
+        accumulate, out: per product (fprop, dgrad, wgrad): accumulation wanted of a kernel, dtype of the result.
+        amax_history: steps whose largest magnitudes the scales of `delayed` specs follow.
+        allow_double_quant: accept conversions that round a second time on another grid (R13); measured and printed.
+        propagate, fuse: whether explicit casts are propagated and folded, and fused into activations.
+        passes: the whole pipeline by name, instead of the one that follows from the other fields.
+
+    Raises:
+        RecipeError: an unknown field or key, an unreadable spec, specs that contradict each other. Names the field.
+    """
 
     name: str
-    passes: tuple[str, ...]
     about: str = ""
+    specs: Mapping[str, str] = field(default_factory=dict)
+    rules: tuple[Rule, ...] = ()
+    align: int = 1
+    accumulate: Mapping[str, str] = field(default_factory=dict)
+    out: Mapping[str, str] = field(default_factory=dict)
+    amax_history: int = 0
+    allow_double_quant: bool = False
+    propagate: bool = True
+    fuse: bool = True
+    passes: tuple[str, ...] = ()
+
+    def __init__(self, name: str, about: str = "", **fields: Any) -> None:
+        known = {f: d for f, d in _DEFAULTS.items()}
+        for f in fields:
+            if f not in known:
+                raise RecipeError(f"recipe {name!r} has an unknown field {f!r}", todo=nearest(f, known))
+        values = {"name": name, "about": about, **known, **fields}
+        values["rules"], values["passes"] = tuple(values["rules"]), tuple(values["passes"])
+        for f, v in values.items():
+            object.__setattr__(self, f, v)
+        self._check()
+        if not self.passes:
+            object.__setattr__(self, "passes", self._pipeline())
+
+    def __hash__(self) -> int:
+        return hash((self.name, tuple(sorted(self.specs.items())), self.passes))
+
+    def _pipeline(self) -> tuple[str, ...]:
+        if not self.specs:
+            return (*_MODEL, "fuse_plan_permute", *_TRAINING, "lower_wires", "dead_code_training")
+        aligned = ("align_plans",) if self.align > 1 else ()
+        steps = ["quantize"]
+        steps += ["propagate_scales", "fold_casts", "transpose_scales"] if self.propagate else []
+        steps += ["fuse_casts"] if self.fuse else []
+        steps += ["lower_wires"]
+        steps += ["store_low_precision"] if self.propagate and self.fuse else []
+        return (*_MODEL, *aligned, *_TRAINING, *steps, "dead_code_training")
+
+    def replace(self, name: str, about: str = "", **fields: Any) -> Recipe:
+        """A recipe like this one but for the given fields; `specs` given here are added to this one's."""
+        kept: dict[str, Any] = {f: getattr(self, f) for f in _DEFAULTS if f != "passes"}
+        specs = {**self.specs, **fields.pop("specs", {})}
+        return Recipe(name, about, **{**kept, **fields, "specs": {k: v for k, v in specs.items() if v is not None}})
+
+    @staticmethod
+    def from_te(obj: object, name: str | None = None) -> Recipe:
+        """A recipe of TransformerEngine as ours; see `moefx.precision.te.recipe_from_te`."""
+        from .te import recipe_from_te  # which imports this module
+
+        return recipe_from_te(obj, name)
+
+    def for_backend(self, backend: str) -> Recipe:
+        """This recipe with the row alignment that a backend's products need (`moefx.precision.backends`).
+
+        Raises `RecipeError` naming the field that the backend cannot read.
+        """
+        from .backends import check_backend
+
+        align = check_backend(self, backend)
+        return self if align == self.align else self.replace(self.name, self.about, align=align)
+
+    def for_module(self, path: str) -> Mapping[str, str] | None:
+        """The specs that hold in a module: the recipe's, with those of the first rule that matches; None is wide."""
+        rule = self.rule(path)
+        if rule is None:
+            return self.specs or None
+        return None if rule.specs is None else {**self.specs, **rule.specs}
+
+    def rule(self, path: str) -> Rule | None:
+        """The rule that decides for a module, if any."""
+        return next((r for r in self.rules if r.matches(path)), None)
+
+    # --- checks
+
+    def _check(self) -> None:
+        for f, allowed in (("accumulate", ACCUMULATE), ("out", OUT)):
+            for product, value in getattr(self, f).items():
+                self._known(f, product, PRODUCTS)
+                self._known(f"{f}[{product!r}]", value, allowed)
+        if type(self.align) is not int or self.align < 1:
+            raise RecipeError(f"recipe {self.name!r}: align is {self.align!r}", todo="give a positive number of rows")
+        every = [*self.specs.values(), *(s for r in self.rules if r.specs for s in r.specs.values())]
+        for where, specs in [("specs", self.specs), *((f"rules[{r.path!r}]", r.specs) for r in self.rules)]:
+            if specs is not None:
+                self._check_keys(where, specs)
+        delayed = [s for s in every if QuantSpec.parse(s).delayed]
+        if bool(delayed) != (self.amax_history > 0):
+            raise RecipeError(
+                f"recipe {self.name!r}: amax_history is {self.amax_history}",
+                why=f"{delayed[0]!r} takes its scale from earlier steps" if delayed else "no spec is delayed",
+                todo="say how many steps are kept, 1024 for example" if delayed else "leave it at 0",
+            )
+        merged = [self.specs, *({**self.specs, **r.specs} for r in self.rules if r.specs is not None)]
+        for specs in merged:
+            for gemm in GEMMS:
+                self._check_products(specs, gemm)
+
+    def _known(self, where: str, value: str, allowed: Iterable[str]) -> None:
+        if value not in allowed:
+            raise RecipeError(f"recipe {self.name!r}: {where} names {value!r}", todo=nearest(str(value), allowed))
+
+    def _check_keys(self, where: str, specs: Mapping[str, str]) -> None:
+        for key, text in specs.items():
+            gemm, _, plain = key.partition(".") if key.split(".")[0] in GEMMS else ("", "", key)
+            self._known(where, plain, KEYS)
+            try:
+                spec = QuantSpec.parse(text)
+            except RecipeError as e:
+                raise RecipeError(f"recipe {self.name!r}: {where}[{key!r}]: {e.what}", e.where, e.why, e.todo) from e
+            usage = plain.split(".")[1]
+            if usage == "wire" and spec.br != 1:
+                raise RecipeError(
+                    f"recipe {self.name!r}: {where}[{key!r}] is {text!r}, whose blocks span rows",
+                    why="rows travel to different ranks, each with its scales",
+                    todo="use blocks within a row: 1x128, 1x32 or row",
+                )
+            along_rows = usage == "wgrad"
+            if usage in PRODUCTS and spec.axis not in (None, -2 if along_rows else -1):
+                axis, example = ("rows", "128x1") if along_rows else ("columns", "1x128")
+                raise RecipeError(
+                    f"recipe {self.name!r}: {where}[{key!r}] is {text!r}, but {usage} sums over {axis}",
+                    why="a scale must be constant along the part of a sum that it multiplies",
+                    todo=f"use blocks along {axis}, such as {example!r}",
+                )
+
+    def _check_products(self, specs: Mapping[str, str], gemm: str) -> None:
+        for product, keys in PRODUCTS.items():
+            found = [lookup(specs, gemm, k) for k in keys]
+            if (found[0] is None) != (found[1] is None):
+                there, lacking = (keys[0], keys[1]) if found[0] else (keys[1], keys[0])
+                raise RecipeError(
+                    f"recipe {self.name!r}: {product} of the {gemm} product has {there} but no {lacking}",
+                    why="a product runs on codes of both operands, or wide",
+                    todo=f"add {lacking}, or take {there} out",
+                )
+            if all(t is not None and _is_square(QuantSpec.parse(t)) for t in found):
+                raise RecipeError(
+                    f"recipe {self.name!r}: {product} has two-dimensional blocks on both operands",
+                    where=f"{keys[0]}, {keys[1]}",
+                    todo="use 1x128 on one side",
+                )
 
 
-_RECIPES = {
-    "bf16": Recipe(
-        "bf16",
-        (
-            "merge_routers",
-            "expand_experts",
-            "share_plans",
-            "fold_combine",
-            "fuse_plan_permute",
-            "dead_code",
-            "drop_noops",
-            "orient_wgrad",
-            "dead_code_training",
-        ),
-        "computes in the dtypes of the model's own parameters (float32, bfloat16 or float16); no casts are added",
-    )
-}
+_DEFAULTS: dict[str, Any] = {
+    "specs": {}, "rules": (), "align": 1, "accumulate": {}, "out": {}, "amax_history": 0, "allow_double_quant": False,
+    "propagate": True, "fuse": True, "passes": (),
+}  # fmt: skip
+
+
+def lookup(specs: Mapping[str, str], gemm: str, key: str) -> str | None:
+    """The spec of `role.usage` in the up or down product."""
+    return specs.get(f"{gemm}.{key}", specs.get(key))
+
+
+def _is_square(spec: QuantSpec) -> bool:
+    return spec.axis is None and spec.block != "tensor"
+
+
+_RECIPES: dict[str, Recipe] = {}
+
+
+def register_recipe(recipe: Recipe) -> Recipe:
+    """Make a recipe known by its name. Raises `RecipeError` when the name is taken by another one."""
+    if _RECIPES.get(recipe.name, recipe) != recipe:
+        raise RecipeError(f"a recipe named {recipe.name!r} is registered already", todo="choose another name")
+    _RECIPES[recipe.name] = recipe
+    return recipe
 
 
 def recipe_names() -> list[str]:
@@ -47,3 +258,8 @@ def get_recipe(recipe: str | Recipe) -> Recipe:
     if recipe not in _RECIPES:
         raise RecipeError(f"unknown recipe {recipe!r}", todo=nearest(str(recipe), _RECIPES))
     return _RECIPES[recipe]
+
+
+BF16 = register_recipe(
+    Recipe("bf16", "computes in the dtypes of the model's own parameters (float32, bfloat16 or float16); no casts")
+)

@@ -1,0 +1,111 @@
+"""Recipes are data: what they say, what they refuse, how rules choose."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+
+from moefx.errors import RecipeError
+from moefx.precision import builtin  # noqa: F401  registers the recipes
+from moefx.precision.recipe import Recipe, Rule, get_recipe, lookup, recipe_names, register_recipe
+from moefx.precision.spec import QuantSpec
+
+ROW, COL, TILE = "e4m3 1x128 po2/rceil", "e4m3 128x1 po2/rceil", "e4m3 128x128 po2/rceil"
+GOOD = {
+    "input.fprop": ROW, "input.wgrad": COL, "weight.fprop": TILE, "weight.dgrad": TILE, "grad.dgrad": ROW,
+    "grad.wgrad": COL,
+}  # fmt: skip
+
+
+def test_every_built_in_recipe_reads_and_has_a_line_about_it() -> None:
+    assert {"bf16", "fp8_naive", "fp8_flow", "fp8_blockwise", "deepseek_v3", "fp8_rowwise", "fp8_tensorwise", "mxfp8",
+            "mxfp4_hopper"} <= set(recipe_names())  # fmt: skip
+    for name in recipe_names():
+        r = get_recipe(name)
+        assert r.about
+        assert all(str(QuantSpec.parse(s)) == s for s in r.specs.values()), name
+        assert r.passes[-1] == "dead_code_training"
+
+
+def test_naive_is_flow_without_propagation_and_fusion() -> None:
+    naive, flow = get_recipe("fp8_naive"), get_recipe("fp8_flow")
+    assert naive.specs == flow.specs
+    assert set(flow.passes) - set(naive.passes) == {
+        "propagate_scales", "fold_casts", "transpose_scales", "fuse_casts", "store_low_precision",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        ({"spec": {}}, ["unknown field 'spec'", "did you mean 'specs'"]),
+        ({"specs": {"input.fpro": ROW}}, ["'input.fpro'", "did you mean 'input.fprop'"]),
+        ({"specs": {"weight.wire": ROW}}, ["specs names 'weight.wire'"]),
+        ({"specs": {**GOOD, "input.fprop": "e4m3 1x128 po2/exact"}}, ["specs['input.fprop']", "rule"]),
+        ({"specs": {**GOOD, "input.fprop": "e9m9 1x128 po2/rceil"}}, ["specs['input.fprop']", "e9m9"]),
+        ({"specs": {**GOOD, "input.wire": COL}}, ["specs['input.wire']", "blocks span rows"]),
+        ({"specs": {**GOOD, "input.fprop": COL}}, ["fprop sums over columns", "1x128"]),
+        ({"specs": {**GOOD, "grad.wgrad": ROW}}, ["wgrad sums over rows", "128x1"]),
+        ({"specs": {**GOOD, "input.fprop": TILE}}, ["two-dimensional blocks on both", "input.fprop, weight.fprop"]),
+        ({"specs": {"input.fprop": ROW}}, ["fprop of the up product has input.fprop but no weight.fprop"]),
+        ({"specs": {**GOOD, "down.grad.wgrad": TILE, "down.input.wgrad": TILE}}, ["wgrad has two-dim"]),
+        ({"rules": [Rule("*", {"input.wirre": ROW})]}, ["rules['*']", "'input.wirre'"]),
+        ({"align": 0}, ["align is 0"]),
+        ({"accumulate": {"fprop": "fp31"}}, ["accumulate['fprop']", "'fp31'", "fp32"]),
+        ({"out": {"fprob": "wide"}}, ["out names 'fprob'", "did you mean 'fprop'"]),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_named(fields: dict[str, Any], names: list[str]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        Recipe("mine", **fields)
+    assert "'mine'" in str(caught.value)
+    for name in names:
+        assert name in str(caught.value)
+    Recipe("mine", specs=GOOD)  # the control
+
+
+def test_the_first_rule_that_matches_decides() -> None:
+    r = Recipe(
+        "ruled",
+        specs=GOOD,
+        rules=[Rule("*.layers.0.*"), Rule("*.mlp.experts", {"input.wire": ROW}), Rule("*.experts", {"grad.wire": ROW})],
+    )
+    assert r.for_module("model.layers.0.mlp.experts") is None
+    assert r.for_module("model.layers.1.mlp.experts") == {**GOOD, "input.wire": ROW}
+    assert r.for_module("model.layers.1.moe.experts") == {**GOOD, "grad.wire": ROW}
+    assert r.for_module("model.layers.1.moe") == GOOD
+    assert get_recipe("bf16").for_module("model.layers.1.moe") is None
+
+
+def test_a_key_may_name_one_product() -> None:
+    specs = {**GOOD, "down.input.fprop": "e4m3 1x128 f32/exact"}
+    assert lookup(specs, "down", "input.fprop") == "e4m3 1x128 f32/exact"
+    assert lookup(specs, "up", "input.fprop") == ROW
+    assert lookup(specs, "up", "input.wire") is None
+
+
+def test_replacing_adds_specs_and_takes_them_out() -> None:
+    r = Recipe("a", specs=GOOD).replace(
+        "b", "about b", specs={"input.wire": ROW, "grad.wgrad": None, "input.wgrad": None}
+    )
+    assert (r.name, r.about) == ("b", "about b")
+    assert r.specs == {**{k: v for k, v in GOOD.items() if "wgrad" not in k}, "input.wire": ROW}
+    assert "quantize" in r.passes
+
+
+def test_registering() -> None:
+    mine = register_recipe(Recipe("test_registering", specs=GOOD))
+    assert register_recipe(Recipe("test_registering", specs=GOOD)) is mine or get_recipe("test_registering") == mine
+    with pytest.raises(RecipeError, match="registered already"):
+        register_recipe(Recipe("test_registering"))
+    with pytest.raises(RecipeError, match="did you mean 'fp8_flow'"):
+        get_recipe("fp8_flo")
+
+
+def test_recipes_pickle_and_compare() -> None:
+    r = get_recipe("fp8_flow")
+    assert pickle.loads(pickle.dumps(r)) == r
+    assert hash(Recipe("a", specs=GOOD)) == hash(Recipe("a", specs=dict(reversed(GOOD.items()))))
+    assert Recipe("a", specs=GOOD) != Recipe("a", specs=GOOD, propagate=False)

@@ -52,7 +52,8 @@ def dispatch(op: str, *args: Any) -> Any:
     entry = _TABLE[op]
     for provider in entry.providers:
         if provider.supports(*args):
-            first = next(a for a in args if isinstance(a, torch.Tensor))
+            tensors = (t for a in args for t in (a if isinstance(a, list) else [a]) if isinstance(t, torch.Tensor))
+            first = next(tensors)
             key = (provider.name, first.device.type, first.dtype)
             entry.used[key] = entry.used.get(key, 0) + 1
             return provider.run(*args)

@@ -5,7 +5,7 @@ reference that runs on any device, and a backward written in the same dialect, s
 and wgrad as nodes of one kind.
 """
 
-from . import experts, gemm, glu, routing
+from . import delayed, experts, gemm, glu, routing, scaled, scaled_gemm, scaled_glu, wires
 from .experts import ExpertsSpec
 from .glu import GluKind
 
@@ -24,6 +24,32 @@ OPS = (
     "glu",
     "glu_backward",
     "experts",
+    "dispatch",
+    "combine",
+    "quantize",
+    "dequantize",
+    "permute_scaled",
+    "transpose_scaled",
+    "convert",
+    "scaled_grouped_mm",
+    "scaled_grouped_wgrad",
+    "glu_quantize",
+    "glu_backward_quantize",
+    "quantize_delayed",
+    "gather_amax",
 )
 
-__all__ = ["OPS", "ExpertsSpec", "GluKind", "experts", "gemm", "glu", "routing"]
+__all__ = [
+    "OPS",
+    "ExpertsSpec",
+    "GluKind",
+    "delayed",
+    "experts",
+    "gemm",
+    "glu",
+    "routing",
+    "scaled",
+    "scaled_gemm",
+    "scaled_glu",
+    "wires",
+]

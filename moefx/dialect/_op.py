@@ -18,6 +18,11 @@ LIB = torch.library.Library("moefx", "DEF")
 Fn = Callable[..., Any]
 
 
+def _dense(t: torch.Tensor) -> torch.Tensor:
+    # An empty tensor counts as contiguous whatever its strides are, and reductions leave odd ones.
+    return t.contiguous() if t.numel() else t.new_empty(t.shape)
+
+
 def define(
     name: str,
     schema: str,
@@ -42,7 +47,7 @@ def define(
         if check is not None:
             check(*args)
         out = registry.dispatch(name, *args)
-        return out.contiguous() if isinstance(out, torch.Tensor) else tuple(t.contiguous() for t in out)
+        return _dense(out) if isinstance(out, torch.Tensor) else tuple(map(_dense, out))
 
     def checked_fake(*args: Any) -> Any:
         if check is not None:

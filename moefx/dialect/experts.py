@@ -58,13 +58,13 @@ def expand(x_TH: Tensor, idx_Tk: Tensor, w_Tk: Tensor, weights: Sequence[Tensor]
     if s.layout == "kn":
         up, down = up.transpose(1, 2), down.transpose(1, 2)
     token, order, slot, offsets = ops.plan(idx_Tk, up.shape[0], 1)
-    h = ops.grouped_mm(ops.permute(x_TH, token, slot), up, offsets)
+    h = ops.grouped_mm(ops.permute(ops.dispatch(x_TH), token, slot), up, offsets)
     if up_bias is not None:
         h = ops.grouped_bias(h, up_bias, offsets)
     y = ops.grouped_mm(ops.glu(h, None, str(s.glu)), down, offsets)
     if down_bias is not None:
         y = ops.grouped_bias(y, down_bias, offsets)
-    out: Tensor = ops.unpermute(y, token, order, slot, w_Tk)
+    out: Tensor = ops.combine(ops.unpermute(y, token, order, slot, w_Tk))
     return out
 
 

@@ -9,11 +9,31 @@ import pytest
 import torch
 
 from moefx.dialect import OPS
+from moefx.precision.quantize import quantize
 
 from . import oracles
 from .oracles import Routing, Tensor, ops, randn
 
 H, I = 6, 5
+
+# Blocks of two keep the tensors tiny and are several; blocks of 128 are all of a row, and of an expert.
+PAIRS, COLUMN_PAIRS, FP4 = "e4m3 1x2 po2/rceil", "e4m3 2x1 po2/rceil", "e2m1 1x2 e8m0/rceil"
+ROW, COLUMN, SQUARE = "e4m3 1x128 po2/rceil", "e4m3 128x1 po2/rceil", "e4m3 128x128 po2/rceil"
+DELAYED = "e4m3 tensor f32/exact delayed"
+# Ops of training graphs, which have no gradient: they write codes and scales, or dtypes that they are told.
+TRAINING = (
+    "quantize",
+    "dequantize",
+    "permute_scaled",
+    "transpose_scaled",
+    "convert",
+    "scaled_grouped_mm",
+    "scaled_grouped_wgrad",
+    "glu_quantize",
+    "glu_backward_quantize",
+    "quantize_delayed",
+    "gather_amax",
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +62,13 @@ class Call:
         return tuple(fresh(i, a) for i, a in enumerate(self.args))
 
 
+def encoded(x: Tensor, spec: str, offsets: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Codes and scales; never of two negative numbers in a byte, which may be 255, the poison of integers."""
+    codes, scales = quantize(x.abs() if spec == FP4 else x, spec, offsets=offsets)
+    assert isinstance(scales, Tensor)
+    return codes, scales
+
+
 def calls(r: Routing, dtype: torch.dtype = torch.float32) -> dict[str, Call]:
     """Every op on one routing; keys say what varies beside the op."""
     (T, k), S, E = r.idx.shape, r.rows, r.E
@@ -55,6 +82,8 @@ def calls(r: Routing, dtype: torch.dtype = torch.float32) -> dict[str, Call]:
     )
     up_bias = randn(E, 2 * I, dtype=dtype, seed=10)
     maps = r.token, r.order, r.slot
+    ends, clamp = r.offsets, "interleaved clamp(7,1.702)"
+    codes, columns = encoded(y, ROW, ends), encoded(y, COLUMN, ends)
     gptoss = [up.mT.contiguous(), up_bias, down.mT.contiguous(), bias]
     found = {
         "plan": Call("plan", (r.idx, E, r.align)),
@@ -76,11 +105,43 @@ def calls(r: Routing, dtype: torch.dtype = torch.float32) -> dict[str, Call]:
         "glu_backward_weighted": Call("glu_backward", (da, h, rows, "gelu"), (0, 1, 2)),
         "experts": Call("experts", (x, r.idx, w, [up, down], "silu | nk"), (0, 2, 3)),
         "experts_gptoss": Call("experts", (x, r.idx, w, gptoss, "interleaved clamp(7,1.702) | kn bias"), (0, 2, 3)),
+        "dispatch": Call("dispatch", (x,), (0,)),
+        "combine": Call("combine", (x,), (0,)),
+        "quantize": Call("quantize", (y, ends, [PAIRS, COLUMN_PAIRS, SQUARE])),
+        "quantize_fp4": Call("quantize", (y.abs(), None, [FP4])),
+        "dequantize": Call("dequantize", (*columns, ends, COLUMN, dtype)),
+        "dequantize_fp4": Call("dequantize", (*encoded(up, FP4), None, FP4, dtype)),
+        "permute_scaled": Call("permute_scaled", (*encoded(x, PAIRS), r.token, r.slot)),
+        "permute_scaled_fp4": Call("permute_scaled", (*encoded(x, FP4), r.token, r.slot)),
+        "transpose_scaled": Call("transpose_scaled", (*encoded(y, PAIRS, ends), ends, PAIRS, COLUMN_PAIRS)),
+        "transpose_scaled_square": Call("transpose_scaled", (*encoded(up, SQUARE), None, SQUARE, SQUARE)),
+        "convert": Call("convert", (*encoded(y, FP4, ends), ends, FP4, ROW)),
+        "convert_smaller": Call("convert", (*codes, ends, ROW, PAIRS)),
+        "scaled_grouped_mm": Call("scaled_grouped_mm", (*codes, *encoded(up, SQUARE), ends, ROW, SQUARE, dtype)),
+        "scaled_grouped_mm_fp4": Call("scaled_grouped_mm", (*codes, *encoded(up, FP4), ends, ROW, FP4, dtype)),
+        "scaled_grouped_wgrad": Call(
+            "scaled_grouped_wgrad", (*encoded(h, COLUMN, ends), *columns, ends, COLUMN, COLUMN, dtype)
+        ),
+        "glu_quantize": Call("glu_quantize", (h, rows, ends, "silu", [ROW, COLUMN], [PAIRS])),
+        "glu_quantize_plain": Call("glu_quantize", (h, None, None, "plain relu2", [FP4], [])),
+        "glu_backward_quantize": Call(
+            "glu_backward_quantize", (da, h, None, rows, ends, "silu", "", [PAIRS, COLUMN_PAIRS], [COLUMN])
+        ),
+        "glu_backward_quantize_codes": Call(
+            "glu_backward_quantize", (da, *encoded(h, PAIRS), None, ends, clamp, PAIRS, [ROW], [])
+        ),
     }
+    past = torch.tensor([3.0, 0.5])
+    found["quantize_delayed"] = Call("quantize_delayed", (y, ends, past, [DELAYED]))
+    found["gather_amax"] = Call("gather_amax", ([past[0], past[1]], [2, 0], 4))
     assert {c.op for c in found.values()} == set(OPS)
     return found
 
 
 NAMES = tuple(calls(oracles.CASES["balanced"]))
 each_call = pytest.mark.parametrize("name", NAMES)
-each_differentiable = pytest.mark.parametrize("name", [n for n in NAMES if n != "plan"])
+DIFFERENTIABLE = tuple(n for n, c in calls(oracles.CASES["balanced"]).items() if c.op not in (*TRAINING, "plan"))
+each_differentiable = pytest.mark.parametrize("name", DIFFERENTIABLE)
+each_training = pytest.mark.parametrize(
+    "name", [n for n, c in calls(oracles.CASES["balanced"]).items() if c.op in TRAINING]
+)

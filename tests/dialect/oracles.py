@@ -256,8 +256,18 @@ def layouts(t: Tensor) -> dict[str, Tensor]:
         padded[..., 1:-2] = t
         out["sliced"] = padded[..., 1:-2]
     for variant in out.values():
-        assert torch.equal(variant, t)
+        assert equal(variant, t)
     return out
+
+
+def bits(t: Tensor) -> Tensor:
+    """The bytes of a tensor of 8-bit floating-point numbers, which PyTorch cannot compare; any other as it is."""
+    return t.view(torch.uint8) if t.is_floating_point() and t.element_size() == 1 else t
+
+
+def equal(a: Tensor, b: Tensor) -> bool:
+    """`torch.equal`, of the same dtype, and bit by bit for 8-bit floating-point numbers."""
+    return a.dtype == b.dtype and torch.equal(bits(a), bits(b))
 
 
 def tensors(*args: Any) -> list[Tensor]:

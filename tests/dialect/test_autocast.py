@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from . import oracles
-from .calls import calls
+from .calls import calls, each_training
 from .oracles import check, each_arm, ops, randn, running
 from .test_gemm import accumulated, grouped_mm
 
@@ -85,6 +85,17 @@ def test_autocast_is_the_cast_written_out() -> None:
     h = ops.grouped_mm(ops.permute(x, token, slot).bfloat16(), up.bfloat16(), offsets)
     rows = ops.grouped_mm(ops.glu(h, None, "silu"), down.bfloat16(), offsets)
     assert torch.equal(y, ops.unpermute(rows, token, order, slot, w))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each_training
+def test_ops_of_training_graphs_are_left_alone(name: str, dtype: torch.dtype) -> None:
+    # Their operands were rounded on purpose: a product of theirs in 16 bits would round once more.
+    call = calls(R, dtype)[name]
+    want = oracles.tensors(call())
+    with torch.autocast("cpu", torch.bfloat16 if dtype == torch.float32 else torch.float16):
+        got = oracles.tensors(call())
+    assert all(map(oracles.equal, got, want))
 
 
 def test_ops_that_move_rows_keep_their_dtype() -> None:

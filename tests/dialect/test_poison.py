@@ -30,9 +30,11 @@ def _poison() -> Iterator[None]:
 
 
 def test_the_poison_works() -> None:
-    for dtype in (*DTYPES, torch.float64):
-        assert torch.empty(3, 2, dtype=dtype).isnan().all()
-        assert torch.zeros(3, dtype=dtype).new_empty(2, 2).isnan().all()
+    for dtype in (*DTYPES, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu):
+        assert torch.empty(3, 2, dtype=dtype).float().isnan().all()
+        assert torch.zeros(3, dtype=dtype).new_empty(2, 2).float().isnan().all()
+        assert not all_finite(torch.empty(1, dtype=dtype))
+    assert not all_finite(torch.empty(1, dtype=torch.uint8))
     assert (torch.empty(4, dtype=torch.int64) == torch.iinfo(torch.int64).max).all()
 
 
@@ -54,7 +56,9 @@ def test_a_kernel_that_leaves_rows_out_is_caught(monkeypatch: pytest.MonkeyPatch
 def all_finite(outputs: object) -> bool:
     """Neither NaN nor, for integers, the poison value."""
     return all(
-        bool(t.isfinite().all()) if t.is_floating_point() else bool((t != torch.iinfo(t.dtype).max).all())
+        bool((t.float() if t.element_size() == 1 else t).isfinite().all())
+        if t.is_floating_point()
+        else bool((t != torch.iinfo(t.dtype).max).all())
         for t in tensors(outputs)
     )
 

@@ -16,10 +16,12 @@ from moefx.errors import InputError
 from moefx.kernels import registry
 
 from . import oracles
-from .calls import calls
+from .calls import TRAINING, calls
 from .oracles import KINDS, Tensor, ops, randn
 
 COMPOSITE = "experts"
+# The identity needs no kernel; codes and scales have their definition, on any device.
+REFERENCE_ONLY = (*TRAINING, "dispatch", "combine")
 
 
 @pytest.fixture
@@ -68,7 +70,7 @@ def test_every_op_ends_in_its_reference(op: str) -> None:
     assert registry.names(op).count("reference") == 1
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op != COMPOSITE])
+@pytest.mark.parametrize("op", [op for op in OPS if op not in (COMPOSITE, *REFERENCE_ONLY)])
 def test_on_a_cpu_a_kernel_comes_before_the_reference(op: str) -> None:
     call = next(c for c in calls(oracles.CASES["balanced"]).values() if c.op == op)
     before = dict(registry.used().get(op, {}))
@@ -82,6 +84,15 @@ def test_on_a_cpu_a_kernel_comes_before_the_reference(op: str) -> None:
     assert registry.used()[op][f"reference/{ran.partition('/')[2]}"] > before.get(
         f"reference/{ran.partition('/')[2]}", 0
     )
+
+
+@pytest.mark.parametrize("op", REFERENCE_ONLY)
+def test_an_op_without_a_kernel_runs_its_reference(op: str) -> None:
+    call = next(c for c in calls(oracles.CASES["balanced"]).values() if c.op == op)
+    before = sum(registry.used().get(op, {}).values())
+    call()
+    assert {key.split("/")[0] for key in registry.used()[op]} == {"reference"}
+    assert sum(registry.used()[op].values()) == before + 1
 
 
 def test_kinds_without_a_kernel_run_the_reference() -> None:

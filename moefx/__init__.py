@@ -5,11 +5,13 @@ from .manager import Context, Pass, PassManager
 from .module import OptimizedModule
 from .optimize import optimize
 from .passes import pipeline, register_pass
-from .precision.recipe import Recipe, recipe_names
+from .precision import QuantSpec, dequantize, quantize
+from .precision.builtin import BUILT_IN
+from .precision.recipe import Recipe, Rule, register_recipe
 from .report import Report
 from .view import diff, render
 
-recipes = recipe_names()
+recipes = list(BUILT_IN)
 __version__ = "0.1.0"
 
 __all__ = [
@@ -22,13 +24,18 @@ __all__ = [
     "Pass",
     "PassError",
     "PassManager",
+    "QuantSpec",
     "Recipe",
     "RecipeError",
     "Report",
+    "Rule",
+    "dequantize",
     "diff",
     "optimize",
     "pipeline",
+    "quantize",
     "recipes",
     "register_pass",
+    "register_recipe",
     "render",
 ]

@@ -16,6 +16,7 @@ import moefx
 from .errors import InputError, MoefxError
 from .passes import get_pass, pass_names
 from .precision.recipe import get_recipe
+from .view.casts import cast_table
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -43,6 +44,7 @@ def train(
     recipe: Annotated[str, typer.Option(help="Precision recipe (moefx recipes).")] = "bf16",
     codegen: Annotated[str, typer.Option(help="inductor or eager.")] = "inductor",
     compare: Annotated[str, typer.Option(help="Train the original too: all, none, or a number of steps.")] = "all",
+    precision_every: Annotated[int, typer.Option(help="Log what casts lose every so many steps; 0: never.")] = 0,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out.")] = False,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     as_json: AsJson = False,
@@ -58,7 +60,7 @@ def train(
 
     cfg = TrainConfig(
         steps=steps, batch=batch, seq=seq, grad_accum=grad_accum, lr=lr, seed=seed, dtype=dtype, out=out,
-        threads=threads,
+        threads=threads, precision_every=precision_every,
     )  # fmt: skip
     result = story.run_training(
         model=model,
@@ -105,7 +107,10 @@ def inspect(
     if as_json:
         print(json.dumps({**opt.report.to_dict(), "graphs": list(opt.graphs), **graphs}))
     else:
-        print("\n".join(graphs.values()) if graphs else str(opt.report) + f"\ngraphs: {', '.join(opt.graphs)}")
+        text = str(opt.report)
+        if opt.report.casts["rows"]:
+            text += "\n\n" + cast_table(opt.report.casts)
+        print("\n".join(graphs.values()) if graphs else text + f"\n\ngraphs: {', '.join(opt.graphs)}")
 
 
 @app.command()

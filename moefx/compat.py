@@ -28,6 +28,7 @@ from torch._functorch.partitioners import default_partition, min_cut_remateriali
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointPolicy
 
 Tensor = torch.Tensor
 DynamicDims = Mapping[str, Sequence[int]]
@@ -236,6 +237,23 @@ def partition(gm: fx.GraphModule, fwd_outputs: int, *, recompute: bool) -> tuple
     return fw, bw
 
 
+def recompute(*nodes: fx.Node) -> None:
+    """Let the partitioners compute these forward nodes again in the backward, whatever that costs."""
+    for n in nodes:
+        n.meta["recompute"], n.meta["ac_graph_id"] = CheckpointPolicy.MUST_RECOMPUTE, 0
+
+
+def keep(*nodes: fx.Node) -> None:
+    """Let the partitioners save these forward nodes if the backward needs them."""
+    for n in nodes:
+        n.meta["recompute"], n.meta["ac_graph_id"] = CheckpointPolicy.MUST_SAVE, 0
+
+
+def is_recomputed(node: fx.Node) -> bool:
+    """Whether `recompute` was asked for this node."""
+    return node.meta.get("recompute") == CheckpointPolicy.MUST_RECOMPUTE
+
+
 def inductor_compile(
     gm: fx.GraphModule, *, backward: bool, inference: bool = False
 ) -> Callable[[list[Any]], Sequence[Any]]:
@@ -305,6 +323,11 @@ def guards_hold(fake_mode: FakeTensorMode, expression: str | None, values: Seque
 def is_fixed(size: int | torch.SymInt) -> bool:
     """Whether a size is a number, also one that was symbolic until something compared it with a number."""
     return isinstance(size, int) or bool(size.node.shape_env.replace(size.node.expr).is_number)
+
+
+def size_hint(size: int | torch.SymInt) -> int:
+    """A size as a number: of a symbolic one, that of the example inputs."""
+    return size if isinstance(size, int) else int(size.node.hint)
 
 
 def is_symbol(value: object) -> bool:

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from . import compat
-from .errors import MoefxError, PassError, nearest
+from .errors import MoefxError, PassError, RecipeError, nearest
 from .graph import edit
 from .graph.effects import is_random, name_of, writers
 from .report import PassRow, Report
@@ -68,6 +68,10 @@ class Context:
         self.row.matched += 1
         if note:
             self.row.notes.append(note)
+
+    def fate(self, cast: fx.Node, what: str) -> None:
+        """Record what became of a precision cast, for the ledger."""
+        self.row.casts[cast.meta["moefx_cast"].key] = what
 
     def rejected(self, node: fx.Node, why: str) -> None:
         """Record a candidate that was left alone."""
@@ -225,7 +229,7 @@ def _apply(p: Pass, graph: fx.Graph, ctx: Context, *, mark: bool = True) -> list
     before = {n: (n.target, n.args, n.kwargs) for n in graph.nodes}
     try:
         p.run(graph, ctx)
-    except PassError:
+    except (PassError, RecipeError):
         raise
     except Exception as e:
         raise PassError(

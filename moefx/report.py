@@ -10,6 +10,7 @@ from typing import Any
 from torch import fx
 
 import moefx.kernels.registry as providers
+from moefx.view.casts import summary
 
 
 @dataclass
@@ -20,6 +21,7 @@ class PassRow:
         matched: rewrites done; 0 means that the pattern was looked for and not found.
         rejected: candidates left alone, each with its reason.
         error: largest relative difference measured by `verify=True`, or None when it was not measured.
+        casts: what became of precision casts, by their names in the ledger.
     """
 
     name: str
@@ -32,6 +34,7 @@ class PassRow:
     nodes_after: int = 0
     error: float | None = None
     notes: list[str] = field(default_factory=list)
+    casts: dict[str, str] = field(default_factory=dict)
 
 
 class Graphs(Mapping[str, fx.GraphModule]):
@@ -46,6 +49,10 @@ class Graphs(Mapping[str, fx.GraphModule]):
         while unique in self._kept:
             unique, n = f"{name}#{n}", n + 1
         self._kept[unique] = (root, graph)
+
+    def graph(self, name: str) -> fx.Graph | None:
+        """The bare graph of a stage, None when there is no such stage."""
+        return self._kept[name][1] if name in self._kept else None
 
     def __getitem__(self, name: str) -> fx.GraphModule:
         if name not in self._kept:
@@ -76,7 +83,9 @@ class Report:
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     casts: dict[str, Any] = field(
         default_factory=lambda: {
-            "before": 0, "after": 0, "weights_before": 0, "weights_after": 0, "fused": 0, "transposes": 0, "rows": []
+            "before": 0, "after": 0, "weights_before": 0, "weights_after": 0, "fused": 0, "transposes": 0, "stored": 0,
+            "recomputed": 0,
+            "rows": [],
         }
     )  # fmt: skip
     memory: dict[str, Any] = field(default_factory=dict)
@@ -138,6 +147,6 @@ class Report:
                 "",
                 f"saved for backward: {self.memory['saved_bytes'] / 2**20:.2f} MiB besides parameters and inputs",
             ]
-        lines.append(f"casts: {self.casts['before']} before, {self.casts['after']} after")
+        lines.append(summary(self.casts))
         lines.append(f"signatures compiled: {len(self.signatures)}")
         return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -9,15 +10,23 @@ from moefx.errors import PassError, nearest
 from moefx.manager import Pass, PassManager, check_pass
 from moefx.precision.recipe import Recipe, get_recipe
 
+from .align_plans import AlignPlans
 from .dead_code import DeadCode
 from .drop_noops import DropNoops
 from .expand_experts import ExpandExperts
+from .fold_casts import FoldCasts
 from .fold_combine import FoldCombine
+from .fuse_casts import FuseCasts
 from .fuse_plan_permute import FusePlanPermute
 from .inline_pointwise import InlinePointwise
+from .lower_wires import LowerWires
 from .merge_routers import MergeRouters
 from .orient_wgrad import OrientWgrad
+from .propagate_scales import PropagateScales
+from .quantize import Quantize
 from .share_plans import SharePlans
+from .store_low_precision import StoreLowPrecision
+from .transpose_scales import TransposeScales
 
 Factory = TypeVar("Factory", bound=Callable[[], Pass])
 _REGISTRY: dict[str, Callable[[], Pass]] = {}
@@ -41,10 +50,18 @@ for _factory in (
     ExpandExperts,
     SharePlans,
     FoldCombine,
+    AlignPlans,
     FusePlanPermute,
     DeadCode,
     DropNoops,
     OrientWgrad,
+    Quantize,
+    PropagateScales,
+    FoldCasts,
+    TransposeScales,
+    FuseCasts,
+    LowerWires,
+    StoreLowPrecision,
     lambda: DeadCode(level="training"),
     InlinePointwise,
 ):
@@ -68,10 +85,19 @@ def pipeline(recipe: str | Recipe = "bf16", *, codegen: str = "inductor") -> Pas
 
     `inline_pointwise` is part of it only for `codegen="inductor"`.
     """
-    names = list(get_recipe(recipe).passes)
+    chosen = get_recipe(recipe)
+    names = list(chosen.passes)
     if codegen == "inductor":
         names.append("inline_pointwise")
-    return PassManager(tuple(get_pass(n) for n in names))
+    return PassManager(tuple(_for_recipe(get_pass(n), chosen) for n in names))
+
+
+def _for_recipe(p: Pass, recipe: Recipe) -> Pass:
+    """A pass that has an option `recipe` gets the recipe that its pipeline is for."""
+    if "recipe" not in getattr(type(p), "__dataclass_fields__", ()):
+        return p
+    made: Pass = dataclasses.replace(p, recipe=recipe)  # type: ignore[type-var]
+    return made
 
 
 def as_pipeline(passes: PassManager | Sequence[Pass | str] | None, recipe: str | Recipe, codegen: str) -> PassManager:
@@ -90,15 +116,23 @@ def as_pipeline(passes: PassManager | Sequence[Pass | str] | None, recipe: str |
 
 
 __all__ = [
+    "AlignPlans",
     "DeadCode",
     "DropNoops",
     "ExpandExperts",
+    "FoldCasts",
     "FoldCombine",
+    "FuseCasts",
     "FusePlanPermute",
     "InlinePointwise",
+    "LowerWires",
     "MergeRouters",
     "OrientWgrad",
+    "PropagateScales",
+    "Quantize",
     "SharePlans",
+    "StoreLowPrecision",
+    "TransposeScales",
     "as_pipeline",
     "get_pass",
     "pass_names",

@@ -1,4 +1,4 @@
-"""`experts` markers become dialect ops: plan, permute, product, activation, product, unpermute."""
+"""`experts` markers become dialect ops: dispatch, plan, permute, product, activation, product, unpermute, combine."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class ExpandExperts(Pass):
 
                 plan = call(ops.plan, a["idx"], value(up).shape[0], 1)
                 token, order, slot, offsets = unpack(call, plan, 4)
-                h = linear(call(ops.permute, a["x"], token, slot), up, biases[0], offsets)
+                h = linear(call(ops.permute, call(ops.dispatch, a["x"]), token, slot), up, biases[0], offsets)
                 y = linear(call(ops.glu, h, None, str(spec.glu)), down, biases[1], offsets)
-                new = call(ops.unpermute, y, token, order, slot, a["w"])
+                new = call(ops.combine, call(ops.unpermute, y, token, order, slot, a["w"]))
             replace(graph, node, new)
             ctx.matched(new)

@@ -174,7 +174,7 @@ def _emit(module: Any, x_TH: Tensor, idx_Tk: Tensor, w_Tk: Tensor) -> Tensor:
     if module.is_transposed:
         up, down = up.transpose(1, 2), down.transpose(1, 2)
     token, order, slot, offsets = ops.plan(idx_Tk, up.shape[0], 1)
-    h = ops.grouped_mm(ops.permute(x, token, slot), up, offsets)
+    h = ops.grouped_mm(ops.permute(ops.dispatch(x), token, slot), up, offsets)
     if module.has_bias:
         h = ops.grouped_bias(h, module.gate_up_proj_bias if module.has_gate else module.up_proj_bias, offsets)
     a = module._apply_gate(h) if module.has_gate else module.act_fn(h)
@@ -183,7 +183,7 @@ def _emit(module: Any, x_TH: Tensor, idx_Tk: Tensor, w_Tk: Tensor) -> Tensor:
         y = ops.grouped_bias(y, module.down_proj_bias, offsets)
     if getattr(module, "has_post_expert_norm", False):
         y = module.post_expert_norm(y)
-    out: Tensor = ops.unpermute(y, token, order, slot, w_Tk)
+    out: Tensor = ops.combine(ops.unpermute(y, token, order, slot, w_Tk))
     return out.to(x_TH.dtype)
 
 

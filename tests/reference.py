@@ -50,11 +50,11 @@ def optimize(model: nn.Module, inputs: Any = None, **options: Any) -> moefx.Opti
 class Block(nn.Module):
     """A sparse block of transformers inside a module of our own; subclasses give it a forward. x is [B, S, HIDDEN]."""
 
-    def __init__(self) -> None:
+    def __init__(self, **config: Any) -> None:
         from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
         super().__init__()
-        self.config = tiny().config
+        self.config = tiny(**config).config
         self.config._experts_implementation = "grouped_mm"
         self.moe = Qwen3MoeSparseMoeBlock(self.config)
         generator = torch.Generator().manual_seed(0)

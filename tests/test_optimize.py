@@ -50,10 +50,10 @@ def test_the_inputs_are_left_alone() -> None:
 
 
 def test_recipes_by_name_and_as_objects() -> None:
-    recipe = moefx.Recipe("mine", ("expand_experts",), "experts only")
+    recipe = moefx.Recipe("mine", "experts only", passes=("expand_experts", "lower_wires"))
     opt = ref.optimize(ref.Block(), (ref.hidden(),), recipe=recipe)
     assert opt.report.recipe == "mine"
-    assert [p.name for p in opt.report.passes] == ["expand_experts"]
+    assert [p.name for p in opt.report.passes] == ["expand_experts", "lower_wires"]
     ref.assert_same(ref.step(opt, (ref.hidden(),)), ref.step(opt.original, (ref.hidden(),)))
 
 

@@ -108,8 +108,8 @@ def test_result_with_several_users() -> None:
         return y + 1, y * 2, y.sum()
 
     done = rewrite(ExpandExperts(), model_graph(Made(fn, **weights()), rand(T, H)))
-    (unpermute,) = nodes(done.graph, "unpermute")
-    assert len(unpermute.users) == 3
+    (combine,) = nodes(done.graph, "combine")
+    assert len(combine.users) == 3
 
 
 def test_bf16_with_fp32_weights_of_the_router() -> None:

@@ -1,0 +1,37 @@
+"""Rows of each expert are padded to a multiple that kernels ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from moefx.graph.edit import arguments, find
+from moefx.manager import Context, Pass
+from moefx.precision.recipe import BF16, Recipe
+
+ops = torch.ops.moefx
+
+
+@dataclass(frozen=True)
+class AlignPlans(Pass):
+    """Plans start every expert at a multiple of the recipe's `align`; rows between hold no token and are zero.
+
+    Scaled products of a library need it (16 rows for FP8, 32 for MX formats); sums over rows do not see it.
+    """
+
+    recipe: Recipe = BF16
+
+    requires: ClassVar[set[str]] = {"experts_expanded"}
+    provides: ClassVar[set[str]] = {"plans_aligned"}
+    numerics: ClassVar[str] = "rounding"
+
+    def run(self, graph: fx.Graph, ctx: Context) -> None:
+        for plan in ctx.at(find(graph, ops.plan)):
+            a = arguments(plan)
+            if a["align"] % self.recipe.align:
+                plan.args = (a["idx"], a["E"], self.recipe.align)
+                plan.kwargs = {}
+                ctx.matched(plan)

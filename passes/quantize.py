@@ -1,0 +1,273 @@
+"""Every cast that a recipe asks for becomes a node of the training graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from moefx import compat
+from moefx.dialect.glu import GluKind
+from moefx.errors import RecipeError
+from moefx.graph.casts import QUANTIZE, Pair, mark
+from moefx.graph.edit import (
+    arguments,
+    find,
+    inheriting,
+    is_backward,
+    module_path,
+    origin,
+    replace,
+    source_line,
+    targets,
+    unpack,
+    value,
+)
+from moefx.graph.products import KEPT, Operand, Product, products
+from moefx.manager import Context, Pass
+from moefx.precision.recipe import BF16, Recipe, lookup
+from moefx.precision.spec import QuantSpec
+
+ops = torch.ops.moefx
+aten = torch.ops.aten
+NAMES = {("up", "input"): "Xp", ("down", "input"): "A", ("up", "grad"): "dH", ("down", "grad"): "dO",
+         ("up", "weight"): "W1", ("down", "weight"): "W2"}  # fmt: skip
+HISTORY = "moefx_amax_history"
+_OUT = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Why = tuple[str, str, str, str]  # role, tensor, layer, use
+
+
+@dataclass(frozen=True)
+class Quantize(Pass):
+    """Products run on codes of their operands, wires carry codes, and the backward reads what the recipe stores.
+
+    Nothing is shared but what is one cast in any library: one quantize node per tensor and side, with all orientations
+    that are wanted there. `propagate_scales` and the passes behind it remove what is redundant.
+    """
+
+    recipe: Recipe = BF16
+
+    level: ClassVar[str] = "training"
+    requires: ClassVar[set[str]] = {"experts_expanded"}
+    provides: ClassVar[set[str]] = {"quantized"}
+    numerics: ClassVar[str] = "changes"
+
+    def run(self, graph: fx.Graph, ctx: Context) -> None:
+        found = products(graph)
+        used = [self.recipe.rule(p.path) for p in found]
+        for rule in [r for r in self.recipe.rules if r not in used]:
+            ctx.row.notes.append(f"rule {rule.path!r} matched no module")
+        for node in ctx.at(find(graph, ops.dispatch)):
+            self._wire(graph, node, ctx)
+        kinds: dict[fx.Node, set[str]] = {}
+        for p in found:
+            for o in p.operands:
+                kinds.setdefault(o.node, set()).add(p.kind)
+        layer = _Layer(graph, kinds, self.recipe.out)
+        of_node = {p.node: p for p in found}
+        for p in map(of_node.__getitem__, ctx.at(list(of_node))):
+            specs = self.recipe.for_module(p.path)
+            if specs is None:
+                if self.recipe.specs:
+                    ctx.rejected(p.node, "a rule of the recipe keeps this module wide")
+                continue
+            layer.rewrite(p, specs, ctx)
+        layer.return_magnitudes()
+
+    def _wire(self, graph: fx.Graph, node: fx.Node, ctx: Context) -> None:
+        x: Any = node.args[0]
+        role, tensor = ("grad", "dY") if is_backward(node) else ("input", "X")
+        specs = self.recipe.for_module(module_path(node))
+        text = None if specs is None else specs.get(f"{role}.wire")
+        if text is None or _is_encoded(x):
+            return
+        check_width(text, value(x).shape[-1], node, tensor)
+        with inheriting(graph, node) as call:
+            codes, scales = _encode(call, x, None, [text], (role, tensor, module_path(node), "wire"))[text]
+            sent = call(ops.dispatch.default, codes), call(ops.dispatch.default, scales)
+            wide = _decode(call, *sent, None, text, value(x).dtype, (role, tensor, module_path(node), "wire"))
+        replace(graph, node, wide)
+        ctx.matched(wide)
+
+
+@dataclass
+class _Layer:
+    """What has been quantized so far, so that a tensor is quantized once per side."""
+
+    graph: fx.Graph
+    kinds: Mapping[fx.Node, set[str]]  # operand -> the products that read it
+    out: Mapping[str, str]  # product -> dtype of its result
+    delayed: dict[str, fx.Node] = field(default_factory=dict)  # name of a delayed cast -> its magnitude
+    made: dict[tuple[fx.Node, bool], dict[str, Pair]] = field(default_factory=dict)
+    weights: dict[tuple[fx.Node, str], Pair] = field(default_factory=dict)
+
+    def rewrite(self, p: Product, specs: Mapping[str, str], ctx: Context) -> None:
+        """Replace one product by its quantized form, if the recipe has specs for it."""
+        wanted = [lookup(specs, p.gemm, f"{o.role}.{p.kind}") for o in p.operands]
+        if wanted[0] is None or wanted[1] is None:
+            p.node.meta[KEPT] = p.gemm
+            return
+        offsets = arguments(p.node)["offsets"]
+        dtype = value(p.node).dtype
+        out = _OUT.get(self.out.get(p.kind, "wide"), dtype)
+        with inheriting(self.graph, p.node) as call:
+            pairs: list[fx.Node] = []
+            for o, text in zip(p.operands, wanted, strict=True):
+                assert text is not None
+                if p.kind != "wgrad":
+                    check_width(text, value(o.node).shape[-1], p.node, NAMES[p.gemm, o.role])
+                if o.role == "weight":
+                    pairs += self._weight(call, p, o, text)
+                elif o.role == "input" and p.kind == "wgrad":
+                    pairs += self._stored(call, p, o.node, text, specs, offsets)
+                else:
+                    together = self._together(p, o.node, o.role, specs)
+                    pairs += self._rows(call, p, o.node, o.role, text, together, offsets)
+            op = ops.scaled_grouped_wgrad if p.kind == "wgrad" else ops.scaled_grouped_mm
+            new = call(op.default, *pairs, offsets, *wanted, out)
+            if out != dtype:
+                new = call(torch.ops.prims.convert_element_type.default, new, dtype)
+        replace(self.graph, p.node, new)
+        ctx.matched(new)
+
+    def _together(self, p: Product, node: fx.Node, role: str, specs: Mapping[str, str]) -> list[str]:
+        """All specs that this side wants of a tensor: one pass over it makes them all."""
+        if role == "input":
+            return _distinct(lookup(specs, p.gemm, "input.fprop"), lookup(specs, p.gemm, "input.stored"))
+        read_by = [kind for kind in ("dgrad", "wgrad") if kind in self.kinds[node]]
+        return _distinct(*(lookup(specs, p.gemm, f"grad.{kind}") for kind in read_by))
+
+    def _rows(
+        self, call: Callable[..., fx.Node], p: Product, x: fx.Node, role: str, text: str, together: list[str],
+        offsets: fx.Node,
+    ) -> Pair:  # fmt: skip
+        key = (x, is_backward(p.node))
+        if key not in self.made:
+            tensor = NAMES[p.gemm, role]
+            for spec in together:
+                check_halves(spec, x, p.node, tensor)
+            self.made[key] = self._encode(call, x, offsets, together, (role, tensor, p.path, p.kind))
+        return self.made[key][text]
+
+    def _stored(
+        self, call: Callable[..., fx.Node], p: Product, x: fx.Node, text: str, specs: Mapping[str, str],
+        offsets: fx.Node,
+    ) -> Pair:  # fmt: skip
+        """The input of a wgrad: from what the forward stored, or from the wide tensor when it stores that."""
+        stored = lookup(specs, p.gemm, "input.stored")
+        kept = self.made.get((x, False), {})
+        tensor = NAMES[p.gemm, "input"]
+        if stored is None or stored not in kept:
+            return self._rows(call, p, x, "input", text, [text], offsets)
+        if stored == text:
+            return kept[stored]
+        key = (x, True)
+        if key not in self.made:
+            wide = _decode(call, *kept[stored], offsets, stored, value(x).dtype, ("input", tensor, p.path, "wgrad"))
+            self.made[key] = self._encode(call, wide, offsets, [text], ("input", tensor, p.path, "wgrad"))
+        return self.made[key][text]
+
+    def _weight(self, call: Callable[..., fx.Node], p: Product, o: Operand, text: str) -> Pair:
+        """Codes of a weight as the product reads it; both orientations of one parameter are one cast where they can."""
+        spec = QuantSpec.parse(text)
+        view = o.transposed and spec.format.per_byte == 1  # two codes in a byte lie along one axis: no view turns them
+        w, own = (o.source, str(spec.transposed())) if view else (o.node, text)
+        if (w, own) not in self.weights:
+            why = ("weight", NAMES[p.gemm, "weight"], p.path, p.kind)
+            self.weights[w, own] = self._encode(call, w, None, [own], why)[own]
+        pair = self.weights[w, own]
+        return _turned(call, *pair) if view else pair
+
+    def _encode(
+        self, call: Callable[..., fx.Node], x: fx.Node, offsets: fx.Node | None, specs: list[str], why: Why
+    ) -> dict[str, Pair]:
+        if not any(QuantSpec.parse(s).delayed for s in specs):
+            return _encode(call, x, offsets, specs, why)
+        (history,) = [n for n in self.graph.find_nodes(op="placeholder") if n.meta.get("moefx_name") == HISTORY]
+        past = call(aten.select.int, history, 0, len(self.delayed))
+        q = mark(call(ops.quantize_delayed.default, x, offsets, past, specs), *why)
+        *items, amax = unpack(call, q, 2 * len(specs) + 1)
+        self.delayed["/".join(why[2:] + why[:2])] = amax
+        history.meta["moefx_keys"] = list(self.delayed)
+        return {s: (items[2 * i], items[2 * i + 1]) for i, s in enumerate(specs)}
+
+    def return_magnitudes(self) -> None:
+        """The magnitudes of delayed casts become outputs of the half that computes them."""
+        for placed in [n for n in self.graph.nodes if n.meta.get("moefx_amax")]:
+            half = [(row, a) for row, a in enumerate(self.delayed.values()) if is_backward(a) == is_backward(placed)]
+            if not half:
+                continue
+            rows, amax = (list(t) for t in zip(*half, strict=True))
+            last = max(amax)
+            with self.graph.inserting_after(last):
+                count = value(placed).shape[0]
+                gathered = self.graph.call_function(ops.gather_amax.default, (amax, rows, count))
+            gathered.meta = origin(last)
+            replace(self.graph, placed, gathered)
+
+
+def _turned(call: Callable[..., fx.Node], codes: fx.Node, scales: fx.Node) -> Pair:
+    return call(aten.permute.default, codes, [0, 2, 1]), call(aten.permute.default, scales, [0, 2, 1])
+
+
+def _distinct(*specs: str | None) -> list[str]:
+    return list(dict.fromkeys(s for s in specs if s is not None))
+
+
+def _is_encoded(x: fx.Node) -> bool:
+    source = x.args[0] if x.args else None
+    return isinstance(source, fx.Node) and source.target in QUANTIZE
+
+
+def _encode(
+    call: Callable[..., fx.Node], x: fx.Node, offsets: fx.Node | None, specs: list[str], cast: Why
+) -> dict[str, Pair]:
+    rows = offsets if any(QuantSpec.parse(s).br != 1 for s in specs) else None
+    q = call(ops.quantize.default, x, rows, specs)
+    mark(q, *cast)
+    items = [call(compat.getitem, q, i) for i in range(2 * len(specs))]
+    return {s: (items[2 * i], items[2 * i + 1]) for i, s in enumerate(specs)}
+
+
+def _decode(
+    call: Callable[..., fx.Node], codes: fx.Node, scales: fx.Node, offsets: fx.Node | None, spec: str,
+    dtype: torch.dtype, cast: Why,
+) -> fx.Node:  # fmt: skip
+    rows = None if QuantSpec.parse(spec).br == 1 else offsets
+    d = call(ops.dequantize.default, codes, scales, rows, spec, dtype)
+    return mark(d, *cast)
+
+
+def check_width(text: str, width: int, node: fx.Node, tensor: str) -> None:
+    """Raise `RecipeError` when blocks do not divide the axis that a product sums over."""
+    block = QuantSpec.parse(text).bc
+    if block is not None and width % block:
+        raise RecipeError(
+            f"{tensor} has {width} columns, which blocks of {block} do not divide",
+            where=_place(node),
+            why=f"{text!r} scales {block} columns together, and the last block would hold {width % block}",
+            todo=f"make the width a multiple of {block}, choose another spec, or keep the module wide by a rule",
+        )
+
+
+def check_halves(text: str, x: fx.Node, node: fx.Node, tensor: str) -> None:
+    """Raise `RecipeError` when a block would hold columns of both gate and up."""
+    producer = x.args[0] if x.args and isinstance(x.args[0], fx.Node) else x
+    if producer.target not in targets(ops.glu_backward):
+        return
+    kind = GluKind.parse(arguments(producer)["kind"])
+    block, width = QuantSpec.parse(text).bc, value(x).shape[-1]
+    if block is not None and kind.gated and not kind.interleaved and (width // 2) % block:
+        raise RecipeError(
+            f"{tensor} holds gate and up in halves of {width // 2} columns, which blocks of {block} do not divide",
+            where=_place(node),
+            why="one scale would cover columns of both halves",
+            todo=f"make the experts' width a multiple of {block}, or keep the module wide by a rule",
+        )
+
+
+def _place(node: fx.Node) -> str:
+    return ", ".join(p for p in (module_path(node), f"node {node.name}", source_line(node)) if p)

@@ -1,0 +1,305 @@
+"""The precision passes together: what a recipe asks for, what is left of it, and what the backward keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import moefx
+from moefx.precision.recipe import get_recipe
+from tests import reference as ref
+from tests.family import zoo
+
+Tensor = torch.Tensor
+PASSES = Path(moefx.passes.__file__).parent  # type: ignore[attr-defined]
+ROW, COL = "e4m3 1x128 po2/rceil eps=1e-10", "e4m3 128x1 po2/rceil eps=1e-10"
+
+
+def optimized(model: nn.Module, inputs: Any, recipe: Any, **options: Any) -> moefx.OptimizedModule:
+    """Compiled with eager codegen."""
+    return moefx.optimize(model, inputs, recipe=recipe, codegen="eager", **options)
+
+
+# -- counts on whole models ------------------------------------------------------------------------------------------
+
+FAMILIES = {
+    "qwen3_moe": {"hidden_size": 256, "moe_intermediate_size": 128, "mlp_only_layers": []},
+    "deepseek_v3": {"hidden_size": 128, "moe_intermediate_size": 256, "first_k_dense_replace": 0},
+}
+# recipe -> casts before and after, of weights, fused into activations, turned on codes
+COUNTS = {
+    "bf16": (0, 0, 0, 0, 0),
+    "fp8_naive": (12, 12, 2, 0, 0),
+    "fp8_flow": (12, 2, 2, 2, 2),
+    "fp8_blockwise": (4, 2, 2, 2, 2),
+    "deepseek_v3": (12, 2, 2, 2, 2),
+    "fp8_tensorwise": (4, 2, 2, 2, 0),
+    "mxfp8": (12, 2, 4, 2, 2),
+    "mxfp4_hopper": (12, 2, 2, 2, 3),
+}
+
+
+def one_layer(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A model of the family with one layer, and a batch."""
+    entry = dataclasses.replace(zoo.get(name), moe_layers=1)
+    return zoo.build(entry, num_hidden_layers=1, **FAMILIES[name]), zoo.batch(entry)
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def family(request: pytest.FixtureRequest) -> Any:
+    """One MoE layer of a family with widths that all blocks divide."""
+    pytest.importorskip("transformers")
+    return one_layer(request.param)
+
+
+@pytest.mark.parametrize("recipe", list(COUNTS))
+def test_casts_of_a_layer(family: Any, recipe: str) -> None:
+    model, batch = family
+    opt = optimized(model, batch, recipe)
+    c = opt.report.to_dict()["casts"]
+    assert (c["before"], c["after"], c["weights_after"], c["fused"], c["transposes"]) == COUNTS[recipe]
+    if recipe == "bf16":
+        return
+    # Counted in the graph itself, by the names of the ops.
+    nodes = [
+        n for n in opt.graphs["dead_code_training" if "dead_code_training" in opt.graphs else "lower_wires"].graph.nodes
+    ]
+    names = [getattr(getattr(n.target, "_schema", None), "name", "") for n in nodes]
+    kept = [r for r in c["rows"] if r["fate"] in ("kept", "added")]
+    assert names.count("moefx::quantize") + names.count("moefx::dequantize") == len(kept)
+    assert names.count("moefx::grouped_mm") == names.count("moefx::grouped_wgrad") == 0
+    assert names.count("moefx::dispatch") == names.count("moefx::combine") == 0
+    if COUNTS[recipe][1] == 2:
+        assert "moefx::dequantize" not in names
+    got = opt(**batch)
+    got.loss.backward()
+    want = model(**batch).loss
+    model.zero_grad()
+    assert abs(got.loss.item() - want.item()) < 0.02 * want.item()
+    assert got.loss.item() != want.item() or recipe == "bf16"
+
+
+def test_no_pass_knows_a_recipe() -> None:
+    """One rule set: no file of the passes names a recipe, and none looks at a recipe's name."""
+    names = [n for n in moefx.recipes if n != "bf16"]
+    for path in PASSES.glob("*.py"):
+        text = path.read_text()
+        assert not [n for n in names if n in text], path.name
+        assert not re.search(r"recipe\.name\b", text), path.name
+    assert "fp8_flow" in (PASSES.parent / "moefx/precision/builtin.py").read_text()  # the control
+
+
+def test_a_recipe_that_nobody_has_seen(layer: nn.Module, inputs: dict[str, Tensor]) -> None:
+    """E5M2 blocks of 64 on the wire back, wide wires forward: what is redundant goes, by the same rules."""
+    row, col = "e5m2 1x64 po2/ceil", "e5m2 64x1 po2/ceil"
+    mine = moefx.Recipe(
+        "mine",
+        specs={
+            "input.fprop": row, "input.stored": row, "input.wgrad": col, "weight.fprop": "e5m2 64x64 po2/ceil",
+            "weight.dgrad": "e5m2 64x64 po2/ceil", "grad.dgrad": row, "grad.wgrad": col, "grad.wire": row,
+        },
+    )  # fmt: skip
+    explicit = optimized(layer, inputs, mine.replace("mine_naive", propagate=False, fuse=False)).report.casts
+    c = optimized(layer, inputs, mine).report.casts
+    # X is not narrow on the wire: the casts of the forward are Xp, A, and their copies in the other orientation.
+    assert explicit["before"] == explicit["after"] == 10
+    assert (c["before"], c["after"], c["fused"], c["transposes"], c["stored"]) == (10, 2, 2, 2, 0)
+
+
+# -- numbers ---------------------------------------------------------------------------------------------------------
+
+
+class Layer(nn.Module):
+    """Experts with routing as an input, so that nothing but them reads x: what a distilled router leaves."""
+
+    def __init__(self, H: int = 256, I: int = 128, E: int = 8) -> None:
+        from transformers import Qwen3MoeConfig
+        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+        super().__init__()
+        config = Qwen3MoeConfig(hidden_size=H, moe_intermediate_size=I, num_experts=E, num_experts_per_tok=2)
+        config._experts_implementation = "grouped_mm"
+        self.config, self.experts = config, Qwen3MoeExperts(config)
+        for i, p in enumerate(self.parameters()):
+            nn.init.normal_(p, std=0.05, generator=torch.Generator().manual_seed(i))
+
+    def forward(self, x: Tensor, idx: Tensor, w: Tensor, g: Tensor) -> Tensor:
+        """x, g [T, H], idx and w [T, k]."""
+        return (self.experts(x * 1.5, idx, w) * g).sum()
+
+
+@pytest.fixture(scope="module")
+def layer() -> Layer:
+    pytest.importorskip("transformers")
+    return Layer()
+
+
+@pytest.fixture(scope="module")
+def inputs() -> dict[str, Tensor]:
+    return make_inputs(64)
+
+
+def make_inputs(T: int, H: int = 256, E: int = 8, k: int = 2, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Tokens whose magnitudes spread over six binades, a few of them zero; routing leaves an expert empty."""
+    gen = torch.Generator().manual_seed(0)
+    x, g = torch.randn(T, H, generator=gen), torch.randn(T, H, generator=gen)
+    x, g = (t * torch.exp2(torch.randint(-6, 1, (T, 1), generator=gen)) for t in (x, g))
+    x[::7] = 0
+    score = torch.rand(T, E, generator=gen)
+    score[:, 3] = 0
+    w, idx = score.topk(k)
+    return {"x": x.to(dtype), "idx": idx, "w": w.to(dtype), "g": g.to(dtype)}
+
+
+def step(module: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The output and every gradient."""
+    leaves = {n: inputs[n].detach().clone().requires_grad_() for n in ("x", "w", "g")}
+    loss = module(**{**inputs, **leaves})
+    loss.backward()
+    out = {"loss": loss.detach(), **{n: t.grad for n, t in leaves.items()}}
+    out |= {n: p.grad.clone() for n, p in module.named_parameters()}
+    module.zero_grad()
+    return out
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    return float(torch.nn.functional.cosine_similarity(a.double().flatten(), b.double().flatten(), 0))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "least"),
+    [("fp8_flow", 0.996), ("fp8_naive", 0.996), ("deepseek_v3", 0.996), ("mxfp8", 0.996), ("mxfp4_hopper", 0.97)],
+)
+# Rounding to E4M3 changes a tensor by 2.66 % of its norm, so that n roundings on the way leave a cosine of
+# 1 - n * 0.0266^2 / 2; the longest way, through H, has eight: 0.997.
+def test_gradients_point_where_wide_ones_do(layer: Layer, inputs: dict[str, Tensor], recipe: str, least: float) -> None:
+    got, want = step(optimized(layer, inputs, recipe), inputs), step(layer, inputs)
+    for name in want:
+        if want[name].dim():
+            assert least < cosine(got[name], want[name]) < 1 - 1e-7, name
+
+
+def test_propagation_changes_no_value_that_power_of_two_scales_keep(layer: Layer, inputs: dict[str, Tensor]) -> None:
+    """12 casts or 2: the same numbers but for what stored pre-activations round, and sums in another order."""
+    wide_h = get_recipe("fp8_flow").replace("wide_h", specs={"hidden.stored": None})
+    naive, flow = (step(optimized(layer, inputs, r), inputs) for r in ("fp8_naive", wide_h))
+    for name in naive:
+        assert ref.error(flow[name], naive[name]) < 1e-5, name
+    exact = {
+        k: v.replace("po2/rceil eps=1e-10", "f32/exact") for k, v in get_recipe("fp8_naive").specs.items()
+    }  # the control: scales that are no powers of two round twice, and the two flows differ
+    specs = {k: v for k, v in exact.items() if k != "hidden.stored"}
+    a = step(optimized(layer, inputs, moefx.Recipe("a", specs=specs, propagate=False, fuse=False)), inputs)
+    b = step(optimized(layer, inputs, moefx.Recipe("b", specs=specs)), inputs)
+    name = "experts.down_proj"
+    assert ref.error(b[name], a[name]) > 1e-3
+
+
+def test_verify_runs_every_pass(layer: Layer, inputs: dict[str, Tensor]) -> None:
+    opt = optimized(layer, {**inputs, "x": inputs["x"].clone().requires_grad_()}, "fp8_flow", verify=True)
+    errors = {p.name: p.error for p in opt.report.passes if p.error is not None}
+    assert {"quantize", "propagate_scales", "fold_casts", "transpose_scales", "fuse_casts"} <= errors.keys()
+    assert errors["quantize"] > 1e-3
+    assert max(errors[n] for n in ("propagate_scales", "fold_casts", "fuse_casts")) == 0.0
+
+
+# -- what is kept ----------------------------------------------------------------------------------------------------
+
+
+def kept(opt: moefx.OptimizedModule, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """The tensors that autograd is given to keep, parameters and inputs apart."""
+    found: list[Tensor] = []
+    own = {t.data_ptr() for t in (*opt.parameters(), *inputs.values())}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.data_ptr() not in own:
+            found.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        opt(**inputs)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("hidden", "per_element", "limit"), [(ROW, 1 + 4 / 128, 0.52), ("e2m1 1x32 e8m0/rceil", 0.5 + 1 / 32, 0.31)]
+)
+def test_bytes_kept_are_the_recipes_arithmetic(hidden: str, per_element: float, limit: float) -> None:
+    """X in FP8 and H as the recipe stores it, to the byte, at most 0.52 and 0.31 of both in bf16."""
+    pytest.importorskip("transformers")
+    T, H, I, E, k = 96, 256, 256, 8, 4
+    layer = Layer(H, I, E).bfloat16()
+    inputs = make_inputs(T, H, E, k, torch.bfloat16)
+    inputs["x"].requires_grad_()
+    opt = optimized(layer, inputs, get_recipe("fp8_flow").replace("mine", specs={"hidden.stored": hidden}))
+    S = T * k
+    weights = {E * 2 * I * H, E * H * I}
+    tensors = [t for t in kept(opt, inputs) if t.is_floating_point() or t.dtype == torch.uint8]
+    rows = [t for t in tensors if t.dim() == 2 and t.shape[0] in (T, S)]
+    got = sum(t.numel() * t.element_size() for t in rows)
+    want = T * H * (1 + 4 / 128) + S * 2 * I * per_element
+    assert got == want
+    assert want <= limit * 2 * (T * H + S * 2 * I)
+    # Nothing wide of S rows is kept, and of T rows only what is no activation of the experts.
+    assert not [t for t in tensors if t.dim() == 2 and t.shape[0] == S and t.dtype == torch.bfloat16]
+    assert {t.numel() for t in tensors if t.dim() == 3} >= weights
+    bf16 = kept(optimized(layer, inputs, "bf16"), inputs)
+    assert [t for t in bf16 if t.dim() == 2 and t.shape[0] == S and t.dtype == torch.bfloat16]  # the control
+
+
+def test_codes_of_a_tensor_that_is_kept_wide_are_made_again() -> None:
+    """A learned router's weight gradient needs X wide: its codes are not kept beside it."""
+    pytest.importorskip("transformers")
+    model, batch = one_layer("qwen3_moe")
+    opt = optimized(model, batch, "fp8_flow")
+    assert opt.report.casts["recomputed"] == 1
+    saved: Any = opt.graphs["forward"].graph.output_node().args[0]
+    values = [n.meta["val"] for n in saved if hasattr(n, "meta") and isinstance(n.meta.get("val"), Tensor)]
+    tokens = batch["input_ids"].numel()
+    narrow = [v for v in values if v.dtype == torch.float8_e4m3fn and v.dim() == 2]
+    assert [tuple(v.shape) for v in narrow if v.shape[0] == tokens] == []
+    assert len(narrow) == 1  # H
+
+
+# -- the ledger ------------------------------------------------------------------------------------------------------
+
+
+def test_the_ledger_says_what_became_of_each_cast(layer: Layer, inputs: dict[str, Tensor]) -> None:
+    rows = optimized(layer, inputs, "fp8_flow").report.casts["rows"]
+    assert len(rows) == 14
+    assert all(r["fate"] and (r["kept_because"] or r["fate"] not in ("kept", "added")) for r in rows)
+    fates = {(r["tensor"], r["op"], r["direction"]): r["fate"] for r in rows}
+    assert fates["X", "quantize", "fwd"] == fates["dY", "quantize", "bwd"] == "kept"
+    assert "R1" in fates["Xp", "quantize", "fwd"]
+    assert "R19" in fates["A", "quantize", "fwd"]
+    assert "R19" in fates["dH", "quantize", "bwd"]
+    x = next(r for r in rows if r["tensor"] == "X" and r["op"] == "quantize")
+    T, H = inputs["x"].shape
+    assert (x["from"], x["to"], x["bytes"]) == ("float32", ROW, 4 * T * H + T * H + T * (H // 128) * 4)
+    assert x["layer"] == "experts"
+    dO = next(r for r in rows if r["tensor"] == "dO")
+    assert dO["to"] == f"{ROW} & {COL}"
+
+
+def test_rules_keep_modules_wide_and_say_when_they_match_nothing(inputs: dict[str, Tensor]) -> None:
+    pytest.importorskip("transformers")
+    rules = [moefx.Rule("experts"), moefx.Rule("*.nowhere", {"input.fprop": ROW})]
+    opt = optimized(Layer(), inputs, get_recipe("fp8_flow").replace("ruled", rules=rules))
+    (row,) = [p for p in opt.report.passes if p.name == "quantize"]
+    assert row.matched == 0
+    assert row.notes == ["rule '*.nowhere' matched no module"]
+    assert {r["why"] for r in row.rejected} == {"a rule of the recipe keeps this module wide"}
+    assert opt.report.casts["before"] == 0
+
+
+@pytest.fixture(autouse=True)
+def seed() -> Iterator[None]:
+    torch.manual_seed(0)
+    return

@@ -8,6 +8,7 @@ autocast, shapes, dtypes, constants, which parameters train) and compiled when a
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,23 +18,31 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from . import compat
+from .delayed import AmaxHistory
 from .errors import InputError
+from .precision_metrics import Meter
 from .program import Program
 
 Tensor = torch.Tensor
 # Config entries that no forward depends on: captures run without a cache, and `save_pretrained` notes the other ones.
 _NOT_COMPUTED_WITH = frozenset({"use_cache", "dtype", "architectures", "_name_or_path", "transformers_version"})
-_OWN = frozenset({"_original", "_options", "_compile", "_variants", "_structure", "_report", "_refs"})
+_OWN = frozenset(
+    {"_history", "_indices", "_original", "_options", "_compile", "_variants", "_structure", "_report", "_refs"}
+)
 
 
 @dataclass
 class Variant:
-    """A compiled program and the signature it is valid for. `guard` is set when some sizes are symbolic."""
+    """A compiled program and the signature it is valid for.
+
+    `guard` is set when some sizes are symbolic, `meter` when the graph has precision casts.
+    """
 
     program: Program
     signature: dict[str, Any]
     guard: Callable[[list[Any]], bool] | None = None
     loose_key: Any = None
+    meter: Meter | None = None
 
 
 class OptimizedModule(nn.Module):
@@ -49,6 +58,7 @@ class OptimizedModule(nn.Module):
         own["_original"] = original
         own["_compile"], own["_options"], own["_report"] = compile_variant, options, report
         own["_variants"], own["_structure"], own["_refs"] = {}, None, {}
+        own["_history"], own["_indices"] = AmaxHistory(options.recipe.amax_history), {}
         super().__init__()
         del own["_is_full_backward_hook"]
         for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", *compat.HOOKS):
@@ -128,11 +138,12 @@ class OptimizedModule(nn.Module):
         if self._structure is not None and self._structure.holds():
             new.__dict__["_structure"] = Structure(new.original)
             new.__dict__["_variants"] = dict(self._variants)
+        new.load_precision_state(self.precision_state())
         return new
 
     def __reduce__(self) -> Any:
         """Pickle the original and the options; graphs are compiled again when next called."""
-        return (_rebuild, (self.original, self._options))
+        return (_rebuild, (self.original, self._options, self.precision_state()))
 
     def extra_repr(self) -> str:
         """One line for `print(module)`."""
@@ -150,11 +161,9 @@ class OptimizedModule(nn.Module):
         """Run the variant of this call's signature, compiling it when it is new."""
         variant, leaves = self.prepare(args, kwargs)
         program = variant.program
-        refs = self._refs.get(id(program))
-        if refs is None:
-            refs = self._refs[id(program)] = [_reference(self.original, s) for s in program.inputs]
-        primals = [leaves[r] if isinstance(r, int) else r[0][r[1]] for r in refs]
-        outs = program(primals)
+        primals, index = self._primals(program, leaves)
+        push = None if index is None else functools.partial(self._history.push, index)
+        outs = program(primals, push)
 
         def target(slot: compat.Slot) -> Tensor:
             kind = slot.kind.split(":")[1]
@@ -163,6 +172,67 @@ class OptimizedModule(nn.Module):
             return found
 
         return program.finish(outs, primals, target)
+
+    def precision_metrics(self, *args: Any, tangents: Any = None, **kwargs: Any) -> list[dict[str, Any]]:
+        """What the precision casts of one training step of this call lose, on the present weights.
+
+        Runs forward and backward once, as a plain graph whatever the codegen, and waits for the device. Gradients,
+        buffers and random states stay as they are; hooks of the model do not run. A new signature is compiled.
+
+        Args:
+            tangents: gradients of the model's outputs, one for each in the order in which they are returned, None for
+                no gradient. Left out, it is 1 for the output called `loss` (without one, for every scalar
+                floating-point output) and none for all others.
+
+        Returns:
+            A row for each cast and each spec it writes, in graph order; none under a recipe without casts:
+            `layer` (module path), `tensor` (its name in docs/precision.md: X, Xp, A, H, dY, dO, dH, W1, W2), `role`
+            (input, weight, grad, hidden), `direction` (fwd, bwd), `spec`, and of `moefx.precision.quantize.quality`
+            `underflow` and `saturation` (shares of elements), `sqnr_db` (infinity for no error), `scale_spread`
+            (binades). Each is what this cast adds: one that reads codes, to turn or convert them or dequantized, is
+            measured against the numbers those codes mean.
+
+        Raises:
+            InputError: in eval mode, without gradients, or tangents that do not fit or are missing.
+        """
+        if not (self.training and torch.is_grad_enabled()):
+            raise InputError(
+                "precision metrics are those of a training step",
+                why="gradients are switched off" if self.training else "the model is in eval mode",
+                todo="call them in train mode, outside torch.no_grad() and torch.inference_mode()",
+            )
+        variant, leaves = self.prepare(args, kwargs)
+        if variant.meter is None:
+            return []
+        return variant.meter.measure(self._primals(variant.program, leaves)[0], tangents)
+
+    def _primals(self, program: Program, leaves: list[Any]) -> tuple[list[Any], Tensor | None]:
+        """Values of a program's inputs, and the rows of the history among them."""
+        refs = self._refs.get(id(program))
+        if refs is None:
+            refs = self._refs[id(program)] = [_reference(self.original, s) for s in program.inputs]
+        index = None if program.history_input is None else self._index(program)
+        return [
+            leaves[r] if isinstance(r, int) else self._history.read(index) if r is None else r[0][r[1]] for r in refs
+        ], index
+
+    def _index(self, program: Program) -> Tensor:
+        """Rows of the history that a program reads, on the device where it runs."""
+        found: Tensor | None = self._indices.get(id(program))
+        if found is None:
+            device = next(iter(self.original.parameters())).device
+            found = self._indices[id(program)] = self._history.index(program.history_keys, device)
+        return found
+
+    def precision_state(self) -> dict[str, Any]:
+        """What delayed scaling remembers between steps, for checkpoints; without casts for other recipes."""
+        state: dict[str, Any] = self._history.state_dict()
+        return state
+
+    def load_precision_state(self, state: Mapping[str, Any]) -> None:
+        """Put back what `precision_state` gave."""
+        self._history.load_state_dict(state)
+        self._indices.clear()
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Variant, list[Any]]:
         """The variant of a call's signature, compiled if it is new, and the call's flat arguments. Runs nothing."""
@@ -195,10 +265,12 @@ class OptimizedModule(nn.Module):
         )
 
 
-def _rebuild(original: nn.Module, options: Any) -> nn.Module:
+def _rebuild(original: nn.Module, options: Any, state: Mapping[str, Any]) -> nn.Module:
     from .optimize import reoptimize
 
-    return reoptimize(original, options)
+    opt = reoptimize(original, options)
+    opt.load_precision_state(state)
+    return opt
 
 
 class Structure:
@@ -262,6 +334,8 @@ def _reference(model: nn.Module, slot: compat.Slot) -> Any:
     """Where a program input lives: a position in the flat call, or (registry, name) on the module that owns it."""
     if slot.kind == "input":
         return int(slot.key)
+    if slot.kind == "state":
+        return None
     path, _, leaf = str(slot.key).rpartition(".")
     owner = model.get_submodule(path)
     return (owner._parameters if leaf in owner._parameters else owner._buffers, leaf)

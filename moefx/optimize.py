@@ -15,14 +15,17 @@ from torch.utils import _pytree as pytree
 
 from . import compat
 from .capture import as_call, capture, check_call, check_dynamic, check_symbolic, distinct, warm_up
+from .delayed import attach
 from .errors import CaptureError, InputError, PassError, nearest
 from .graph.edit import copy_plain, value
 from .joint import Joint, compiler, split, trace_joint
+from .ledger import ledger
 from .manager import Pass, PassManager
 from .module import OptimizedModule, Variant
 from .passes import as_pipeline
 from .passes.raise_experts import raised
 from .precision.recipe import Recipe, get_recipe
+from .precision_metrics import Meter
 from .program import Program
 from .report import Report
 from .verify import Verifier
@@ -134,6 +137,8 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
     with stage("joint") as done:  # stage 4
         joint = done(trace_joint(captured, grad=grad, codegen=o.codegen))
         check_symbolic(captured)
+        if o.recipe.amax_history:
+            attach(joint, o.recipe.amax_history)
     _label_inputs(joint.graph, _joint_names(joint, args, kwargs))
     report.graphs.keep("joint", joint.gm, copy_plain(joint.graph))
 
@@ -142,6 +147,7 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
         with compat.disable_autocast():
             o.passes.run("training", joint.gm, report, joint.fake_mode, verifier)
         done(joint)
+    report.casts = ledger(report.graphs.graph("quantize"), joint.graph, report.passes)
 
     with stage("partition") as done:  # stage 6
         fw, bw = split(joint, codegen=o.codegen) if grad else (joint.gm, None)
@@ -158,7 +164,7 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
     signature = describe(model, leaves, grad, stage.total)
     opt.report.signatures.append(signature)
     guard = _guard(joint, len(pytree.tree_leaves((args, kwargs)))) if o.dynamic else None
-    return Variant(program, signature, guard)
+    return Variant(program, signature, guard, meter=Meter.of(joint))
 
 
 class Stages:
@@ -238,7 +244,9 @@ def _joint_values(model: nn.Module, joint: Joint, args: tuple[Any, ...], kwargs:
     gen = torch.Generator().manual_seed(0)
     values = []
     for slot, node in zip(joint.inputs, joint.graph.find_nodes(op="placeholder"), strict=True):
-        if slot.kind == "tangent":
+        if slot.kind == "state":
+            values.append(torch.zeros(value(node).shape, device=value(node).device))
+        elif slot.kind == "tangent":
             val = value(node)
             values.append(torch.randn([int(s) for s in val.shape], generator=gen).to(val.device, val.dtype))
         else:

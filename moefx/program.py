@@ -16,11 +16,13 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from . import compat
+from .delayed import keys_of
 from .errors import InputError
 from .joint import Compiler, Joint, prune_tangents
 
 Tensor = torch.Tensor
 Runner = Callable[[list[Any]], Sequence[Any]]
+Push = Callable[[Tensor], None]
 
 
 class Program:
@@ -44,6 +46,10 @@ class Program:
         outs = joint.outputs[: joint.fwd_outputs]
         self.mutations = [(i, s) for i, s in enumerate(outs) if s is not None and s.kind.startswith("mutation")]
         self.results = [i for i, s in enumerate(outs) if s is not None and s.kind == "output"]
+        # The history of delayed scaling: an input, and the magnitudes of this step as an output of each half.
+        self.history_keys = keys_of(joint.graph)
+        self.history_input = next((i for i, s in enumerate(self.inputs) if s.kind == "state"), None)
+        self.history_output = next((i for i, s in enumerate(outs) if s is not None and s.kind == "state"), None)
         self.count = len(outs)
 
         position = {name: i for i, name in enumerate(names)}
@@ -73,8 +79,11 @@ class Program:
         """For each backward compiled so far, the outputs whose tangents it expects."""
         return [sorted(key for name, key, _ in self.tangents if name not in absent) for absent in self._backwards]
 
-    def __call__(self, primals: list[Any]) -> Any:
-        """Run on values in `inputs` order; returns the model's output structure. Buffers are updated in place."""
+    def __call__(self, primals: list[Any], push: Push | None = None) -> Any:
+        """Run on values in `inputs` order; returns the graph's outputs, which `finish` puts in the model's structure.
+
+        `push` takes the magnitudes of each half when there is a history of them.
+        """
         for i in self.clone_inputs:
             primals[i] = primals[i].detach().clone()
         if self.bw_graph is None or not torch.is_grad_enabled():
@@ -85,7 +94,9 @@ class Program:
             for i in self.no_grad_inputs:
                 if isinstance(args[i], Tensor) and args[i].requires_grad:
                     args[i] = args[i].detach()
-            outs = _Run.apply(self, *args)  # type: ignore[no-untyped-call]
+            outs = _Run.apply(self, push, *args)  # type: ignore[no-untyped-call]
+            if push is not None and self.history_output is not None:
+                push(outs[self.history_output])
         return outs
 
     def finish(self, outs: Sequence[Any], primals: Sequence[Any], targets: Callable[[Any], Tensor]) -> Any:
@@ -113,7 +124,7 @@ class Program:
         run, names = self._backwards[absent]
         for (name, _, val), tangent in zip(self.tangents, tangents, strict=True):
             if tangent is not None:
-                saved[name] = _like_traced(tangent, val)
+                saved[name] = like_traced(tangent, val)
         values = [saved.pop(n) for n in names]
         saved.clear()
         with torch.no_grad(), compat.disable_autocast():
@@ -129,12 +140,12 @@ class _Run(torch.autograd.Function):
     """The one autograd node of a variant."""
 
     @staticmethod
-    def forward(ctx: Any, program: Program, *primals: Any) -> tuple[Any, ...]:
+    def forward(ctx: Any, program: Program, push: Push | None, *primals: Any) -> tuple[Any, ...]:
         with compat.disable_autocast():
             outs = program.fw([primals[i] for i in program.fw_order])
         values = outs[program.count :]
         tensors = [v for v in values if isinstance(v, Tensor)]
-        ctx.program = program
+        ctx.program, ctx.push = program, push
         ctx.save_for_backward(*tensors)
         ctx.others = [None if isinstance(v, Tensor) else v for v in values]
         ctx.set_materialize_grads(False)
@@ -158,8 +169,12 @@ class _Run(torch.autograd.Function):
         del tensors
         ctx.maybe_clear_saved_tensors()  # unless the graph is retained: each can then die at its last use
         tangents = [grads[program.results[key]] for _, key, _ in program.tangents]
-        gradients = program.backward(saved, tangents)
-        return (None, *(_refuse_second(gradients) if torch.is_grad_enabled() else gradients))
+        gradients = list(program.backward(saved, tangents))
+        if (i := program.history_input) is not None:
+            if ctx.push is not None and gradients[i] is not None:
+                ctx.push(gradients[i])
+            gradients[i] = None
+        return (None, None, *(_refuse_second(gradients) if torch.is_grad_enabled() else gradients))
 
 
 class _Once(torch.autograd.Function):
@@ -188,7 +203,7 @@ def _refuse_second(gradients: Sequence[Any]) -> list[Any]:
     return [next(attached) if isinstance(g, Tensor) else g for g in gradients]
 
 
-def _like_traced(tangent: Tensor, val: Tensor) -> Tensor:
+def like_traced(tangent: Tensor, val: Tensor) -> Tensor:
     """A tangent in the memory layout that the backward was traced with."""
     if tuple(tangent.stride()) == tuple(val.stride()):
         return tangent

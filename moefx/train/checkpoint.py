@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import MissingPackageError, MoefxError
+from ..module import OptimizedModule
 from .rng import get_rng_state, set_rng_state
 from .state import collect, kind_of
 
@@ -74,8 +75,12 @@ def save(
     final = directory / f"step-{step:08d}"
     temporary = directory / f".tmp-{final.name}-{os.getpid()}"
     tensors, aliases, extra = collect(model)
-    state = {"optimizer": optimizer.state_dict(), "rng": get_rng_state(), "history": dict(history), "extra": extra}
-    for part in ("optimizer", "history", "extra"):
+    precision = model.precision_state() if isinstance(model, OptimizedModule) else None  # of delayed scaling
+    state = {
+        "optimizer": optimizer.state_dict(), "rng": get_rng_state(), "history": dict(history), "extra": extra,
+        "precision": precision,
+    }  # fmt: skip
+    for part in ("optimizer", "history", "extra", "precision"):
         _require_plain(state[part], part)
     try:
         for left in directory.glob(".tmp-step-*"):  # of a process that was killed while it wrote
@@ -173,6 +178,8 @@ def load(path: Path, *, model: nn.Module, optimizer: Optimizer, fingerprint: Map
             "the checkpoint's optimizer does not fit", where=str(path), why=str(error), todo=_OTHER_RUN
         ) from error
     model.load_state_dict(full)
+    if isinstance(model, OptimizedModule) and state.get("precision"):
+        model.load_precision_state(state["precision"])
     set_rng_state(state["rng"])
     return Restored(step=int(manifest["step"]), history=dict(state["history"]))
 

@@ -12,7 +12,7 @@ from ..errors import InputError, nearest
 DTYPES = ("fp32", "bf16")
 
 # They say how often to look, where to write and how fast to go; the numbers of the training do not depend on them.
-_NO_IDENTITY = ("eval_every", "eval_batches", "checkpoint_every", "keep", "out", "threads")
+_NO_IDENTITY = ("eval_every", "eval_batches", "checkpoint_every", "keep", "out", "threads", "precision_every")
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class TrainConfig:
         out: directory for checkpoints and metrics.
         threads: torch's CPU threads; None leaves them.
         dtype: "fp32", or "bf16": fp32 weights, computed under torch.autocast.
+        precision_every: measure what precision casts lose in the first microbatch of every so-manyth step (0: never);
+            each time costs one more microbatch, and about as much for comparing.
 
     Raises:
         InputError: a value is out of range.
@@ -65,10 +67,12 @@ class TrainConfig:
     threads: int | None = None
     dtype: str = "fp32"
     grad_accum: int = 1
+    precision_every: int = 0
 
     def __post_init__(self) -> None:
         least = {"steps": 1, "batch": 1, "seq": 2, "grad_accum": 1, "keep": 1}
-        least.update(dict.fromkeys(("warmup", "seed", "eval_every", "eval_batches", "checkpoint_every"), 0))
+        counts = ("warmup", "seed", "eval_every", "eval_batches", "checkpoint_every", "precision_every")
+        least.update(dict.fromkeys(counts, 0))
         least.update(dict.fromkeys(("lr", "min_lr", "weight_decay", "eps", "clip"), 0))
         for name, bound in least.items():
             value = getattr(self, name)

@@ -27,6 +27,7 @@ from .data import TokenDataset
 from .interrupt import StopRequest, TrainingInterrupted
 from .metrics import FILE, Metrics, unwritable
 from .parts import adamw, autocast, cpu_threads, device_of, evaluate, loss_of
+from .precision import check_measurable, precision_figures
 from .progress import Display
 
 CHECKPOINTS = "checkpoints"
@@ -84,7 +85,8 @@ def train(
         make_optimizer: from (model, cfg); the learning rate of its groups is set before every step. Default: `adamw`.
 
     Raises:
-        InputError: the data does not fit, the model returns no loss, or `cfg.out` cannot be written.
+        InputError: the data does not fit, the model returns no loss, `cfg.out` cannot be written, or precision metrics
+            are asked for of a model that moefx did not compile.
         MissingPackageError: safetensors is not installed.
         CheckpointError: nothing to resume from, or it is damaged or of another run.
         DivergedError: loss or gradient is not finite.
@@ -92,6 +94,7 @@ def train(
     """
     console = console or Console()
     data.check(seq=cfg.seq, model_vocab=None)
+    check_measurable(model, cfg)
     checkpoint.safetensors()  # missing, it would be noticed at the first checkpoint, after work that is then lost
     run = _Run(model, data, cfg, (make_optimizer or adamw)(model, cfg))
     with ExitStack() as stack:
@@ -123,9 +126,18 @@ def train(
 def _loop(run: _Run, end: int, metrics: Metrics, display: Display, stop: StopRequest, on_step: OnStep | None) -> None:
     cfg = run.cfg
     batches = run.data.batches("train", cfg.batch * cfg.grad_accum, cfg.seq, cfg.seed, run.step)
-    saved = None
+    saved, told = None, False
     while run.step < end:
-        loss, norm, speed = run.train_step(next(batches))
+        ids = next(batches)
+        if cfg.precision_every and (run.step + 1) % cfg.precision_every == 0:
+            # Before the step: of the weights that it runs on, and written also when it diverges.
+            figures = precision_figures(run.model, ids[: cfg.batch], cfg)
+            if figures:
+                metrics.write("precision", run.step + 1, **figures)
+            elif not told:
+                display.say(f"{display.label}: the recipe makes no precision casts, so that none are measured")
+                told = True
+        loss, norm, speed = run.train_step(ids)
         last = run.step == end
         metrics.write(
             "train", run.step, loss=loss, lr=learning_rate(cfg, run.step - 1), grad_norm=norm, tokens_per_s=speed

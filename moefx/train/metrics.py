@@ -19,6 +19,8 @@ _told = False
 class Metrics:
     """Appends one JSON object per line: {"kind": "train" | "val", "step": completed steps, "loss": nats, ...}.
 
+    Those of kind "precision" hold the figures of `precision.summarize`, under the step that they were measured in.
+
     Args:
         directory: of the run; created when missing.
         step: completed steps; what an earlier session wrote beyond them is removed, since it will be computed again.

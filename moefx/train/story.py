@@ -68,6 +68,7 @@ def run_training(
     original.train()
     tokens.check(seq=cfg.seq, model_vocab=vocab_size_of(original))
     outs = {name: replace(cfg, out=cfg.out / name) for name in (OPTIMIZED, ORIGINAL)}
+    outs[ORIGINAL] = replace(outs[ORIGINAL], precision_every=0)  # it has no casts
     if resume:
         latest(outs[OPTIMIZED].out / CHECKPOINTS)  # nothing there: say so before the compiler runs, not after
     else:  # both now: otherwise a later resume would take a finished run of another model for this one's

@@ -102,13 +102,28 @@ def picture(arms: list[dict[str, Any]], path: Path) -> None:
     fig.savefig(path, dpi=120)
 
 
+def stored() -> list[dict[str, Any]]:
+    """The arms in the raw rows of an earlier run."""
+    arms: dict[tuple[str, int], dict[str, Any]] = {}
+    with (RESULTS / "recipes.csv").open(newline="") as f:
+        for row in csv.DictReader(f):
+            key = (row["recipe"], int(row["seed"]))
+            new = {"recipe": key[0], "seed": key[1], "losses": [], "val": float(row["validation"])}
+            arms.setdefault(key, new)["losses"].append(float(row["loss"]))
+    return list(arms.values())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", default="fp8_naive,fp8_flow,mxfp8,mxfp4_hopper")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--redraw", action="store_true", help="draw the stored losses again, train nothing")
     args = parser.parse_args()
+    if args.redraw:
+        picture(stored(), RESULTS / "recipes.png")
+        return
     warnings.filterwarnings("ignore")
     torch.set_num_threads(args.threads)
     arms = [

@@ -72,3 +72,27 @@ def test_the_readme_shows_the_same_code() -> None:
         return {ast.unparse(n) for n in tree.body if not isinstance(n, ast.Import | ast.ImportFrom | ast.Expr)}
 
     assert calls(block) == calls((ROOT / "examples" / "quickstart.py").read_text())
+
+
+def test_a_recipe_of_ones_own() -> None:
+    printed = run("custom_recipe.py")
+    assert "casts: 12 before, 2 after" in printed
+    assert "e5m2 row" in printed
+    mine, original = map(float, re.findall(r"(\d\.\d{4})", printed.splitlines()[-1]))
+    assert 0 < abs(mine - original) < 0.02  # rounded, and not by much
+
+
+def test_a_format_of_ones_own() -> None:
+    printed = run("six_bit.py")
+    rows = dict(re.findall(r"^(\w+) +loss [\d.]+ > ([\d.]+), casts (?:0 > 0|12 > 2)$", printed, re.MULTILINE))
+    assert rows.keys() == {"bf16", "fp8_flow", "fp6"}
+    assert all(float(loss) < 1 for loss in rows.values())
+    assert len(set(rows.values())) == 3
+    six, eight = map(float, re.findall(r"(\d+\.\d) dB", printed))
+    assert 20 < six < eight < 35
+
+
+def test_a_rewrite_of_ones_own() -> None:
+    printed = run("custom_rewrite.py")
+    assert printed.splitlines()[-1] == "matched 1, largest difference 0.0"
+    assert [line[0] for line in printed.splitlines() if "aten.mul.Tensor(%primals" in line] == ["-"]

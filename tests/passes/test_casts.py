@@ -202,6 +202,51 @@ def test_propagation_changes_no_value_that_power_of_two_scales_keep(layer: Layer
     assert ref.error(b[name], a[name]) > 1e-3
 
 
+def test_gathering_again_changes_no_bit(layer: Layer, inputs: dict[str, Tensor]) -> None:
+    """Kept or made again in the backward (R24): the same codes, so the same gradients."""
+    recipe = get_recipe("fp8_flow").replace("wide_h", specs={"hidden.stored": None})
+    again = optimized(layer, inputs, recipe)
+    passes = moefx.pipeline(recipe, codegen="eager").remove("store_low_precision")
+    once = optimized(layer, inputs, recipe, passes=passes)
+    assert len(kept(once, inputs)) > 0
+    assert sum(t.numel() for t in kept(once, inputs)) > sum(t.numel() for t in kept(again, inputs))
+    a, b = step(again, inputs), step(once, inputs)
+    assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+@pytest.mark.parametrize("recipe", ["fp8_flow", "fp8_naive", "mxfp8", "mxfp4_hopper"])
+def test_a_nan_stays_with_its_token_and_experts(layer: Layer, inputs: dict[str, Tensor], recipe: str) -> None:
+    x = inputs["x"].clone()
+    x[5, 3] = float("nan")
+    token = torch.arange(x.shape[0]) == 5
+    got = step(optimized(layer, inputs, recipe), {**inputs, "x": x})
+    clean = step(optimized(layer, inputs, recipe), inputs)
+    assert got["g"][token].isnan().any()  # the gradient of the sum with respect to g is the experts' output
+    for name in ("g", "x"):
+        assert got[name][~token].isfinite().all()
+    assert torch.equal(got["g"][~token], clean["g"][~token])
+    hit = torch.zeros(8, dtype=torch.bool).index_fill(0, inputs["idx"][5], True)
+    for name in ("experts.gate_up_proj", "experts.down_proj"):
+        assert got[name][hit].isnan().any()
+        assert torch.equal(got[name][~hit], clean[name][~hit])
+
+
+@pytest.mark.parametrize("routing", ["all to one expert", "one token", "no token"])
+def test_extreme_routings(layer: Layer, routing: str) -> None:
+    T = {"all to one expert": 130, "one token": 1, "no token": 0}[routing]
+    inputs = make_inputs(max(T, 1))
+    inputs = {k: v[:T].contiguous() for k, v in inputs.items()}
+    if routing == "all to one expert":
+        inputs["idx"] = torch.tensor([[2, 5]]).expand(T, 2).contiguous()
+    got, want = step(optimized(layer, inputs, "fp8_flow"), inputs), step(layer, inputs)
+    for name in want:
+        assert got[name].isfinite().all()
+        if T and want[name].dim() and want[name].norm() > 0:
+            assert cosine(got[name], want[name]) > 0.996, name
+        elif not T:
+            assert got[name].norm() == 0
+
+
 def test_verify_runs_every_pass(layer: Layer, inputs: dict[str, Tensor]) -> None:
     opt = optimized(layer, {**inputs, "x": inputs["x"].clone().requires_grad_()}, "fp8_flow", verify=True)
     errors = {p.name: p.error for p in opt.report.passes if p.error is not None}

@@ -159,7 +159,7 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
         make = compiler(o.codegen, backward=True, progress=stage.backward)
         program = Program(joint, fw, bw, compiler(o.codegen, inference=bw is None), make)
         done(fw)
-    report.memory = {"saved_bytes": program.saved_bytes if grad else 0}
+    report.memory = {"saved_bytes": program.saved_bytes if grad else 0, "layers": program.saved_by_layer}
 
     signature = describe(model, leaves, grad, stage.total)
     opt.report.signatures.append(signature)

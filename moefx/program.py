@@ -18,9 +18,12 @@ from torch.utils import _pytree as pytree
 from . import compat
 from .delayed import keys_of
 from .errors import InputError
+from .graph.casts import DELAYED, QUANTIZE, is_weight
+from .graph.edit import module_path
 from .joint import Compiler, Joint, prune_tangents
 
 Tensor = torch.Tensor
+VIEWS = frozenset({torch.ops.aten.permute.default, torch.ops.aten.transpose.int, torch.ops.aten.view.default})
 Runner = Callable[[list[Any]], Sequence[Any]]
 Push = Callable[[Tensor], None]
 
@@ -62,6 +65,7 @@ class Program:
             i for i, s in enumerate(self.inputs) if (s.kind, s.key) in mutated and names[i] in set(self.saved)
         ]
         self.saved_bytes = _bytes(fw_out[self.count :])
+        self.saved_by_layer = saved_by_layer(fw_out[self.count :])
 
         tangents = [(n, int(s.key)) for n, s in zip(placeholders, joint.inputs, strict=True) if s.kind == "tangent"]
         self.tangents = [(n.name, key, n.meta["val"]) for n, key in tangents]
@@ -228,11 +232,39 @@ def _is_view_of_input(node: fx.Node) -> bool:
 
 
 def _bytes(nodes: Sequence[fx.Node]) -> int | None:
-    total = 0
-    for n in nodes:
-        val = None if _is_view_of_input(n) else n.meta.get("val")
-        if isinstance(val, Tensor):
-            if any(not isinstance(s, int) for s in val.shape):
-                return None
-            total += val.numel() * val.element_size()
-    return total
+    sizes = [size for n in nodes for size in _size(n)]
+    return None if None in sizes else sum(s for s in sizes if s is not None)
+
+
+def _size(node: fx.Node) -> list[int | None]:
+    """Bytes that a saved node keeps alive by itself: one number, None where it is symbolic; [] for none of its own."""
+    val = None if _is_view_of_input(node) else node.meta.get("val")
+    if not isinstance(val, Tensor):
+        return []
+    return [val.numel() * val.element_size() if all(isinstance(s, int) for s in val.shape) else None]
+
+
+def saved_by_layer(nodes: Sequence[fx.Node]) -> dict[str, dict[str, int]]:
+    """What routed experts keep for the backward: module path -> bytes of `activations` (and gradients' inputs like
+    them), of `weights` as codes, and of `routing` (row maps and weights). Symbolic sizes are left out."""
+    found: dict[str, dict[str, int]] = {}
+    for node in nodes:
+        kind = _kind(node)
+        for size in _size(node) if kind else []:
+            row = found.setdefault(module_path(node), {"activations": 0, "weights": 0, "routing": 0})
+            row[str(kind)] += size or 0
+    return found
+
+
+def _kind(node: fx.Node) -> str | None:
+    """What a saved node of an experts module is; None for nodes of other modules."""
+    source = node
+    while source.target is compat.getitem or source.target in VIEWS:
+        source = source.args[0]  # type: ignore[assignment]
+    if getattr(source.target, "namespace", "") != "moefx":
+        return None
+    if source.target in QUANTIZE | DELAYED and is_weight(source):
+        return "weights"
+    val = node.meta.get("val")
+    floating = isinstance(val, Tensor) and (val.is_floating_point() or val.dtype == torch.uint8)
+    return "activations" if floating and val.dim() > 1 else "routing"

@@ -291,6 +291,9 @@ def test_bytes_kept_are_the_recipes_arithmetic(hidden: str, per_element: float, 
     got = sum(t.numel() * t.element_size() for t in rows)
     want = T * H * (1 + 4 / 128) + S * 2 * I * per_element
     assert got == want
+    reported = opt.report.to_dict()["memory"]["layers"]["experts"]
+    assert reported["activations"] == want
+    assert reported["weights"] == E * 3 * H * I + 4 * E * (2 * I // 128 * (H // 128) + H // 128 * (I // 128))
     assert want <= limit * 2 * (T * H + S * 2 * I)
     # Nothing wide of S rows is kept, and of T rows only what is no activation of the experts.
     assert not [t for t in tensors if t.dim() == 2 and t.shape[0] == S and t.dtype == torch.bfloat16]

@@ -266,5 +266,6 @@ def _kind(node: fx.Node) -> str | None:
     if source.target in QUANTIZE | DELAYED and is_weight(source):
         return "weights"
     val = node.meta.get("val")
-    floating = isinstance(val, Tensor) and (val.is_floating_point() or val.dtype == torch.uint8)
-    return "activations" if floating and val.dim() > 1 else "routing"
+    if not isinstance(val, Tensor) or val.dim() < 2:
+        return "routing"
+    return "activations" if val.is_floating_point() or val.dtype == torch.uint8 else "routing"

@@ -81,7 +81,8 @@ class TransposeScales(Pass):
         rows = arguments(q)["offsets"] if QuantSpec.parse(text).br != 1 else source.offsets
         how[text] = f"{found.rule}: codes become {block} without widening"
         with inheriting(graph, q) as call:
-            new = call(op.default, source.codes, source.scales, rows, source.spec, text)
+            rule = () if op is ops.convert else (self.recipe.turn,)
+            new = call(op.default, source.codes, source.scales, rows, source.spec, text, *rule)
             new.meta["moefx_turned"] = q.meta["moefx_cast"]
             codes, scales = unpack(call, new, 2)
         return codes, scales

@@ -7,7 +7,7 @@ is an argument of the op, so that a printed graph can be read.
     quantize(x [S, N], offsets, specs) -> codes, scales of each spec in turn
     dequantize(codes, scales, offsets, spec, dtype) -> x
     permute_scaled(codes [T, N], scales, token, slot) -> codes [S, N], scales; rows without a token hold code 0
-    transpose_scaled(codes, scales, offsets, spec, to_spec) -> the same values in blocks of the other orientation
+    transpose_scaled(codes, scales, offsets, spec, to_spec, rule) -> the same values in blocks of the other orientation
     convert(codes, scales, spec, to_spec) -> the same values in another format
 
 `offsets` int32 [E+1] keep blocks that span rows inside one expert; weights and blocks within a row need none. Codes
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+import moefx.kernels.transpose_scaled  # noqa: F401  registers the CPU provider before the reference
 from moefx.errors import InputError
 from moefx.precision.convert import convert as convert_codes
 from moefx.precision.convert import transpose_scaled as turn_codes
@@ -166,13 +167,13 @@ def _own(codes: Tensor, scales: Tensor, new: tuple[Tensor, Any]) -> tuple[Tensor
 
 
 def _transpose_scaled(
-    codes: Tensor, scales: Tensor, offsets: Tensor | None, spec: str, to_spec: str
+    codes: Tensor, scales: Tensor, offsets: Tensor | None, spec: str, to_spec: str, rule: str = "tight"
 ) -> tuple[Tensor, Tensor]:
-    return _own(codes, scales, turn_codes(codes, scales, spec, to_spec, offsets=offsets))
+    return _own(codes, scales, turn_codes(codes, scales, spec, to_spec, offsets=offsets, rule=rule))  # type: ignore[arg-type]
 
 
 def _turned_fake(
-    codes: Tensor, scales: Tensor, offsets: Tensor | None, spec: str, to_spec: str
+    codes: Tensor, scales: Tensor, offsets: Tensor | None, spec: str, to_spec: str, rule: str = "tight"
 ) -> tuple[Tensor, Tensor]:
     new_codes, new_scales = encoded_fake(codes.new_empty(value_shape(codes, spec)), [to_spec], groups_of(offsets))
     return new_codes, new_scales
@@ -180,10 +181,10 @@ def _turned_fake(
 
 transpose_scaled = define(
     "transpose_scaled",
-    "(Tensor codes, Tensor scales, Tensor? offsets, str spec, str to_spec) -> (Tensor, Tensor)",
+    '(Tensor codes, Tensor scales, Tensor? offsets, str spec, str to_spec, str rule="tight") -> (Tensor, Tensor)',
     reference=_transpose_scaled,
     fake=_turned_fake,
-    check=lambda codes, scales, offsets, spec, to_spec: check_specs("transpose_scaled", spec, to_spec),
+    check=lambda codes, scales, offsets, spec, to_spec, rule="tight": check_specs("transpose_scaled", spec, to_spec),
     setup=_no_context,
     backward=training_only("transpose_scaled"),
 )

@@ -230,12 +230,7 @@ def _shift(
     if rule in ("tight", "R17"):
         exponents = _tight(x, bad, T_elem, a, to_spec, target)
     else:
-        used = (source.amax((x.isfinite() & (x != 0)).to(torch.float32)) > 0) & (T != NAN_EXPONENT)
-        largest = torch.where(used, T, int(_NONE)).to(torch.float32)
-        if target.bc == 1 and source.br == 1:  # the same for all columns of a source block
-            exponents = _source_columns(target.amax_of_rows(largest, _NONE), source)
-        else:
-            exponents = target.amax(source.at_elements(largest), _NONE)
+        exponents = _largest(x, T, source, target)
         exponents = torch.where(exponents > _NONE, exponents - _headroom(a, b), _NONE)
     if not b.has_nan:
         exponents = torch.where(target.amax(bad.to(torch.float32)) > 0, _NAN, exponents)
@@ -247,6 +242,38 @@ def _shift(
         x = torch.where(exact_elem == NAN_EXPONENT, torch.nan, x)  # code 0 throughout, as `quantize` has it
     new = b.encode(x * ((127 - k) << 23).view(torch.float32))
     return (torch.where(a.is_special(raw) & bad, raw, new) if a == b else new), scales
+
+
+def _largest(x: Tensor, T: Tensor, source: Blocks, target: Blocks) -> Tensor:
+    """The largest exponent (fp32) among the source blocks in each target block, blocks of zeros and NaN aside."""
+    used = (source.amax((x.isfinite() & (x != 0)).to(torch.float32)) > 0) & (T != NAN_EXPONENT)
+    largest = torch.where(used, T, int(_NONE)).to(torch.float32)
+    if target.bc == 1 and source.br == 1:  # the same for all columns of a source block
+        return _source_columns(target.amax_of_rows(largest, _NONE), source)
+    return target.amax(source.at_elements(largest), _NONE)
+
+
+def tile_max(
+    raw: Tensor, scales: Tensor, spec: QuantSpec | str, to_spec: QuantSpec | str, offsets: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What R11 needs besides moving codes, for blocks within rows turned to blocks within columns.
+
+    Returns:
+        raw codes uint8 [M, N], with NaN for blocks of a NaN scale and 0 for rows of nobody; scales of `to_spec`; how
+        many binades the codes of each source block move, int32 [M, C], not negative.
+    """
+    spec, to_spec = QuantSpec.parse(spec), QuantSpec.parse(to_spec)
+    rows = Rows.of(offsets, raw.shape[-2], raw.shape, raw.device)
+    check_scales(scales, spec, raw.shape, rows)
+    source, target = Blocks.of(spec, raw.shape, rows), Blocks.of(to_spec, raw.shape, rows)
+    T, fmt = exponents_of_scales(scales, spec), spec.format
+    lost = source.at_elements(T == NAN_EXPONENT) & ~fmt.is_special(raw)
+    raw = torch.where(lost, fmt.encode(torch.tensor(torch.nan, device=raw.device)), raw)
+    if rows is not None:
+        raw = torch.where(rows.live[:, None], raw, 0)
+    new_scales, exact = _finish(_largest(fmt.decode(raw), T, source, target), to_spec, target)
+    moved = target.at_rows(exact)[:, :: source.bc] - T
+    return raw, new_scales, torch.where(T == NAN_EXPONENT, 0, moved).clamp(min=0)
 
 
 def _source_columns(s: Tensor, source: Blocks) -> Tensor:

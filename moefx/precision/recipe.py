@@ -34,6 +34,7 @@ PRODUCTS = {
 GEMMS = ("up", "down")
 KEYS = tuple(f"{role}.{usage}" for role, usages in USAGES.items() for usage in usages)
 ACCUMULATE = ("fp32", "fast", "promote128")
+TURNS = ("tight", "tile_max")
 OUT = ("wide", "float32", "bfloat16")
 
 _MODEL = ("merge_routers", "expand_experts", "share_plans", "fold_combine")
@@ -66,6 +67,7 @@ class Recipe:
         rules: ordered exceptions by module path.
         align: rows of each expert are padded to a multiple of this, for kernels that need it.
         accumulate, out: per product (fprop, dgrad, wgrad): accumulation wanted of a kernel, dtype of the result.
+        turn: how codes in the other orientation get their scales: "tight", or "tile_max" as in FP8-Flow-MoE.
         amax_history: steps whose largest magnitudes the scales of `delayed` specs follow.
         allow_double_quant: accept conversions that round a second time on another grid (R13); measured and printed.
         propagate, fuse: whether explicit casts are propagated and folded, and fused into activations.
@@ -82,6 +84,7 @@ class Recipe:
     align: int = 1
     accumulate: Mapping[str, str] = field(default_factory=dict)
     out: Mapping[str, str] = field(default_factory=dict)
+    turn: str = "tight"
     amax_history: int = 0
     allow_double_quant: bool = False
     propagate: bool = True
@@ -156,6 +159,7 @@ class Recipe:
             for product, value in getattr(self, f).items():
                 self._known(f, product, PRODUCTS)
                 self._known(f"{f}[{product!r}]", value, allowed)
+        self._known("turn", self.turn, TURNS)
         if type(self.align) is not int or self.align < 1:
             raise RecipeError(f"recipe {self.name!r}: align is {self.align!r}", todo="give a positive number of rows")
         every = [*self.specs.values(), *(s for r in self.rules if r.specs for s in r.specs.values())]
@@ -221,8 +225,8 @@ class Recipe:
 
 
 _DEFAULTS: dict[str, Any] = {
-    "specs": {}, "rules": (), "align": 1, "accumulate": {}, "out": {}, "amax_history": 0, "allow_double_quant": False,
-    "propagate": True, "fuse": True, "passes": (),
+    "specs": {}, "rules": (), "align": 1, "accumulate": {}, "out": {}, "turn": "tight", "amax_history": 0,
+    "allow_double_quant": False, "propagate": True, "fuse": True, "passes": (),
 }  # fmt: skip
 
 

@@ -9,11 +9,23 @@ import torch
 from torch import fx
 
 from moefx import compat
-from moefx.graph.casts import MOVES, QUANTIZE, is_weight
-from moefx.graph.edit import arguments, find, inheriting, is_backward, module_path, outputs, replace, targets, unpack
+from moefx.graph.casts import MOVES, QUANTIZE, is_weight, mark
+from moefx.graph.edit import (
+    arguments,
+    find,
+    inheriting,
+    is_backward,
+    module_path,
+    outputs,
+    replace,
+    targets,
+    unpack,
+    value,
+)
 from moefx.graph.scales import VIEWS
 from moefx.manager import Context, Pass
 from moefx.precision.recipe import BF16, Recipe, lookup
+from moefx.precision.spec import QuantSpec
 
 ops = torch.ops.moefx
 FUSED, FUSED_BACKWARD = targets(ops.glu_quantize), targets(ops.glu_backward_quantize)
@@ -26,6 +38,9 @@ class StoreLowPrecision(Pass):
 
     The activation's forward, which reads the pre-activations anyway, writes their codes; its backward reads those, and
     writes the activation again for the weight gradient, so that neither is kept wide and the activation not at all.
+    Where the activation is the module's own code, the up product's epilogue writes the codes (R21) and the backward
+    widens them.
+
     Gathered codes are gathered again in the backward (R24): T rows are kept instead of T * k. Where another reader
     keeps the wide tensor for the backward (a learned router), its codes are made again too, not kept beside it.
     """
@@ -49,6 +64,11 @@ class StoreLowPrecision(Pass):
                 ctx.rejected(b, "the activation's forward was not fused with its cast, so nothing writes codes of h")
                 continue
             ctx.matched(_store_hidden(graph, forward[0], b, spec))
+        for product in ctx.at(find(graph, ops.scaled_grouped_mm)):
+            specs = self.recipe.for_module(module_path(product))
+            spec = specs and lookup(specs, "up", "hidden.stored")
+            if spec and not is_backward(product) and (readers := [u for u in product.users if is_backward(u)]):
+                ctx.matched(_store_product(graph, product, readers, spec))
         _recompute_moved(graph, ctx)
 
 
@@ -87,6 +107,23 @@ def _store_hidden(graph: fx.Graph, f: fx.Node, b: fx.Node, spec: str) -> fx.Node
     for node in (*made, *remade):
         if not node.users:
             graph.erase_node(node)
+    return new
+
+
+def _store_product(graph: fx.Graph, product: fx.Node, readers: list[fx.Node], spec: str) -> fx.Node:
+    """Codes of a product, from its epilogue (R21), for the backward of an activation that is the module's own code."""
+    a, dtype = arguments(product), value(product).dtype
+    with inheriting(graph, product) as call:
+        new = call(ops.scaled_grouped_mm_quantize.default, *product.args, [spec])
+        y, codes, scales = unpack(call, new, 3)
+    new.meta["moefx_stored"] = spec
+    rows = None if QuantSpec.parse(spec).br == 1 else a["offsets"]
+    with inheriting(graph, min(readers)) as call:
+        wide = call(ops.dequantize.default, codes, scales, rows, spec, dtype)
+        mark(wide, "hidden", "H", module_path(product), "activation")
+    for reader in readers:
+        reader.replace_input_with(product, wide)
+    replace(graph, product, y)
     return new
 
 

@@ -32,6 +32,7 @@ OPS = (
     "transpose_scaled",
     "convert",
     "scaled_grouped_mm",
+    "scaled_grouped_mm_quantize",
     "scaled_grouped_wgrad",
     "glu_quantize",
     "glu_backward_quantize",

@@ -7,12 +7,15 @@ operands narrow differs from it by the order of its sums. Autocast does not touc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from moefx.precision.quantize import dequantize
 
 from ._op import autocast, define
-from .scaled import _no_context, training_only, value_shape
+from .scaled import _no_context, check_specs, encode, encoded_fake, groups_of, training_only, value_shape
 
 Tensor = torch.Tensor
 ops = torch.ops.moefx
@@ -52,6 +55,40 @@ def _check_wgrad(a: Tensor, as_: Tensor, b: Tensor, bs: Tensor, offsets: Tensor,
 
     torch._check(a.dim() == 2 and b.dim() == 2, got)
     torch._check(a.shape[0] == b.shape[0], got)
+
+
+def _mm_quantize(
+    x: Tensor, xs: Tensor, w: Tensor, ws: Tensor, offsets: Tensor, x_spec: str, w_spec: str, dtype: torch.dtype,
+    specs: Sequence[str],
+) -> list[Tensor]:  # fmt: skip
+    y: Tensor = ops.scaled_grouped_mm(x, xs, w, ws, offsets, x_spec, w_spec, dtype)
+    return [y, *encode(y, specs, offsets)]
+
+
+def _mm_quantize_fake(
+    x: Tensor, xs: Tensor, w: Tensor, ws: Tensor, offsets: Tensor, x_spec: str, w_spec: str, dtype: torch.dtype,
+    specs: Sequence[str],
+) -> list[Tensor]:  # fmt: skip
+    y = x.new_empty(x.shape[0], w.shape[1], dtype=dtype)
+    return [y, *encoded_fake(y, specs, groups_of(offsets))]
+
+
+def _check_epilogue(*args: Any) -> None:
+    _check(*args[:8])
+    check_specs("scaled_grouped_mm_quantize", *args[8])
+
+
+# The product and, from its epilogue, codes of it: the wide result for the next op, the codes to be kept.
+scaled_grouped_mm_quantize = define(
+    "scaled_grouped_mm_quantize",
+    "(Tensor x, Tensor x_scales, Tensor w, Tensor w_scales, Tensor offsets, str x_spec, str w_spec, ScalarType dtype,"
+    " str[] specs) -> Tensor[]",
+    reference=_mm_quantize,
+    fake=_mm_quantize_fake,
+    check=_check_epilogue,
+    setup=_no_context,
+    backward=training_only("scaled_grouped_mm_quantize"),
+)
 
 
 def _wgrad(

@@ -28,6 +28,7 @@ TRAINING = (
     "transpose_scaled",
     "convert",
     "scaled_grouped_mm",
+    "scaled_grouped_mm_quantize",
     "scaled_grouped_wgrad",
     "glu_quantize",
     "glu_backward_quantize",
@@ -119,6 +120,9 @@ def calls(r: Routing, dtype: torch.dtype = torch.float32) -> dict[str, Call]:
         "convert_smaller": Call("convert", (*codes, ends, ROW, PAIRS)),
         "scaled_grouped_mm": Call("scaled_grouped_mm", (*codes, *encoded(up, SQUARE), ends, ROW, SQUARE, dtype)),
         "scaled_grouped_mm_fp4": Call("scaled_grouped_mm", (*codes, *encoded(up, FP4), ends, ROW, FP4, dtype)),
+        "scaled_grouped_mm_quantize": Call(
+            "scaled_grouped_mm_quantize", (*codes, *encoded(up, SQUARE), ends, ROW, SQUARE, dtype, [PAIRS])
+        ),
         "scaled_grouped_wgrad": Call(
             "scaled_grouped_wgrad", (*encoded(h, COLUMN, ends), *columns, ends, COLUMN, COLUMN, dtype)
         ),

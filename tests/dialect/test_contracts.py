@@ -147,6 +147,7 @@ def test_outputs_take_the_dtypes_of_their_specs(name: str, dtype: torch.dtype, a
         "glu_quantize_plain": e2m1,
         "glu_backward_quantize": [dtype, *e4m3, *e4m3, *e4m3],
         "glu_backward_quantize_codes": [dtype, *e4m3],
+        "scaled_grouped_mm_quantize": [dtype, *e4m3],
         "quantize_delayed": [*e4m3, torch.float32],
         "gather_amax": [torch.float32],
     }

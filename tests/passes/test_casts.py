@@ -314,6 +314,27 @@ def test_bytes_kept_are_the_recipes_arithmetic(hidden: str, per_element: float, 
     assert [t for t in bf16 if t.dim() == 2 and t.shape[0] == S and t.dtype == torch.bfloat16]  # the control
 
 
+def test_an_activation_of_the_models_own_reads_what_the_products_epilogue_stored(inputs: dict[str, Tensor]) -> None:
+    pytest.importorskip("transformers")
+    layer = Layer()
+    layer.experts.act_fn = nn.Softsign()
+    opt = optimized(layer, {**inputs, "x": inputs["x"].clone().requires_grad_()}, "fp8_flow", verify=True)
+    assert opt.report.blocks[0]["idiom"].startswith("opaque")
+    text = moefx.render(opt.graphs["dead_code_training" if "dead_code_training" in opt.graphs else "lower_wires"])
+    assert text.count("moefx.scaled_grouped_mm_quantize(") == 1
+    c = opt.report.casts
+    # The activation itself is not fused: A and dH are casts of their own, and H is widened where its gradient is made.
+    assert (c["before"], c["fused"], c["stored"]) == (12, 0, 1)
+    (added,) = [r for r in c["rows"] if r["fate"] == "added"]
+    assert (added["tensor"], added["op"], added["direction"]) == ("H", "dequantize", "bwd")
+    S = inputs["idx"].numel()
+    tensors = kept(opt, {**inputs, "x": inputs["x"].clone().requires_grad_()})
+    assert [t for t in tensors if tuple(t.shape) == (S, 256) and t.dtype == torch.float8_e4m3fn]
+    got, want = step(opt, inputs), step(layer, inputs)
+    for name in ("x", "experts.gate_up_proj", "experts.down_proj"):
+        assert 0.99 < cosine(got[name], want[name]) < 1 - 1e-6, name
+
+
 def test_codes_of_a_tensor_that_is_kept_wide_are_made_again() -> None:
     """A learned router's weight gradient needs X wide: its codes are not kept beside it."""
     pytest.importorskip("transformers")

@@ -133,7 +133,50 @@ def split(joint: Joint, *, codegen: str) -> tuple[fx.GraphModule, fx.GraphModule
     saved.
     """
     copy = copy_graph(joint.gm)
-    return compat.partition(copy, joint.fwd_outputs, recompute=codegen == "inductor")
+    fw, bw = compat.partition(copy, joint.fwd_outputs, recompute=codegen == "inductor")
+    _carry_sizes(fw, bw)
+    return fw, bw
+
+
+def _carry_sizes(fw: fx.GraphModule, bw: fx.GraphModule) -> None:
+    """Let the forward hand every symbolic size over that the backward's inputs are made of.
+
+    A saved tensor may be batch * sequence long; a code generator needs both numbers, which no other input may show.
+    """
+    needed: dict[Any, None] = {}
+    carried: set[Any] = set()
+    for node in bw.graph.find_nodes(op="placeholder"):
+        val = node.meta.get("val")
+        if isinstance(val, torch.SymInt):
+            carried.add(val.node.expr)
+        for s in (*val.shape, *val.stride()) if isinstance(val, Tensor) else ():
+            needed |= dict.fromkeys(sorted(s.node.expr.free_symbols, key=str) if isinstance(s, torch.SymInt) else ())
+    out, first = fw.graph.output_node(), next(iter(bw.graph.nodes))
+    for symbol in [s for s in needed if s not in carried]:
+        found = _size_node(fw.graph, symbol)
+        if found is None:
+            continue
+        source, axis, val = found
+        with fw.graph.inserting_before(out):
+            size = fw.graph.call_function(torch.ops.aten.sym_size.int, (source, axis))
+        with bw.graph.inserting_before(first):
+            handed = bw.graph.placeholder(size.name)
+        size.meta, handed.meta = {"val": val}, {"val": val}
+        if handed.name != size.name:
+            size.name = handed.name  # both graphs know a saved value by one name
+        out.args = ((*out.args[0], size),)  # type: ignore[misc]
+    fw.recompile()
+    bw.recompile()
+
+
+def _size_node(graph: fx.Graph, symbol: Any) -> tuple[fx.Node, int, torch.SymInt] | None:
+    """An input of the graph one of whose axes has exactly this symbol as its size."""
+    for node in graph.find_nodes(op="placeholder"):
+        val = node.meta.get("val")
+        for axis, s in enumerate(val.shape if isinstance(val, Tensor) else ()):
+            if isinstance(s, torch.SymInt) and s.node.expr == symbol:
+                return node, axis, s
+    return None
 
 
 def compiler(

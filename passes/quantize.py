@@ -144,13 +144,13 @@ class _Layer:
         self, call: Callable[..., fx.Node], p: Product, x: fx.Node, role: str, text: str, together: list[str],
         offsets: fx.Node,
     ) -> Pair:  # fmt: skip
-        key = (x, is_backward(p.node))
-        if key not in self.made:
-            tensor = NAMES[p.gemm, role]
-            for spec in together:
-                check_halves(spec, x, p.node, tensor)
-            self.made[key] = self._encode(call, x, offsets, together, (role, tensor, p.path, p.kind))
-        return self.made[key][text]
+        made, tensor = self.made.setdefault((x, is_backward(p.node)), {}), NAMES[p.gemm, role]
+        missing = [s for s in together if s not in made]
+        for spec in missing:
+            check_halves(spec, x, p.node, tensor)
+        if missing:
+            made |= self._encode(call, x, offsets, missing, (role, tensor, p.path, p.kind))
+        return made[text]
 
     def _stored(
         self, call: Callable[..., fx.Node], p: Product, x: fx.Node, text: str, specs: Mapping[str, str],

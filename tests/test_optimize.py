@@ -103,6 +103,16 @@ def test_a_bank_of_experts_that_is_not_raised_is_named_in_the_report() -> None:
     ref.assert_same(ref.step(opt, (ref.hidden(),)), ref.step(opt.original, (ref.hidden(),)))
 
 
+def test_inductor_with_symbolic_sizes_of_a_transformers_model() -> None:
+    """Saved tensors are batch * sequence long: the backward is told both."""
+    pytest.importorskip("transformers")
+    model = ref.tiny()
+    opt = ref.optimize(model, codegen="inductor", dynamic=ref.DYNAMIC)
+    for B, S in [(2, 8), (3, 5)]:
+        ref.assert_same(ref.step(opt, ref.batch(B, S)), ref.step(model, ref.batch(B, S)))
+    assert len(ref.programs(opt)) == 1
+
+
 def test_inductor_codegen_of_a_transformers_model() -> None:
     model = ref.tiny(attention_dropout=0.2)
     opt = ref.optimize(model, codegen="inductor")

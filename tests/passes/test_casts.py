@@ -259,6 +259,38 @@ def test_the_papers_rule_of_turning_is_an_option(layer: Layer, inputs: dict[str,
     assert torch.equal(tight["x"], loose["x"])  # only weight gradients read turned codes
 
 
+@pytest.mark.parametrize("recipe", ["fp8_flow", "mxfp4_hopper", "fp8_delayed"])
+def test_symbolic_sizes(recipe: str) -> None:
+    """One variant for batches of all sizes, with the numbers that a static one gives."""
+    pytest.importorskip("transformers")
+    model = ref.tiny(hidden_size=128, moe_intermediate_size=128)
+    fresh = [optimized(model, ref.batch(B, S), recipe) for B, S in [(2, 8), (3, 5)]]
+    opt = optimized(model, ref.batch(2, 8), recipe, dynamic=ref.DYNAMIC)
+    for static, (B, S) in zip(fresh, [(2, 8), (3, 5)], strict=True):
+        if recipe == "fp8_delayed":
+            opt.load_precision_state(static.precision_state())  # nothing is remembered yet
+        got, want = ref.step(opt, ref.batch(B, S)), ref.step(static, ref.batch(B, S))
+        ref.assert_same(got, want)
+    assert len(ref.programs(opt)) == 1
+    assert (opt.report.casts["before"], opt.report.casts["after"]) == COUNTS.get(recipe, (4, 4))[:2]
+
+
+def test_fp32_weights_under_autocast(layer: Layer, inputs: dict[str, Tensor]) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        opt = optimized(layer, {**inputs, "x": inputs["x"].clone().requires_grad_()}, "fp8_flow")
+        got, want = step(opt, inputs), step(layer, inputs)
+    # The weights of rows are fp32: a conversion stands between the activation and its cast, and keeps them apart.
+    assert (opt.report.casts["before"], opt.report.casts["after"]) == (12, 4)
+    assert all(
+        "_to_copy" in r["kept_because"]
+        for r in opt.report.casts["rows"]
+        if r["tensor"] in ("A", "dH") and r["fate"] == "kept"
+    )
+    for name in ("x", "experts.gate_up_proj", "experts.down_proj"):
+        assert got[name].dtype == torch.float32
+        assert 0.996 < cosine(got[name], want[name]) < 1 - 1e-6
+
+
 def test_verify_runs_every_pass(layer: Layer, inputs: dict[str, Tensor]) -> None:
     opt = optimized(layer, {**inputs, "x": inputs["x"].clone().requires_grad_()}, "fp8_flow", verify=True)
     errors = {p.name: p.error for p in opt.report.passes if p.error is not None}

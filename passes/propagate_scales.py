@@ -37,7 +37,7 @@ class PropagateScales(Pass):
     def run(self, graph: fx.Graph, ctx: Context) -> None:
         values = Values.of(graph)
         before = after = moved = 0
-        for region in regions(graph, values, lambda a, b: exactness(a, b).kind != "refused"):
+        for region in regions(graph, values, _convertible):
             forms = solve(region.problem)
             best, now = region.problem.cost(forms), region.problem.cost(region.now)
             assert best is not None
@@ -50,6 +50,13 @@ class PropagateScales(Pass):
                     moved += 1
         if moved:
             ctx.row.notes.append(f"minimum cut: {after:,} bytes moved by casts and row movement, {before:,} as written")
+
+
+def _convertible(spec: str, to_spec: str, rounded: bool) -> bool:
+    """Whether codes may stand for a cast of the same value: any conversion of what is codes already by the recipe's
+    will, of a wide value only the other orientation, which loses no more than its own cast would."""
+    found = exactness(spec, to_spec)
+    return found.kind != "refused" and (rounded or found.rule in ("R10", "R11/R12"))
 
 
 def _move_codes(graph: fx.Graph, v: Value, spec: str) -> None:

@@ -158,10 +158,11 @@ class Region:
     now: dict[Any, str] = field(default_factory=dict)
 
 
-def regions(graph: fx.Graph, values: Values, allow: Callable[[str, str], bool]) -> list[Region]:
+def regions(graph: fx.Graph, values: Values, allow: Callable[[str, str, bool], bool]) -> list[Region]:
     """One region for every set of connected values that any product or wire wants as codes in row blocks.
 
-    `allow(spec, to_spec)` says whether codes may be converted where another spec is wanted. A region with wires of
+    `allow(spec, to_spec, rounded)` says whether codes may be converted where another spec is wanted of a value that the
+    recipe has as codes already (`rounded`), or would cast from the wide value. A region with wires of
     several specs has no one form as codes: it stays as it is written.
     """
     parts = nx.utils.UnionFind(values.all)
@@ -198,7 +199,7 @@ def _spec(group: list[Value], wanted: list[tuple[fx.Node, str, Value]]) -> str |
 def _region(
     group: list[Value], spec: str, wanted: list[tuple[fx.Node, str, Value]],
     readers: list[tuple[fx.Node, Value, bool]],
-    allow: Callable[[str, str], bool],
+    allow: Callable[[str, str, bool], bool],
 ) -> Region:  # fmt: skip
     region = Region(group, spec)
     p, now = region.problem, region.now
@@ -214,7 +215,7 @@ def _region(
         now[v] = v.form
     for q, text, v in wanted:
         name = (q, text)
-        turned = 0 if text == spec else v.bytes(spec) + v.bytes(text) if allow(spec, text) else None
+        turned = 0 if text == spec else v.bytes(spec) + v.bytes(text) if allow(spec, text, v.rounded) else None
         again = v.bytes() + v.bytes(text)
         source: Any = q.args[0]
         if source.target in DEQUANTIZE:  # it reads codes as they are written, and widens them itself if it must

@@ -87,6 +87,22 @@ def test_no_wide_reader_is_given_rounded_values(kind: str) -> None:
     assert opt(**values).item() == pytest.approx(want, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("stored", "moves"), [("e4m3 128x1 po2/rceil eps=1e-10", True), ("e4m3 64x1 po2/rceil", False)]
+)
+def test_a_wide_value_is_cast_to_what_does_not_follow_from_its_codes(stored: str, moves: bool) -> None:
+    """Columns of 128 lose nothing that rows of 128 kept; columns of 64 would."""
+    pytest.importorskip("transformers")
+    specs = {"input.wire": None, "grad.wire": None, "input.stored": stored, "input.wgrad": stored,
+             "grad.wgrad": "e4m3 128x1 po2/rceil"}  # fmt: skip
+    recipe = ONLY_ROWS.replace("stored", specs=specs)
+    opt = optimized(Moved(MOVES["selects"]), inputs(), recipe)
+    assert first_cast(opt, "quantize")[0] == 4 * 2 * T
+    assert first_cast(opt, "fold_casts" if "fold_casts" in opt.graphs else "quantize")[0] == (
+        4 * T if moves else 4 * 2 * T
+    )  # the wire is wide
+
+
 def test_a_move_that_saves_nothing_is_not_made() -> None:
     pytest.importorskip("transformers")
     values = make_inputs(T)

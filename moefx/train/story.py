@@ -174,7 +174,8 @@ def table(content: Mapping[str, Any]) -> Table:
     )
     casts = report.get("casts") or {}
     if "before" in casts:
-        view.add_row("precision casts per step", str(casts.get("after")), str(casts["before"]))
+        written = f", of {casts['before']} as written" if casts["before"] else ""
+        view.add_row(f"precision casts per step{written}", str(casts.get("after")), "0" if ref else "")
     stages = report.get("stages") or {}
     if stages:
         view.add_section()

@@ -118,10 +118,13 @@ def recipes(as_json: AsJson = False) -> None:
     """List the precision recipes."""
     rows = {name: get_recipe(name) for name in moefx.recipes}
     if as_json:
-        print(json.dumps({name: {"about": r.about, "passes": list(r.passes)} for name, r in rows.items()}))
+        shown = ("about", "specs", "align", "turn", "amax_history", "passes")
+        print(json.dumps({name: {f: getattr(r, f) for f in shown} for name, r in rows.items()}))
     else:
         for name, r in rows.items():
-            print(f"{name}: {r.about}\n  passes: {', '.join(r.passes)}")
+            print(f"{name}: {r.about}")
+            for spec in dict.fromkeys(r.specs.values()):
+                print(f"  {spec:<32} {', '.join(k for k, s in r.specs.items() if s == spec)}")
 
 
 @app.command()

@@ -73,7 +73,20 @@ def test_passes_and_recipes_are_listed() -> None:
     recipes = json.loads(moefx("recipes", "--json").stdout)
     names = [r["name"] for r in rows]
     assert set(recipes["bf16"]["passes"]) <= set(names)
+    assert recipes["fp8_flow"]["specs"]["input.wire"] == "e4m3 1x128 po2/rceil eps=1e-10"
+    assert "e4m3 128x128 po2/rceil eps=1e-10 weight.fprop, weight.dgrad" in moefx("recipes").stdout
     assert all(r["about"] and r["level"] in ("model", "training") for r in rows)
+
+
+def test_inspect_shows_what_became_of_each_cast() -> None:
+    lines = moefx("inspect", "default", "--recipe", "fp8_flow").stdout.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("as written"))
+    ledger = lines[at + 1 : lines.index("", at)]
+    assert len(ledger) == 14
+    assert all(" x4 " in line for line in ledger)
+    kept = [line for line in ledger if "   Q  " in line]
+    assert [line.split()[2] for line in kept] == ["X", "W1", "W2", "dY"]
+    assert any(line.startswith("casts: 48 before, 8 after (8 fused into activations") for line in lines)
 
 
 def test_a_model_of_the_users_own(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ LAYERS = (
     ),
     ("moefx.dialect",),
     ("moefx.kernels",),
-    ("moefx.precision",),
+    ("moefx.precision", "moefx.optim"),
     ("moefx.compat",),
     ("moefx.errors",),
 )

@@ -1,0 +1,182 @@
+"""Parameter groups: which parameter is stepped by what, decided by what it is for and printed as a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from ..errors import InputError, nearest
+from .roles import ROLES, roles_of
+
+ALGORITHMS = ("muon", "soap", "adamw")
+MATRIX_ROLES = frozenset({"router", "expert", "attention", "mlp"})
+# The published recipe gives it to these blocks only; "other" stays out for the reason that biases do.
+LITE_ROLES = frozenset({"embedding", "norm", "expert", "attention", "mlp"})
+# Norms on request. A decayed bias, attention sink or state-space constant drifts from what it means.
+DECAYED_ROLES = frozenset({"router", "embedding", "head", "expert", "attention", "mlp"})
+
+
+def param_groups(
+    module: nn.Module,
+    *,
+    algorithm: str = "muon",
+    weight_decay: float = 0.1,
+    decay_norms: bool = False,
+    lite: bool = True,
+    verbose: bool = True,
+    overrides: Mapping[str, str] | None = None,
+) -> list[dict[str, Any]]:
+    """Group every trainable parameter of a module by its role, for any optimizer of torch's interface.
+
+    Roles come from module types, shapes and what lies beside what (the rules: `moefx.optim.roles`), never from paths.
+    An original and its optimized module give the same groups. A tied head is the embedding.
+
+    Args:
+        module: a model, or what `moefx.optimize` made of it.
+        algorithm: "muon", "soap" or "adamw", for the matrices of routers, experts, attention and MLPs; all other
+            parameters have "adamw".
+        weight_decay: of all roles but biases, "other" and norms, which have 0.
+        decay_norms: decay norms too.
+        lite: whether groups may use LITE. Routers, heads, biases and "other" never do.
+        verbose: print the groups as a table, to stderr.
+        overrides: exact path of a module or parameter -> role. Of a module, everything under it is meant: for "norm",
+            "bias" and "other" all parameters, for "embedding" and "head" those with two dimensions or more, for the
+            four matrix roles those with two or three. The longest path wins.
+
+    Returns:
+        One dict per role that occurs, in the order of `ROLES`: "params" and "names" in the order of
+        `named_parameters`, each parameter once, "role", "algorithm", "weight_decay" and "lite".
+
+    Raises:
+        InputError: nothing to train, parameters that have no shape yet, one that is shared by two roles, an unknown
+            algorithm, role or path.
+    """
+    _check("algorithm", algorithm, ALGORITHMS)
+    if not (math.isfinite(weight_decay) and weight_decay >= 0):
+        raise InputError(f"weight_decay is {weight_decay!r}", todo="give a finite number that is not negative")
+    module = _unwrapped(module)
+    trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    if not trained:
+        total = len(list(module.parameters()))
+        raise InputError(
+            f"{type(module).__name__} has no trainable parameters",
+            why=f"all {total} are frozen" if total else "it has no parameters at all",
+            todo="set requires_grad on those that should be trained",
+        )
+    lazy = [n for n, p in module.named_parameters() if isinstance(p, UninitializedParameter)]
+    if lazy:
+        raise InputError("parameters have no shape yet", lazy[0], todo="run the model once, then group its parameters")
+    roles = _resolved(module, dict(overrides or {}))
+    groups = []
+    for role in ROLES:
+        names = [n for n, p in trained.items() if roles[id(p)] == role]
+        decayed = role in DECAYED_ROLES or (role == "norm" and decay_norms)
+        if names:
+            groups.append(
+                {
+                    "params": [trained[n] for n in names],
+                    "names": names,
+                    "role": role,
+                    "algorithm": algorithm if role in MATRIX_ROLES else "adamw",
+                    "weight_decay": float(weight_decay) if decayed else 0.0,
+                    "lite": lite and role in LITE_ROLES,
+                }
+            )
+    if verbose:
+        frozen = sum(not p.requires_grad for p in module.parameters())
+        _print(groups, type(module).__name__, frozen)
+    return groups
+
+
+def _check(what: str, name: str, known: tuple[str, ...], where: str | None = None) -> None:
+    if name not in known:
+        raise InputError(f"unknown {what} {name!r}", where, todo=nearest(str(name), known))
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The original of an optimized module: one that keeps its parameters and children in the original's registries."""
+    original = getattr(module, "original", None)
+    shares = isinstance(original, nn.Module) and original._modules is module._modules
+    return original if shares and isinstance(original, nn.Module) else module
+
+
+def _resolved(module: nn.Module, overrides: dict[str, str]) -> dict[int, str]:
+    """id of a parameter -> its one role, whatever the number of paths that lead to it."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    inferred, forced = roles_of(module), _forced(module, parameters, overrides)
+    seen: dict[int, dict[str, str]] = {}
+    chosen: dict[int, dict[str, str]] = {}
+    for name, p in parameters.items():
+        seen.setdefault(id(p), {}).setdefault(inferred[name], name)
+        if name in forced:
+            chosen.setdefault(id(p), {}).setdefault(forced[name], name)
+    roles = {}
+    for key, found in seen.items():
+        of = chosen.get(key, found)
+        if len(of) > 1 and key not in chosen:
+            of.pop("other", None)  # a place that says nothing contradicts nothing
+            if set(of) == {"embedding", "head"}:
+                of.pop("head")
+        if len(of) > 1:
+            (_, first), *_ = of.items()
+            raise InputError(
+                "a parameter is shared by two roles",
+                first,
+                why=", ".join(f"{name} is {role!r}" for role, name in of.items()),
+                todo=f"choose one with overrides={{{first!r}: role}}" if key not in chosen else "give one override",
+            )
+        (roles[key],) = of
+    return roles
+
+
+def _forced(module: nn.Module, parameters: Mapping[str, nn.Parameter], overrides: dict[str, str]) -> dict[str, str]:
+    """Path of a parameter -> role, for all that an override reaches."""
+    modules = {path for path, _ in module.named_modules(remove_duplicate=False)}
+    forced: dict[str, str] = {}
+    for path in sorted(overrides, key=lambda p: (len(p.split(".")) if p else 0, p)):
+        role = overrides[path]
+        _check("role", role, ROLES, f"overrides[{path!r}]")
+        if path not in modules and path not in parameters:
+            raise InputError(
+                f"overrides names {path!r}, which is neither a module nor a parameter",
+                todo=_nearest_path(path, modules | set(parameters)),
+            )
+        low, high = (2, 3) if role in MATRIX_ROLES else (2, 99) if role in ("embedding", "head") else (0, 99)
+        reached = [n for n in parameters if not path or n == path or n.startswith(path + ".")]
+        fitting = [n for n in reached if low <= parameters[n].dim() <= high]
+        if not fitting:
+            shapes = ", ".join(f"{n} {list(parameters[n].shape)}" for n in reached[:3]) or "no parameters"
+            raise InputError(
+                f"nothing under {path!r} can be {role!r}",
+                why=f"it needs {low}{' or 3' if high == 3 else ' or more'} dimensions; there are: {shapes}",
+            )
+        forced.update(dict.fromkeys(fitting, role))
+    return forced
+
+
+def _nearest_path(path: str, known: set[str]) -> str:
+    """The paths most like the one given; a model has too many to list them all."""
+    import difflib
+
+    close = difflib.get_close_matches(path, sorted(known), n=3, cutoff=0.3)
+    return f"did you mean {close[0]!r}? near: {', '.join(close)}" if close else "see named_modules() for the paths"
+
+
+def _print(groups: list[dict[str, Any]], title: str, frozen: int) -> None:
+    table = Table(title=f"parameter groups of {title}", caption=f"{frozen} frozen tensors left out" if frozen else None)
+    table.add_column("role")
+    table.add_column("algorithm")
+    for column in ("tensors", "parameters", "weight decay"):
+        table.add_column(column, justify="right")
+    table.add_column("LITE")
+    for g in groups:
+        size = sum(p.numel() for p in g["params"])
+        decay, lite = f"{g['weight_decay']:g}", "yes" if g["lite"] else "no"
+        table.add_row(g["role"], g["algorithm"], str(len(g["params"])), f"{size:,}", decay, lite)
+    Console(stderr=True).print(table)

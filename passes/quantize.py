@@ -249,7 +249,8 @@ def check_width(text: str, width: int, node: fx.Node, tensor: str) -> None:
             f"{tensor} has {width} columns, which blocks of {block} do not divide",
             where=_place(node),
             why=f"{text!r} scales {block} columns together, and the last block would hold {width % block}",
-            todo=f"make the width a multiple of {block}, choose another spec, or keep the module wide by a rule",
+            todo=f"make the width (of a shard: its own) a multiple of {block}, choose another spec, or keep the module "
+            "wide by a rule",
         )
 
 

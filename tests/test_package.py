@@ -42,6 +42,7 @@ LAYERS = (
     ("moefx.kernels",),
     ("moefx.precision",),
     ("moefx.compat",),
+    ("moefx.optim",),
     ("moefx.errors",),
 )
 DEPTH = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}

@@ -6,6 +6,7 @@ from .lite import LiteConfig
 from .muon import Muon, MuonLITE
 from .polar import polar
 from .schedule import CosineCoupled, Ramp, WarmupCosine, WarmupStableDecay
+from .soap import Soap, SoapLITE
 
 __all__ = [
     "ROLES",
@@ -15,6 +16,8 @@ __all__ = [
     "Muon",
     "MuonLITE",
     "Ramp",
+    "Soap",
+    "SoapLITE",
     "WarmupCosine",
     "WarmupStableDecay",
     "polar",

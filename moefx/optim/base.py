@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -271,15 +271,3 @@ def need_matrices(p: Tensor, where: str, _: Group) -> None:
     if p.ndim > 3 and not p.is_contiguous():
         # Its leading dimensions have no view as one, and the update would go to a copy.
         raise InputError(f"a parameter {list(p.shape)} is not contiguous", where=where, todo="store it contiguously")
-
-
-def setdefaults(groups: Any, algorithm: str, **values: Any) -> Any:
-    """`groups` (if they are dicts) with `values` for those of one algorithm, unless they say otherwise."""
-    if isinstance(groups, Tensor):
-        return groups
-    found = []
-    for group in groups if isinstance(groups, Iterable) else [groups]:
-        if isinstance(group, dict) and group.get("algorithm") == algorithm:
-            group = {**values, **group}
-        found.append(group)
-    return found

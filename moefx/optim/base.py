@@ -18,6 +18,8 @@ State = dict[str, Any]
 
 # The roles that the released code gives LITE: hidden matrices, embeddings and norms. Not the router, not the head.
 LITE_ROLES = ("embedding", "norm", "expert", "attention", "mlp")
+# Roles that run AdamW unless the group names another algorithm.
+DIAGONAL_ROLES = ("embedding", "head", "norm", "bias")
 ROLES = (*LITE_ROLES, "router", "head", "bias", "other")
 # Inputs below this count as no gradient: the polar factor has no scale and would make a full-size step of them.
 NO_GRADIENT = 1e-20
@@ -32,7 +34,7 @@ class Algorithm(NamedTuple):
 
 
 class GroupedOptimizer(Optimizer):
-    """An optimizer whose groups say which algorithm they run; a group without a word runs the class's own.
+    """An optimizer whose groups say which algorithm they run, by name or role; the others run the class's own.
 
     Each group counts its steps in the tensor `group["step"]`, which schedules are called with. All state exists from
     the start, and `state_dict` holds tensors, numbers, strings and containers of them only.
@@ -46,13 +48,14 @@ class GroupedOptimizer(Optimizer):
             raise InputError(f"nonfinite={nonfinite!r} is unknown", todo=nearest(nonfinite, ("skip", "raise")))
         if lite is not None and not isinstance(lite, LiteConfig):
             raise InputError(f"lite is a {type(lite).__name__}", todo="pass a LiteConfig or None")
-        self.lite, self.nonfinite = lite, nonfinite
-        if isinstance(params, Tensor):
-            raise InputError("params is one tensor", todo="pass a list of parameters, or of groups (dicts)")
+        if isinstance(params, (Tensor, set, frozenset, dict)):
+            kind = f"params is a {type(params).__name__}"
+            raise InputError(kind, todo="pass a list of parameters, or of groups (dicts)")
         params = list(params)
         if not params:
             raise InputError("there are no parameters to optimize", todo="pass model.parameters(), or groups")
-        super().__init__(params, defaults)
+        # Among the defaults, because copies and pickles of an optimizer keep nothing else.
+        super().__init__(params, {**defaults, "lite": lite, "nonfinite": nonfinite})
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group: `params`, and optionally `algorithm`, `role`, `names`, `lite`, `layout` and any default.
@@ -62,7 +65,11 @@ class GroupedOptimizer(Optimizer):
                 shape that the algorithm cannot update; a negative learning rate or weight decay.
         """
         group = self._completed(param_group)
-        super().add_param_group(group)
+        try:
+            super().add_param_group(group)
+        except (TypeError, ValueError) as error:
+            todo = "give leaf tensors, for example model.parameters()"
+            raise InputError("a group cannot be optimized", why=str(error), todo=todo) from error
         # torch fills in the defaults and splits (name, parameter) pairs, so the rest is checked on its group.
         group = self.param_groups[-1]
         try:
@@ -79,12 +86,14 @@ class GroupedOptimizer(Optimizer):
 
     def _completed(self, given: Group) -> Group:
         """The group with its algorithm and LITE settled, after the checks that torch would answer in other words."""
-        group = dict(given)
-        params = group["params"]
+        group, here = dict(given), len(self.param_groups)
+        params = group.get("params")
+        if params is None or isinstance(params, (set, frozenset)):
+            raise InputError(f"params of group {here} is no list", todo="an order is needed to resume: give a list")
         group["params"] = params = [params] if isinstance(params, Tensor) else list(params)
         plain = [p[1] if isinstance(p, tuple) else p for p in params]
-        here = len(self.param_groups)
-        name = group.setdefault("algorithm", self.own)
+        # An embedding would train with Muon too, only badly, so its role decides before the class does.
+        name = group.setdefault("algorithm", "adamw" if group.get("role") in DIAGONAL_ROLES else self.own)
         if name not in self.algorithms:
             known = nearest(str(name), self.algorithms)
             raise InputError(f"{type(self).__name__} has no algorithm {name!r}", where=f"group {here}", todo=known)
@@ -100,7 +109,9 @@ class GroupedOptimizer(Optimizer):
                 )
             seen[id(p)] = here
         lite = group.get("lite", role is None or role in LITE_ROLES)
-        config = lite if isinstance(lite, LiteConfig) else (self.lite if lite else None)
+        if not isinstance(lite, (bool, LiteConfig, type(None))):
+            raise InputError(f"lite={lite!r} of group {here}", todo="give True, False or a LiteConfig")
+        config = lite if isinstance(lite, LiteConfig) else (self.defaults["lite"] if lite else None)
         group["lite"] = config if config is not None and config.acts_on(name) else None
         return group
 
@@ -120,6 +131,9 @@ class GroupedOptimizer(Optimizer):
             where = self._name(group, index)
             if p.is_complex() or not p.is_floating_point():
                 raise InputError(f"a parameter is {p.dtype}", where=where, todo="optimize real floating parameters")
+            if getattr(p, "placements", None) is not None:
+                todo = "give every rank its own whole matrices, or gather them before the step"
+                raise InputError("a parameter is sharded (DTensor)", where=where, todo=todo)
             self.algorithms[group["algorithm"]].check(p, where, group)
         # Not torch's `step` for parameters: LITE's schedules belong to the group. On the CPU, where reading is free.
         group.setdefault("step", torch.zeros((), dtype=torch.int64))
@@ -158,7 +172,7 @@ class GroupedOptimizer(Optimizer):
         where = self._name(group, index)
         if grad.layout != torch.strided:
             raise InputError("a gradient is sparse", where=where, todo="build the embedding with sparse=False")
-        if self.nonfinite == "raise" and not bool(torch.isfinite(grad).all()):
+        if group["nonfinite"] == "raise" and not bool(torch.isfinite(grad).all()):
             raise InputError(
                 "a gradient is not finite",
                 where=where,

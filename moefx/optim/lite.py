@@ -55,7 +55,8 @@ class LiteConfig:
         chi_diagonal: amplification in embeddings and norms (AdamW groups); None takes `chi`.
         rank_fraction: sharp share of the smaller dimension: k = min(floor(f s) + 1, s - 1). 0 leaves matrices to the
             base optimizer, as the released code does; in AdamW groups 0 makes everything flat and 1 everything sharp.
-        mode: "fast", or "parity" with the released Muon code.
+        mode: "fast", or "parity" with the released Muon code. The fast basis takes one subspace iteration per step,
+            after eight in the first step that needs it; a matrix whose first gradient comes later has only the one.
         damping: "orthogonal" adds beta polar(G), as the released code; "shared" is the paper's formula: the damped
             gradient joins the momentum, polar(M + beta (1 - momentum) G), where beta = 1 adds about 5 %. Muon only:
             SOAP's damping always shares its preconditioner.

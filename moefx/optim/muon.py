@@ -88,7 +88,7 @@ def _update(params: list[Tensor], states: list[State], group: Group, step: int) 
 def _chunks(bucket: list[_Piece], budget: int) -> list[list[_Piece]]:
     """The matrices of a bucket in batches; a stack may be cut, and a batch may hold the end of one and the next."""
     p = bucket[0].p
-    bytes_each = 8 * p.shape[-2:].numel() * working_dtype(p).itemsize  # about eight such tensors are alive at once
+    bytes_each = 12 * p.shape[-2:].numel() * working_dtype(p).itemsize  # about twelve such tensors are alive at once
     bounds = slices(sum(piece.rows.stop for piece in bucket), bytes_each, budget)
     chunks: list[list[_Piece]] = [[] for _ in bounds]
     offset = 0
@@ -163,11 +163,11 @@ class Muon(GroupedOptimizer):
         polar_dtype: of the polynomial's products: None (float32), "bfloat16", "float32", "float64".
         layout: "out_in" as nn.Linear stores weights, or "in_out"; LITE's side and the scale are about (out, in).
         betas, eps: of AdamW groups.
-        chunk_bytes: bound of the temporaries of one batch.
+        chunk_bytes: about how much the temporaries of one batch may take (at least one matrix is updated).
         nonfinite: "skip" (and count, per matrix) or "raise" for gradients with NaN or infinity.
 
     Matrices without a gradient (a zero-token expert) are left as they are: weight, momentum, projector, no decay.
-    State is float32 for half-precision parameters. Sharded parameters (DTensor) are not handled.
+    State is float32 for half-precision parameters. Sharded parameters (DTensor) are refused.
 
     Raises:
         InputError: see `add_param_group`, `step` and `load_state_dict`.

@@ -226,16 +226,16 @@ class Soap(GroupedOptimizer):
             "eps": eps,
             "frequency": frequency,
             "max_precond_dim": max_precond_dim,
+            "adamw_betas": adamw_betas,
             "layout": layout,
         }
-        self.adamw_betas = adamw_betas
         super().__init__(params, defaults, lite, nonfinite)
 
-    def add_param_group(self, param_group: Group) -> None:
-        """As of every optimizer here; AdamW groups take `adamw_betas` unless they have their own."""
-        if param_group.get("algorithm") == "adamw":
-            param_group = {"betas": self.adamw_betas, **param_group}
-        super().add_param_group(param_group)
+    def _completed(self, given: Group) -> Group:
+        group = super()._completed(given)
+        if group["algorithm"] == "adamw":
+            group.setdefault("betas", self.defaults["adamw_betas"])
+        return group
 
 
 class SoapLITE(Soap):

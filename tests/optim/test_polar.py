@@ -123,6 +123,26 @@ def test_the_controller_inverts_on_ill_conditioned_momenta_and_is_noticed() -> N
     assert not inverted
 
 
+def test_the_basis_does_not_invert_where_the_controller_does() -> None:
+    U, _, Vh = torch.linalg.svd(spectrum(128, 128, 10))
+    x = (U @ torch.diag(torch.arange(1, 129, dtype=torch.float64) ** -2.25) @ Vh).float()[None]
+    basis = improve_basis(x, initial_basis(1, 128, 15, x.dtype, x.device), 8)[0, :, :13].double()
+    assert (Vh[:13] @ basis).square().sum() / 13 > 0.99
+
+
+def test_without_a_gap_one_iteration_a_step_holds_almost_the_best_energy() -> None:
+    generator = torch.Generator().manual_seed(5)
+    m = torch.randn(1, 96, 64, generator=generator)
+    basis = initial_basis(1, 64, 9, m.dtype, m.device)
+    for _ in range(40):  # a momentum that drifts as an average of 20 gradients does
+        m = 0.95 * m + 0.05 * 4 * torch.randn(1, 96, 64, generator=generator)
+        basis = improve_basis(m, basis, 1)
+    best = torch.linalg.svdvals(m[0])[:7].square().sum()
+    assert (m[0] @ basis[0, :, :7]).square().sum() > 0.9 * best
+    at_random = initial_basis(1, 64, 7, m.dtype, m.device)[0]
+    assert (m[0] @ at_random).square().sum() < 0.6 * best
+
+
 def test_exact_projector_and_its_approximations() -> None:
     x, k = spectrum(40, 60, 1e3, gap=4), 4
     U, s, Vh = torch.linalg.svd(x, full_matrices=False)

@@ -165,7 +165,7 @@ def test_an_expert_may_get_its_first_token_late() -> None:
 
 def test_groups_run_adamw_with_their_own_betas() -> None:
     w, norm = nn.Parameter(random(7, 10)), nn.Parameter(random(5))
-    optimizer = SoapLITE([{"params": [w]}, {"params": [norm], "algorithm": "adamw", "role": "norm"}], lr=0.1)
+    optimizer = SoapLITE([{"params": [w]}, {"params": [norm], "role": "norm"}], lr=0.1)
     assert [g["betas"] for g in optimizer.param_groups] == [(0.95, 0.95), (0.9, 0.95)]
     with pytest.raises(InputError, match="frequency"):
         Soap([w], frequency=0)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moefx.errors import InputError
 from moefx.optim import AdamW, LiteConfig, Muon, MuonLITE, Ramp, Soap, SoapLITE
@@ -115,6 +116,54 @@ def test_a_loaded_state_is_a_copy() -> None:
     assert int(saved["param_groups"][0]["step"]) == 3
 
 
+@pytest.mark.parametrize("kind", ["muon-lite", "muon-parity", "soap-lite"])
+def test_a_copied_optimizer_goes_on(kind: str) -> None:
+    params, groups = problem()
+    optimizer = MADE[kind](groups)
+    train(params, optimizer, range(5))
+    copied = copy.deepcopy(optimizer)
+    others = [p for g in copied.param_groups for p in g["params"]]
+    train(params, optimizer, range(5, 9))
+    train(others, copied, range(5, 9))
+    for p, q in zip(params, others, strict=True):
+        assert torch.equal(p, q)
+
+
+class ReadsOfTensors(TorchDispatchMode):
+    """Every tensor whose value Python asks for: on a device, each would be a wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        waits = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "unique", "item", "equal")
+        if func.overloadpacket.__name__.split(".")[-1] in waits:
+            self.read.append(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", list(MADE))
+def test_a_step_reads_only_counters_that_live_on_the_cpu(kind: str) -> None:
+    params, groups = problem()
+    optimizer = MADE[kind](groups)
+    train(params, optimizer, range(7))
+    counters = [g[k] for g in optimizer.param_groups for k in ("step", "projected") if k in g]
+    counters += [s["calls"] for s in optimizer.state.values() if "calls" in s]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    params[1].grad[0] = 0
+    with ReadsOfTensors() as mode:
+        optimizer.step()
+    assert mode.read
+    assert {t.data_ptr() for t in mode.read} <= {t.data_ptr() for t in counters}
+    for group in optimizer.param_groups:
+        group["nonfinite"] = "raise"
+    with ReadsOfTensors() as mode:
+        optimizer.step()
+    assert {t.data_ptr() for t in mode.read} - {t.data_ptr() for t in counters}  # what was asked for waits, and is seen
+
+
 def test_schedulers_and_closures_work() -> None:
     params, groups = problem()
     optimizer = MADE["muon-lite"](groups)
@@ -170,6 +219,12 @@ def matrix(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
 SHARED = matrix(3, 4)
 
 
+def sharded() -> nn.Parameter:
+    p = matrix(3, 4)
+    p.placements = ("shard",)  # as every DTensor has
+    return p
+
+
 @pytest.mark.parametrize(
     ("make", "match"),
     [
@@ -179,7 +234,12 @@ SHARED = matrix(3, 4)
         (lambda: Muon([{"params": [SHARED]}, {"params": [SHARED]}]), "group 0 and again in group 1"),
         (lambda: Muon([SHARED, SHARED]), "given twice"),
         (lambda: Muon([]), "no parameters"),
-        (lambda: Muon(SHARED), "one tensor"),
+        (lambda: Muon(SHARED), "is a Parameter"),
+        (lambda: Muon({SHARED}), "is a set"),
+        (lambda: Muon([{"params": {SHARED}}]), "no list"),
+        (lambda: Muon([{"names": ["w"]}]), "no list"),
+        (lambda: Muon([SHARED * 2]), "leaf"),
+        (lambda: Muon(["w"]), "leaf"),
         (lambda: Muon([{"params": [SHARED], "algorithm": "moun"}]), "did you mean 'muon'"),
         (lambda: Soap([{"params": [SHARED], "algorithm": "muon"}]), "known: adamw, soap"),
         (lambda: AdamW([{"params": [SHARED], "role": "experts"}]), "did you mean 'expert'"),
@@ -194,6 +254,8 @@ SHARED = matrix(3, 4)
         (lambda: Muon([SHARED], weight_decay=-1.0), "weight_decay"),
         (lambda: Muon([SHARED], nonfinite="ignore"), "nonfinite"),
         (lambda: Muon([SHARED], lite=2.0), "LiteConfig"),
+        (lambda: Muon([{"params": [SHARED], "lite": "off"}]), "True, False"),
+        (lambda: Muon([sharded()]), "DTensor"),
         (lambda: Muon([nn.Parameter(torch.zeros(2, 3, 4, 5).transpose(0, 1))]), "contiguous"),
     ],
 )
@@ -221,6 +283,14 @@ def test_sparse_gradients_are_refused(cls: type[torch.optim.Optimizer]) -> None:
     with pytest.raises(InputError, match=r"table(.|\n)*sparse=False"):
         optimizer.step()
     assert torch.equal(embedding.weight, before)
+
+
+def test_roles_choose_the_algorithm_unless_the_group_does() -> None:
+    roles = ("embedding", "head", "norm", "bias", "router", "expert", "attention", "mlp", "other")
+    optimizer = Muon([{"params": [matrix(3, 4)], "role": role} for role in roles])
+    assert [g["algorithm"] for g in optimizer.param_groups] == ["adamw"] * 4 + ["muon"] * 5
+    optimizer.add_param_group({"params": [matrix(3, 4)], "role": "head", "algorithm": "muon"})
+    assert optimizer.param_groups[-1]["algorithm"] == "muon"
 
 
 def test_a_group_may_have_its_own_lite_or_none() -> None:

@@ -198,11 +198,13 @@ class Controlled(NamedTuple):
     inverted: Tensor  # [B] bool: the flattest directions were selected
 
 
-def controlled_projector(m_BMN: Tensor, o_BMN: Tensor, ratio_B: Tensor, rank: int, steps: int) -> Controlled:
+def controlled_projector(
+    m_BMN: Tensor, o_BMN: Tensor, ratio_B: Tensor, rank: int, steps: int, compute_dtype: torch.dtype | None = None
+) -> Controlled:
     """The released code's sharp projector: singular values above ratio ||m||, a ratio that chases the rank."""
     norm = torch.linalg.vector_norm(m_BMN, dim=(-2, -1), keepdim=True)
     threshold = norm * ratio_B[:, None, None] + 1e-9
-    s = 0.5 * (o_BMN + polar(m_BMN / threshold - o_BMN, steps))
+    s = 0.5 * (o_BMN + polar(m_BMN / threshold - o_BMN, steps, compute_dtype=compute_dtype))
     squares = s.square().sum((-2, -1))
     ratio = (ratio_B * torch.where(squares.sqrt() > rank**0.5, 1.05, 0.95)).clamp(max=1.0)
     # The top r of s singular directions hold at least r/s of the energy; unresolved tails that take their place hold

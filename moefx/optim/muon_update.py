@@ -65,7 +65,7 @@ def new_weights(
     chi, beta1, beta2 = values
     if lite.mode == "parity":
         # The controller moves in every step, also while the schedules still leave the update as it is.
-        found = controlled_projector(mixed, o, side["ratio"], rank, steps)
+        found = controlled_projector(mixed, o, side["ratio"], rank, steps, low)
         ratio, state = found.ratio, {}
         s = found.s
         if lite.guard:

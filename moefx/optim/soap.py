@@ -131,20 +131,19 @@ def _step(w: Tensor, grad: Tensor, active: Tensor, state: State, group: Group, v
     size = ((1 - b2**count).sqrt() / (1 - b1**count)).to(w.dtype)
     lite: LiteConfig | None = group["lite"]
     denominator = second.sqrt() + group["eps"]
-    chi, sharp = 1.0, None
+    chi = 1.0
     normal = first / denominator * size
-    if lite is not None and values is not None and not values.neutral:
+    sharp = None if lite is None else _sharp_columns(state, group, w.shape)
+    if lite is not None and values is not None and sharp is not None and not values.neutral:
         # kappa = 1 - b1 is the weight of one gradient in the average, and so the paper's un-normalized momentum.
         kappa = 1 - b1 if lite.kappa is None else lite.kappa
         damped = kappa * turned / denominator
         # The damped gradient is no average, so the momentum's correction for its start does not apply to it.
         damped = damped * (1 - b2**count).sqrt().to(w.dtype)
-        chi = values.chi
-        sharp = _sharp_columns(state, group, w.shape)
-        if values.uniform or sharp is None:
-            normal, chi, sharp = normal + values.beta1 * damped, 1.0, None
+        if values.uniform:
+            normal = normal + values.beta1 * damped
         else:
-            side, k = sharp
+            chi, (side, k) = values.chi, sharp
             flat = chi * (normal + values.beta2 * damped)
             normal = normal + values.beta1 * damped
             if side == "right":

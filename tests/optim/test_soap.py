@@ -133,9 +133,9 @@ def test_a_large_side_keeps_the_identity() -> None:
     (state,) = optimizer.state.values()
     assert "left_basis" in state
     assert "right_basis" not in state
-    # LITE has no sharp directions there.
-    uniform, _ = run(start, grads, max_precond_dim=8, lite=LiteConfig(1.0, -0.25, -0.25))
-    assert torch.equal(found, uniform)
+    assert torch.equal(found, run(start, grads, max_precond_dim=8)[0])  # no sharp directions are known there
+    other = LiteConfig(2.0, -0.25, 1.0, side="left")
+    assert not torch.equal(run(start, grads, max_precond_dim=8, lite=other)[0], found)
 
 
 @pytest.mark.parametrize("lite", [None, FULL])

@@ -12,12 +12,10 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from ..errors import InputError, nearest
-from .roles import ROLES, roles_of
+from .roles import LITE_ROLES, ROLES, roles_of
 
 ALGORITHMS = ("muon", "soap", "adamw")
 MATRIX_ROLES = frozenset({"router", "expert", "attention", "mlp"})
-# The published recipe gives it to these blocks only; "other" stays out for the reason that biases do.
-LITE_ROLES = frozenset({"embedding", "norm", "expert", "attention", "mlp"})
 # Norms on request. A decayed bias, attention sink or state-space constant drifts from what it means.
 DECAYED_ROLES = frozenset({"router", "embedding", "head", "expert", "attention", "mlp"})
 

@@ -22,6 +22,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+# What the released code gives LITE: hidden matrices, embeddings and norms. Not the router, not the head.
+LITE_ROLES = ("embedding", "norm", "expert", "attention", "mlp")
 ROLES = ("router", "embedding", "head", "norm", "bias", "expert", "attention", "mlp", "other")
 
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _NormBase)

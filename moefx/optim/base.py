@@ -1,0 +1,286 @@
+"""What the optimizers share: groups and their algorithms, checks, the step counter, and resuming."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch.optim import Optimizer
+
+from ..errors import InputError, nearest
+from .lite import LiteConfig
+from .roles import LITE_ROLES, ROLES
+from .schedule import describe
+
+Tensor = torch.Tensor
+Group = dict[str, Any]
+State = dict[str, Any]
+
+# Roles that run AdamW unless the group names another algorithm.
+DIAGONAL_ROLES = ("embedding", "head", "norm", "bias")
+
+# Inputs below this count as no gradient: the polar factor has no scale and would make a full-size step of them.
+NO_GRADIENT = 1e-20
+
+
+class Algorithm(NamedTuple):
+    """How parameters of a group are updated."""
+
+    check: Callable[[Tensor, str, Group], None]  # raises InputError for a parameter it cannot update
+    state: Callable[[Tensor, Group], State]  # everything it will ever keep, made at once
+    update: Callable[[list[Tensor], list[State], Group, int], None]  # one step of all of these parameters
+
+
+class GroupedOptimizer(Optimizer):
+    """An optimizer whose groups say which algorithm they run, by name or role; the others run the class's own.
+
+    Each group counts its steps in the tensor `group["step"]`, which schedules are called with. All state exists from
+    the start, and `state_dict` holds tensors, numbers, strings and containers of them only.
+    """
+
+    algorithms: ClassVar[dict[str, Algorithm]]
+    own: ClassVar[str]
+
+    def __init__(self, params: Any, defaults: Group, lite: LiteConfig | None, nonfinite: str) -> None:
+        if nonfinite not in ("skip", "raise"):
+            raise InputError(f"nonfinite={nonfinite!r} is unknown", todo=nearest(nonfinite, ("skip", "raise")))
+        if lite is not None and not isinstance(lite, LiteConfig):
+            raise InputError(f"lite is a {type(lite).__name__}", todo="pass a LiteConfig or None")
+        if isinstance(params, (Tensor, set, frozenset, dict)):
+            kind = f"params is a {type(params).__name__}"
+            raise InputError(kind, todo="pass a list of parameters, or of groups (dicts)")
+        params = list(params)
+        if not params:
+            raise InputError("there are no parameters to optimize", todo="pass model.parameters(), or groups")
+        # Among the defaults, because copies and pickles of an optimizer keep nothing else.
+        super().__init__(params, {**defaults, "lite": lite, "nonfinite": nonfinite})
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group: `params`, and optionally `algorithm`, `role`, `names`, `lite`, `layout` and any default.
+
+        Raises:
+            InputError: an unknown algorithm, role or layout; a parameter that is in another group, complex, or of a
+                shape that the algorithm cannot update; a negative learning rate or weight decay.
+        """
+        group = self._completed(param_group)
+        try:
+            super().add_param_group(group)
+        except (TypeError, ValueError) as error:
+            todo = "give leaf tensors, for example model.parameters()"
+            raise InputError("a group cannot be optimized", why=str(error), todo=todo) from error
+        # torch fills in the defaults and splits (name, parameter) pairs, so the rest is checked on its group.
+        group = self.param_groups[-1]
+        try:
+            self._check(group)
+        except InputError:
+            del self.param_groups[-1]
+            raise
+        algorithm = self.algorithms[group["algorithm"]]
+        for p in group["params"]:
+            self.state[p] = {
+                "skipped": torch.zeros((), dtype=torch.int64, device=p.device),
+                **algorithm.state(p, group),
+            }
+
+    def _completed(self, given: Group) -> Group:
+        """The group with its algorithm and LITE settled, after the checks that torch would answer in other words."""
+        group, here = dict(given), len(self.param_groups)
+        params = group.get("params")
+        if params is None or isinstance(params, (set, frozenset)):
+            raise InputError(f"params of group {here} is no list", todo="an order is needed to resume: give a list")
+        group["params"] = params = [params] if isinstance(params, Tensor) else list(params)
+        plain = [p[1] if isinstance(p, tuple) else p for p in params]
+        # An embedding would train with Muon too, only badly, so its role decides before the class does.
+        name = group.setdefault("algorithm", "adamw" if group.get("role") in DIAGONAL_ROLES else self.own)
+        if name not in self.algorithms:
+            known = nearest(str(name), self.algorithms)
+            raise InputError(f"{type(self).__name__} has no algorithm {name!r}", where=f"group {here}", todo=known)
+        role = group.get("role")
+        if role is not None and role not in ROLES:
+            raise InputError(f"there is no role {role!r}", where=f"group {here}", todo=nearest(str(role), ROLES))
+        seen = {id(p): i for i, g in enumerate(self.param_groups) for p in g["params"]}
+        for p in plain:
+            if id(p) in seen:
+                why = f"it is in group {seen[id(p)]} and again in group {here}"
+                raise InputError(
+                    f"a parameter {list(p.shape)} is given twice", why=why, todo="tied weights belong to one group"
+                )
+            seen[id(p)] = here
+        lite = group.get("lite", role is None or role in LITE_ROLES)
+        if not isinstance(lite, (bool, LiteConfig, type(None))):
+            raise InputError(f"lite={lite!r} of group {here}", todo="give True, False or a LiteConfig")
+        config = lite if isinstance(lite, LiteConfig) else (self.defaults["lite"] if lite else None)
+        group["lite"] = config if config is not None and config.acts_on(name) else None
+        return group
+
+    def _check(self, group: Group) -> None:
+        for key in ("lr", "weight_decay"):
+            if not float(group[key]) >= 0:
+                raise InputError(f"{key}={float(group[key])} is negative or no number", todo="give 0 or more")
+        if group["layout"] not in ("out_in", "in_out"):
+            known = nearest(str(group["layout"]), ("out_in", "in_out"))
+            raise InputError(f"there is no layout {group['layout']!r}", todo=known)
+        names = group.get("names")
+        if names is not None and len(names) != len(group["params"]):
+            raise InputError(
+                f"a group has {len(group['params'])} parameters and {len(names)} names", todo="give one name for each"
+            )
+        for index, p in enumerate(group["params"]):
+            where = self._name(group, index)
+            if p.is_complex() or not p.is_floating_point():
+                raise InputError(f"a parameter is {p.dtype}", where=where, todo="optimize real floating parameters")
+            if getattr(p, "placements", None) is not None:
+                todo = "give every rank its own whole matrices, or gather them before the step"
+                raise InputError("a parameter is sharded (DTensor)", where=where, todo=todo)
+            self.algorithms[group["algorithm"]].check(p, where, group)
+        # Not torch's `step` for parameters: LITE's schedules belong to the group. On the CPU, where reading is free.
+        group.setdefault("step", torch.zeros((), dtype=torch.int64))
+
+    def _name(self, group: Group, index: int) -> str:
+        names = group.get("names") or group.get("param_names")
+        return str(names[index]) if names else f"parameter {index} {list(group['params'][index].shape)}"
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient.
+
+        A gradient with NaN or infinity either is skipped and counted (`nonfinite="skip"`; per matrix for Muon and
+        SOAP, so that one expert does not stop the others), without waiting for the device, or raises.
+
+        Raises:
+            InputError: a sparse or complex gradient, or with `nonfinite="raise"` one that is not finite; nothing was
+                changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for index, p in enumerate(group["params"]):
+                if p.grad is not None:
+                    self._check_gradient(p.grad, group, index)
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            states = [self.state[p] for p in params]
+            self.algorithms[group["algorithm"]].update(params, states, group, int(group["step"]))
+            group["step"] += 1
+        return loss
+
+    def _check_gradient(self, grad: Tensor, group: Group, index: int) -> None:
+        where = self._name(group, index)
+        if grad.layout != torch.strided:
+            raise InputError("a gradient is sparse", where=where, todo="build the embedding with sparse=False")
+        if group["nonfinite"] == "raise" and not bool(torch.isfinite(grad).all()):
+            raise InputError(
+                "a gradient is not finite",
+                where=where,
+                why=f"{int((~torch.isfinite(grad)).sum())} of {grad.numel()} entries are NaN or infinite",
+                todo='lower the learning rate, clip, or pass nonfinite="skip" to leave such updates out',
+            )
+
+    def skipped(self) -> dict[str, int]:
+        """How many updates of which parameter were left out because the gradient was not finite (waits for them)."""
+        found = {}
+        for number, group in enumerate(self.param_groups):
+            for index, p in enumerate(group["params"]):
+                if count := int(self.state[p]["skipped"]):
+                    found[f"group {number}: {self._name(group, index)}"] = count
+        return found
+
+    # -- saving and resuming ----------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's own form, with LITE's settings as plain numbers and strings."""
+        saved = super().state_dict()
+        for group in saved["param_groups"]:
+            group["lite"] = None if group["lite"] is None else group["lite"].describe()
+        return saved
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`: every tensor keeps its own dtype, so that the next step is the one that it was.
+
+        Raises:
+            InputError: groups, parameters, their names or shapes, algorithms, layouts or LITE settings are others than
+                here; nothing was changed then.
+        """
+        saved_groups = [dict(g) for g in state_dict["param_groups"]]
+        if len(saved_groups) != len(self.param_groups):
+            raise _other(f"{len(saved_groups)} groups were saved, {len(self.param_groups)} are here")
+        for number, (saved, here) in enumerate(zip(saved_groups, self.param_groups, strict=True)):
+            if len(saved["params"]) != len(here["params"]):
+                why = f"{len(saved['params'])} parameters were saved, {len(here['params'])} are here"
+                raise _other(why, f"group {number}")
+            for key in ("algorithm", "names", "param_names", "layout", "lite"):
+                mine = here.get(key)
+                mine = describe_lite(mine) if key == "lite" else mine
+                theirs = saved.get(key)
+                if _plain(theirs) != _plain(mine):
+                    raise _other(f"{key}: {theirs!r} was saved, {mine!r} is here", f"group {number}")
+            for index, p in zip(saved["params"], here["params"], strict=True):
+                _compare_state(state_dict["state"].get(index), self.state[p], f"group {number}, parameter {index}")
+            saved["lite"] = here["lite"]
+        dtypes = {p: {key: value.dtype for key, value in self.state[p].items()} for p in self.state}
+        super().load_state_dict({**state_dict, "param_groups": saved_groups})
+        # torch casts state to the parameter's dtype and moves counters; the saved bits are wanted.
+        for saved, here in zip(saved_groups, self.param_groups, strict=True):
+            for index, p in zip(saved["params"], here["params"], strict=True):
+                for key, value in state_dict["state"][index].items():
+                    device = "cpu" if key in _HOST_COUNTERS else p.device
+                    self.state[p][key] = value.detach().to(device, dtypes[p][key], copy=True)
+            for key in ("step", "projected"):
+                if key in here:
+                    here[key] = here[key].to("cpu", copy=True)
+
+
+_HOST_COUNTERS = ("calls",)
+
+
+def describe_lite(lite: LiteConfig | None) -> Any:
+    """A group's LITE as it is saved."""
+    return None if lite is None else lite.describe()
+
+
+def _plain(value: Any) -> Any:
+    """Lists and tuples compare alike: some formats know only one of them."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else describe(value)
+
+
+def _compare_state(saved: Mapping[str, Tensor] | None, here: State, where: str) -> None:
+    if saved is None or set(saved) != set(here):
+        raise _other(f"the state holds {sorted(saved or ())}, here it is {sorted(here)}", where)
+    for key, value in here.items():
+        if saved[key].shape != value.shape:
+            raise _other(f"{key} {list(saved[key].shape)} was saved, {list(value.shape)} is here", where)
+
+
+def _other(why: str, where: str | None = None) -> InputError:
+    todo = "build the optimizer with the parameters and settings of the run that saved it"
+    return InputError("the state belongs to another optimizer", where=where, why=why, todo=todo)
+
+
+def usable(grad_EMN: Tensor) -> tuple[Tensor, Tensor]:
+    """(active, finite) [E] of a stack of gradients: has one at all and all finite; finite. Without a host sync."""
+    top = grad_EMN.abs().amax((-2, -1))
+    finite = torch.isfinite(top)
+    return finite & (top > NO_GRADIENT), finite
+
+
+def working_dtype(p: Tensor) -> torch.dtype:
+    """Of state and update: float32, and float64 for float64 parameters."""
+    return torch.float64 if p.dtype == torch.float64 else torch.float32
+
+
+def need_matrices(p: Tensor, where: str, _: Group) -> None:
+    """Raise unless `p` is a matrix or a stack of them, with something in it."""
+    if p.ndim < 2 or p.numel() == 0:
+        raise InputError(
+            f"a parameter {list(p.shape)} is no matrix [..., m, n]",
+            where=where,
+            todo='put norms, biases and scalars into a group with algorithm="adamw"',
+        )
+    if p.ndim > 3 and not p.is_contiguous():
+        # Its leading dimensions have no view as one, and the update would go to a copy.
+        raise InputError(f"a parameter {list(p.shape)} is not contiguous", where=where, todo="store it contiguously")

@@ -1,0 +1,225 @@
+"""LITE: keep the sharp part of a base update, amplify and damp the flat one (arXiv 2602.22681).
+
+Sharp directions are the top singular directions of the momentum. `parity` follows the released code: a projector made
+of two polar factors, and a controller that steers its rank. `fast` keeps a low-rank basis from step to step and
+improves it by one subspace iteration: no second polar factor, no controller, no inversion on ill-conditioned momenta.
+All tensors here are stacks [B, m, n] whose projector acts on the last dimension.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from ..errors import InputError, nearest
+from .polar import orthonormal, polar
+from .schedule import CosineCoupled, Value, at, damping_ramp, describe
+
+Tensor = torch.Tensor
+_CHOICES = {
+    "mode": ("fast", "parity"),
+    "damping": ("orthogonal", "shared"),
+    "side": ("right", "left", "small"),
+}
+COLD_ITERATIONS = 8  # subspace iterations where the last step left no basis to start from
+
+
+class LiteValues(NamedTuple):
+    """A configuration at one step."""
+
+    chi: float
+    beta1: float
+    beta2: float
+
+    @property
+    def neutral(self) -> bool:
+        """The base update and nothing else."""
+        return self.chi == 1 and self.beta1 == 0 and self.beta2 == 0
+
+    @property
+    def uniform(self) -> bool:
+        """Sharp and flat directions are treated alike: no projector is needed."""
+        return self.chi == 1 and self.beta1 == self.beta2
+
+
+@dataclass(frozen=True)
+class LiteConfig:
+    """How LITE changes a base optimizer. Numbers, or callables of the completed steps (`moefx.optim.schedule`).
+
+    Args:
+        chi: amplification of learning rate and weight decay in flat directions; 1 leaves them.
+        beta1, beta2: Hessian damping in sharp and in flat directions.
+        chi_diagonal: amplification in embeddings and norms (AdamW groups); None takes `chi`.
+        rank_fraction: sharp share of the smaller dimension: k = min(floor(f s) + 1, s - 1). 0 leaves matrices to the
+            base optimizer, as the released code does; in AdamW groups 0 makes everything flat and 1 everything sharp.
+        mode: "fast", or "parity" with the released Muon code. The fast basis takes one subspace iteration per step,
+            after eight in the first step that needs it; a matrix whose first gradient comes later has only the one.
+        damping: "orthogonal" adds beta polar(G), as the released code; "shared" is the paper's formula: the damped
+            gradient joins the momentum, polar(M + beta (1 - momentum) G), where beta = 1 adds about 5 %. Muon only:
+            SOAP's damping always shares its preconditioner.
+        side: which side of the (out, in) matrix the projector acts on: "right" (input features, as the released code),
+            "left", or the "small" one.
+        spare: columns of the fast basis beyond k; the k with the largest response are used.
+        guard: parity mode: detect that the controller selects the flattest directions, treat that matrix as all sharp
+            in this step, and restart its controller. False reproduces the released code there too.
+        kappa: SOAP: scale of the damped gradient against the momentum average; None is 1 - betas[0].
+
+    Raises:
+        InputError: an unknown choice or a number out of range.
+    """
+
+    chi: Value = 2.0
+    beta1: Value = -0.25
+    beta2: Value = 1.0
+    chi_diagonal: Value | None = None
+    rank_fraction: float = 0.1
+    mode: str = "fast"
+    damping: str = "orthogonal"
+    side: str = "right"
+    spare: int = 2
+    guard: bool = True
+    kappa: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, known in _CHOICES.items():
+            if (given := getattr(self, name)) not in known:
+                raise InputError(f"LiteConfig has no {name}={given!r}", todo=nearest(str(given), known))
+        if not 0 <= self.rank_fraction <= 1:
+            raise InputError(f"rank_fraction={self.rank_fraction} is no share", todo="give a number from 0 to 1")
+        if self.spare < 0:
+            raise InputError(f"spare={self.spare} columns", todo="give 0 or more")
+        for name in ("chi", "chi_diagonal"):
+            given = getattr(self, name)
+            if not callable(given) and given is not None and given < 0:
+                raise InputError(f"{name}={given} would climb in flat directions", todo="give 1 or more")
+        if self.mode == "parity" and self.damping != "orthogonal":
+            raise InputError('mode="parity" has orthogonal damping', todo='use mode="fast" for damping="shared"')
+
+    @classmethod
+    def cosine(
+        cls,
+        *,
+        warmup: int,
+        total: int,
+        chi: float = 2.0,
+        beta1: float = -0.25,
+        beta2: float = 1.0,
+        chi_diagonal: float = 4.0,
+        min_lr_fraction: float = 0.1,
+        **rest: Any,
+    ) -> LiteConfig:
+        """The released schedules for a cosine learning rate of `warmup` and `total` steps (dense models)."""
+        return cls(
+            chi=CosineCoupled(chi, warmup, total, min_lr_fraction),
+            chi_diagonal=CosineCoupled(chi_diagonal, warmup, total, min_lr_fraction, ramp=None),
+            beta1=beta1,
+            beta2=damping_ramp(beta1, beta2, warmup, total, "cosine"),
+            **rest,
+        )
+
+    @classmethod
+    def wsd(
+        cls,
+        *,
+        warmup: int,
+        total: int,
+        chi: float = 1.0,
+        beta1: float = 0.0,
+        beta2: float = 1.0,
+        chi_diagonal: float = 8.0,
+        **rest: Any,
+    ) -> LiteConfig:
+        """The released recipe of MoE models under warm-up, stable, decay: damping in matrices, chi in the rest."""
+        ramp = damping_ramp(beta1, beta2, warmup, total, "wsd")
+        return cls(chi=chi, chi_diagonal=chi_diagonal, beta1=beta1, beta2=ramp, **rest)
+
+    def values(self, step: int) -> LiteValues:
+        """Of the hidden matrices at a step."""
+        return LiteValues(at(self.chi, step), at(self.beta1, step), at(self.beta2, step))
+
+    def diagonal(self, step: int) -> float:
+        """Amplification of AdamW groups at a step."""
+        return at(self.chi if self.chi_diagonal is None else self.chi_diagonal, step)
+
+    def acts_on(self, algorithm: str) -> bool:
+        """Whether this can ever differ from the base algorithm; where it cannot, the base runs, and nothing else."""
+        constant = [v for v in (self.chi, self.beta1, self.beta2) if not callable(v)]
+        if algorithm == "adamw":
+            chi = self.chi if self.chi_diagonal is None else self.chi_diagonal
+            return (callable(chi) or chi != 1) and self.rank_fraction <= 1 - 1e-5
+        neutral = len(constant) == 3 and LiteValues(*map(float, constant)).neutral
+        return not neutral and self.rank_fraction > 1e-6
+
+    def describe(self) -> dict[str, Any]:
+        """Plain numbers and strings, for checkpoints."""
+        return {f.name: describe(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+
+def sharp_rank(fraction: float, m: int, n: int) -> int:
+    """k of a matrix [m, n]; 1 for vectors in disguise, whose only direction is the sharp one."""
+    s = min(m, n)
+    return max(1, min(int(fraction * s) + 1, s - 1))
+
+
+def initial_basis(count: int, n: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Orthonormal columns [count, n, columns], the same in every process and independent of the global seed."""
+    drawn = torch.randn(n, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    basis: Tensor = torch.linalg.qr(drawn)[0]
+    return basis.to(device, dtype).expand(count, -1, -1).clone()
+
+
+def improve_basis(m_BMN: Tensor, basis_BNK: Tensor, iterations: int) -> Tensor:
+    """Subspace iterations towards the top right singular vectors of m, strongest column first.
+
+    Source: orthogonal iteration on m^T m. A small multiple of the old basis is kept, which changes no eigenvector but
+    keeps columns alive that a rank-deficient m would send to zero.
+    """
+    top = m_BMN.abs().amax((-2, -1), keepdim=True)
+    m = m_BMN / torch.where(top > 0, top, 1)
+    size = m.square().sum((-2, -1), keepdim=True)
+    m = m / torch.where(size > 0, size, 1).sqrt()
+    keep = 8 * torch.finfo(m.dtype).eps
+    for _ in range(iterations):
+        found, ok = orthonormal(m.mT @ (m @ basis_BNK) + keep * basis_BNK)
+        basis_BNK = torch.where(ok[:, None, None], found, basis_BNK)
+    strength = (m @ basis_BNK).square().sum(-2)
+    order = strength.argsort(dim=-1, descending=True, stable=True)
+    return basis_BNK.gather(-1, order[:, None, :].expand_as(basis_BNK))
+
+
+class Controlled(NamedTuple):
+    """The projector of parity mode and the next state of its controller."""
+
+    s: Tensor  # [B, m, n]: partial isometry onto the sharp singular triplets
+    ratio: Tensor  # [B]
+    inverted: Tensor  # [B] bool: the flattest directions were selected
+
+
+def controlled_projector(
+    m_BMN: Tensor, o_BMN: Tensor, ratio_B: Tensor, rank: int, steps: int, compute_dtype: torch.dtype | None = None
+) -> Controlled:
+    """The released code's sharp projector: singular values above ratio ||m||, a ratio that chases the rank."""
+    norm = torch.linalg.vector_norm(m_BMN, dim=(-2, -1), keepdim=True)
+    threshold = norm * ratio_B[:, None, None] + 1e-9
+    s = 0.5 * (o_BMN + polar(m_BMN / threshold - o_BMN, steps, compute_dtype=compute_dtype))
+    squares = s.square().sum((-2, -1))
+    ratio = (ratio_B * torch.where(squares.sqrt() > rank**0.5, 1.05, 0.95)).clamp(max=1.0)
+    # The top r of s singular directions hold at least r/s of the energy; unresolved tails that take their place hold
+    # almost none. Half of that bound leaves room for a soft edge.
+    gram = m_BMN @ s.mT if m_BMN.shape[-2] <= m_BMN.shape[-1] else s.mT @ m_BMN
+    captured = gram.square().sum((-2, -1)) / norm[:, 0, 0].square().clamp_min(torch.finfo(norm.dtype).tiny)
+    inverted = captured * min(m_BMN.shape[-2:]) < 0.5 * squares
+    return Controlled(s, ratio, inverted)
+
+
+def apply_isometry(x_BMN: Tensor, s_BMN: Tensor) -> Tensor:
+    """x S^T S by the cheaper of the two orders."""
+    return (x_BMN @ s_BMN.mT) @ s_BMN if s_BMN.shape[-2] <= s_BMN.shape[-1] else x_BMN @ (s_BMN.mT @ s_BMN)
+
+
+def apply_basis(x_BMN: Tensor, basis_BNK: Tensor) -> Tensor:
+    """x V V^T."""
+    return (x_BMN @ basis_BNK) @ basis_BNK.mT

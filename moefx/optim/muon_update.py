@@ -1,0 +1,146 @@
+"""One step of Muon and Muon-LITE for a stack of matrices [B, m, n], as functions of tensors and settings."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .base import Group
+from .lite import (
+    COLD_ITERATIONS,
+    LiteConfig,
+    LiteValues,
+    apply_basis,
+    apply_isometry,
+    controlled_projector,
+    improve_basis,
+    sharp_rank,
+)
+from .polar import polar
+
+Tensor = torch.Tensor
+SCALES = ("rms", "spectral", "original", "none")
+DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def lr_scale(kind: str, out: int, inp: int) -> float:
+    """Factor on the orthogonal update of an (out, in) matrix.
+
+    "rms": 0.2 sqrt(max), which matches AdamW's update size, so that one learning rate serves both (Moonlight);
+    "spectral": sqrt(out / in); "original": sqrt(max(1, out / in)) (Jordan et al.); "none": 1.
+    """
+    if kind == "rms":
+        return 0.2 * math.sqrt(max(out, inp))
+    if kind == "spectral":
+        return math.sqrt(out / inp)
+    return math.sqrt(max(1.0, out / inp)) if kind == "original" else 1.0
+
+
+def polar_steps(group: Group) -> int:
+    """As configured, else 8; 6 in parity mode, as the released code."""
+    parity = group["lite"] is not None and group["lite"].mode == "parity"
+    return int(group["polar_steps"] or (6 if parity else 8))
+
+
+def new_weights(
+    w: Tensor,
+    mixed: Tensor,
+    grad: Tensor,
+    group: Group,
+    values: LiteValues | None,
+    side: dict[str, Tensor],
+    scale: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Weights [B, m, n] after the step and what changed of the projector's state."""
+    lr, decay = float(group["lr"]), float(group["weight_decay"])
+    steps, kind, low = polar_steps(group), group["polar"], DTYPES[group["polar_dtype"]]
+    lite: LiteConfig | None = group["lite"]
+    o = polar(mixed, steps, kind, low)
+
+    if lite is None or values is None or (values.neutral and lite.mode == "fast"):
+        return combine(w, o, None, None, 1.0, lr, decay, scale), {}
+
+    rank = sharp_rank(lite.rank_fraction, *mixed.shape[-2:])
+    chi, beta1, beta2 = values
+    if lite.mode == "parity":
+        # The controller moves in every step, also while the schedules still leave the update as it is.
+        found = controlled_projector(mixed, o, side["ratio"], rank, steps, low)
+        ratio, state = found.ratio, {}
+        s = found.s
+        if lite.guard:
+            ratio = torch.where(found.inverted, min(w.shape[-2:]) ** -0.5, ratio)
+            state["inversions"] = found.inverted
+        state["ratio"] = ratio
+        if values.neutral:
+            return combine(w, o, None, None, 1.0, lr, decay, scale), state
+        h = polar(grad, steps, kind, low) if beta1 or beta2 else None
+        hold = found.inverted[:, None, None] if lite.guard else None
+        return nested(w, o, h, s, values, lr, decay, scale, hold), state
+
+    shift = 1 - float(group["momentum"])
+    sharp, flat = o, o
+    if lite.damping == "shared":
+        sharp = polar(mixed + beta1 * shift * grad, steps, kind, low) if beta1 else o
+        flat = sharp if beta1 == beta2 else (polar(mixed + beta2 * shift * grad, steps, kind, low) if beta2 else o)
+    elif beta1 or beta2:
+        h = polar(grad, steps, kind, low)
+        sharp, flat = o + beta1 * h, o + beta2 * h
+    if values.uniform:
+        return combine(w, sharp, None, None, 1.0, lr, decay, scale), {}
+    basis = improve_basis(mixed, side["basis"], 1 if bool(group["projected"]) else COLD_ITERATIONS)
+    return combine(w, sharp, flat, basis[..., :rank], chi, lr, decay, scale), {"basis": basis}
+
+
+def combine(
+    w: Tensor,
+    sharp: Tensor,
+    flat: Tensor | None,
+    basis_BNK: Tensor | None,
+    chi: float,
+    lr: float,
+    decay: float,
+    scale: float,
+) -> Tensor:
+    """w - lr (x P_s + y P_f) with x = scale sharp + decay w, y = chi (scale flat + decay w): one projection in all.
+
+    `basis_BNK` holds orthonormal columns V with P_s = V V^T; without it everything is sharp.
+    """
+    if basis_BNK is None or flat is None:
+        return (w * (1 - lr * decay)).add_(sharp, alpha=-lr * scale)
+    rest = (chi * flat - sharp).mul_(scale)
+    if decay:
+        rest = rest.add_(w, alpha=decay * (chi - 1))
+    rest = rest - apply_basis(rest, basis_BNK)
+    return (w * (1 - lr * decay)).add_(sharp, alpha=-lr * scale).add_(rest, alpha=-lr)
+
+
+def nested(
+    w: Tensor,
+    o: Tensor,
+    h: Tensor | None,
+    s: Tensor,
+    values: LiteValues,
+    lr: float,
+    decay: float,
+    scale: float,
+    hold: Tensor | None = None,
+) -> Tensor:
+    """The released code's update: the smooth flat projector I - S^T S acts twice on the damping. `hold`: all sharp."""
+
+    def flat_part(x: Tensor) -> Tensor:
+        part = x - apply_isometry(x, s)
+        return part if hold is None else torch.where(hold, 0, part)
+
+    chi, beta1, beta2 = values
+    u = o
+    if h is not None:
+        u = o + beta1 * h
+        if beta2 != beta1:
+            u = u + (beta2 - beta1) * flat_part(h)
+    new = w * (1 - lr * decay)
+    if chi != 1:
+        u = u + (chi - 1) * flat_part(u)
+        if decay:
+            new = new - lr * decay * (chi - 1) * flat_part(w)
+    return new.add_(u, alpha=-lr * scale)

@@ -1,0 +1,134 @@
+"""AdamW against torch's, and diagonal LITE against a loop over elements."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from moefx.errors import InputError
+from moefx.optim import AdamW, LiteConfig, Muon, MuonLITE
+
+Tensor = torch.Tensor
+
+
+def gradients(steps: int, *shape: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    size = torch.logspace(0, -2, shape[-1]).double()
+    return [(torch.randn(*shape, generator=generator, dtype=torch.float64) * size).to(dtype) for _ in range(steps)]
+
+
+def run(grads: list[Tensor], optimizer: type[torch.optim.Optimizer] = AdamW, **options: object) -> Tensor:
+    p = nn.Parameter(torch.linspace(-1, 1, grads[0].numel()).to(grads[0].dtype).view(grads[0].shape))
+    made = optimizer([p], **{"lr": 0.01, "weight_decay": 0.1, "betas": (0.9, 0.95), **options})
+    for g in grads:
+        p.grad = g.clone()
+        made.step()
+    return p.detach()
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (11,), (2, 3, 4)])
+def test_plain_is_torchs(shape: tuple[int, ...]) -> None:
+    grads = gradients(10, *shape)
+    assert torch.allclose(run(grads), run(grads, torch.optim.AdamW), atol=1e-12)
+    assert not torch.allclose(run(grads, betas=(0.8, 0.95)), run(grads, torch.optim.AdamW), atol=1e-4)
+
+
+def element_loop(grads: list[Tensor], share: float, chi: float) -> Tensor:
+    """Diagonal LITE one element at a time."""
+    w = torch.linspace(-1, 1, grads[0].numel()).double().tolist()
+    m, v, high, low = [0.0] * len(w), [0.0] * len(w), 1.0, 0.5
+    for t, g in enumerate(grads, 1):
+        for i, x in enumerate(g.flatten().tolist()):
+            m[i], v[i] = 0.9 * m[i] + 0.1 * x, 0.95 * v[i] + 0.05 * x * x
+        mean = sum(v) / len(v)
+        for i in range(len(w)):
+            mask = 1.0 if v[i] >= high * mean else 0.0 if v[i] < low * mean else (v[i] / mean - low) / (high - low)
+            step = m[i] / (1 - 0.9**t) / ((v[i] / (1 - 0.95**t)) ** 0.5 + 1e-8)
+            boost = (chi - 1) * (1 - mask)
+            w[i] -= 0.01 * 0.1 * w[i] * (1 + boost) + 0.01 * (1 + boost) * step
+        above_high = sum(x >= high * mean for x in v) / len(v)
+        above_low = sum(x >= low * mean for x in v) / len(v)
+        high *= 1.05 if above_high > share else 0.95
+        low = min(low * (1.05 if above_low > share + min(1 - share, 0.1) else 0.95), 0.95 * high)
+    return torch.tensor(w, dtype=torch.float64).view(grads[0].shape)
+
+
+@pytest.mark.parametrize("shape", [(4, 15), (40,)])
+def test_diagonal_lite_is_the_element_loop(shape: tuple[int, ...]) -> None:
+    grads = gradients(25, *shape)
+    found = run(grads, lite=LiteConfig(4.0, rank_fraction=0.1))
+    assert torch.allclose(found, element_loop(grads, 0.1, 4.0), atol=1e-12)
+    assert not torch.allclose(found, element_loop(grads, 0.3, 4.0), atol=1e-3)
+
+
+def test_all_sharp_is_adamw_and_all_flat_is_scaled_adamw() -> None:
+    grads = gradients(20, 5, 8, dtype=torch.float32)
+    plain = run(grads)
+    assert torch.equal(run(grads, lite=LiteConfig(4.0, rank_fraction=1.0)), plain)
+    assert torch.equal(run(grads, lite=LiteConfig(1.0, rank_fraction=0.1)), plain)
+    assert torch.equal(run(grads, lite=LiteConfig(4.0, chi_diagonal=1.0)), plain)
+    flat = run(grads, lite=LiteConfig(4.0, rank_fraction=0.0))
+    assert torch.allclose(flat, run(grads, lr=0.04), atol=1e-6)
+
+
+def test_the_mask_settles_near_its_share() -> None:
+    p = nn.Parameter(torch.zeros(50, 40))
+    optimizer = AdamW([p], lr=0.01, lite=LiteConfig(4.0))
+    for g in gradients(150, 50, 40, dtype=torch.float32):
+        p.grad = g
+        optimizer.step()
+    state = optimizer.state[p]
+    scaled = state["exp_avg_sq"] / state["exp_avg_sq"].mean()
+    assert 0.06 < (scaled >= state["high"]).float().mean() < 0.14
+    assert 0.16 < (scaled >= state["low"]).float().mean() < 0.24
+
+
+def test_nan_is_skipped_and_counted() -> None:
+    grads = gradients(8, 6)
+    p = nn.Parameter(torch.zeros(6, dtype=torch.float64))
+    optimizer = AdamW([p], lr=0.1, lite=LiteConfig(4.0))
+    for t, g in enumerate(grads):
+        p.grad = torch.full_like(g, torch.nan) if t in (0, 4) else g
+        before = p.detach().clone()
+        optimizer.step()
+        assert torch.equal(p, before) == (t in (0, 4))
+    assert list(optimizer.skipped().values()) == [2]
+    q = nn.Parameter(torch.zeros(6, dtype=torch.float64))
+    other = AdamW([q], lr=0.1, lite=LiteConfig(4.0))
+    for t, g in enumerate(grads):
+        if t not in (0, 4):
+            q.grad = g
+            other.step()
+    assert torch.equal(p, q)
+
+
+def test_bad_betas() -> None:
+    with pytest.raises(InputError, match="betas"):
+        AdamW([nn.Parameter(torch.zeros(2))], betas=(0.9, 1.0))
+
+
+def test_one_optimizer_runs_both_algorithms_by_group() -> None:
+    roles = {"attention": "muon", "router": "muon", "embedding": "adamw", "norm": "adamw", "head": "adamw"}
+    params = {role: nn.Parameter(torch.randn(6, 8, generator=torch.Generator().manual_seed(0))) for role in roles}
+    groups = [
+        {"params": [params[role]], "names": [role], "role": role, "algorithm": name} for role, name in roles.items()
+    ]
+    optimizer = MuonLITE(groups, lr=0.1, lite=LiteConfig(chi_diagonal=4.0))
+    has_lite = {g["role"]: g["lite"] is not None for g in optimizer.param_groups}
+    assert has_lite == {"attention": True, "router": False, "embedding": True, "norm": True, "head": False}
+    alone = {
+        role: (Muon if name == "muon" else AdamW)(
+            [nn.Parameter(params[role].detach().clone())],
+            lr=0.1,
+            lite=LiteConfig(chi_diagonal=4.0) if has_lite[role] else None,
+        )
+        for role, name in roles.items()
+    }
+    for g in gradients(4, 6, 8, dtype=torch.float32):
+        for role, made in alone.items():
+            params[role].grad = made.param_groups[0]["params"][0].grad = g
+            made.step()
+        optimizer.step()
+    for role, made in alone.items():
+        assert torch.equal(params[role], made.param_groups[0]["params"][0]), role

@@ -41,6 +41,7 @@ def train(
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-4,
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the order of data.")] = 0,
     dtype: Annotated[str, typer.Option(help="fp32, or bf16 (autocast).")] = "fp32",
+    optim: Annotated[str, typer.Option(help="adamw, muon, muon-lite, soap or soap-lite.")] = "adamw",
     recipe: Annotated[str, typer.Option(help="Precision recipe (moefx recipes).")] = "bf16",
     codegen: Annotated[str, typer.Option(help="inductor or eager.")] = "inductor",
     compare: Annotated[str, typer.Option(help="Train the original too: all, none, or a number of steps.")] = "all",
@@ -59,7 +60,7 @@ def train(
     from .train.config import TrainConfig
 
     cfg = TrainConfig(
-        steps=steps, batch=batch, seq=seq, grad_accum=grad_accum, lr=lr, seed=seed, dtype=dtype, out=out,
+        steps=steps, batch=batch, seq=seq, grad_accum=grad_accum, lr=lr, seed=seed, dtype=dtype, optim=optim, out=out,
         threads=threads, precision_every=precision_every,
     )  # fmt: skip
     result = story.run_training(

@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import InputError, nearest
 
 DTYPES = ("fp32", "bf16")
+OPTIMS = ("adamw", "muon", "muon-lite", "soap", "soap-lite")
 
 # They say how often to look, where to write and how fast to go; the numbers of the training do not depend on them.
 _NO_IDENTITY = ("eval_every", "eval_batches", "checkpoint_every", "keep", "out", "threads", "precision_every")
@@ -40,6 +41,8 @@ class TrainConfig:
         checkpoint_every, keep: save after so many steps (0: only at the end and when interrupted); how many to keep.
         out: directory for checkpoints and metrics.
         threads: torch's CPU threads; None leaves them.
+        optim: "adamw" (torch's), or one of moefx.optim: "muon", "muon-lite", "soap", "soap-lite", with `lr` scaled to
+            AdamW's update size and embeddings, norms and the head left to AdamW.
         dtype: "fp32", or "bf16": fp32 weights, computed under torch.autocast.
         precision_every: measure what precision casts lose in the first microbatch of every so-manyth step (0: never);
             each time costs one more microbatch, and about as much for comparing.
@@ -66,6 +69,7 @@ class TrainConfig:
     out: Path = Path("runs/default")
     threads: int | None = None
     dtype: str = "fp32"
+    optim: str = "adamw"
     grad_accum: int = 1
     precision_every: int = 0
 
@@ -86,10 +90,10 @@ class TrainConfig:
             raise InputError(
                 f"betas={self.betas} are out of range", where="TrainConfig", todo="choose both from [0, 1)"
             )
-        if self.dtype not in DTYPES:
-            raise InputError(
-                f"unknown dtype {self.dtype!r}", where="TrainConfig", todo=nearest(str(self.dtype), DTYPES)
-            )
+        for name, known in (("dtype", DTYPES), ("optim", OPTIMS)):
+            value = getattr(self, name)
+            if value not in known:
+                raise InputError(f"unknown {name} {value!r}", where="TrainConfig", todo=nearest(str(value), known))
 
     @property
     def tokens_per_step(self) -> int:

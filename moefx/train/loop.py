@@ -26,7 +26,8 @@ from .config import TrainConfig, learning_rate
 from .data import TokenDataset
 from .interrupt import StopRequest, TrainingInterrupted
 from .metrics import FILE, Metrics, unwritable
-from .parts import adamw, autocast, cpu_threads, device_of, evaluate, loss_of
+from .parts import autocast, cpu_threads, device_of, evaluate, loss_of
+from .parts import make_optimizer as default_optimizer
 from .precision import check_measurable, precision_figures
 from .progress import Display
 
@@ -82,7 +83,8 @@ def train(
         resume: continue from the newest checkpoint below `cfg.out`. When False, results of an earlier run found there
             are moved into `previous-N` beside them.
         stop_after: end after so many steps, although the learning rate is planned for `cfg.steps`.
-        make_optimizer: from (model, cfg); the learning rate of its groups is set before every step. Default: `adamw`.
+        make_optimizer: from (model, cfg); the learning rate of its groups is set before every step. Default: the one
+            that `cfg.optim` names.
 
     Raises:
         InputError: the data does not fit, the model returns no loss, `cfg.out` cannot be written, or precision metrics
@@ -96,7 +98,7 @@ def train(
     data.check(seq=cfg.seq, model_vocab=None)
     check_measurable(model, cfg)
     checkpoint.safetensors()  # missing, it would be noticed at the first checkpoint, after work that is then lost
-    run = _Run(model, data, cfg, (make_optimizer or adamw)(model, cfg))
+    run = _Run(model, data, cfg, (make_optimizer or default_optimizer)(model, cfg))
     with ExitStack() as stack:
         stack.enter_context(cpu_threads(cfg.threads))
         torch.manual_seed(cfg.seed)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import InputError
+from ..optim import LiteConfig, Muon, Soap, param_groups
 from .config import TrainConfig
 from .data import TokenDataset
 from .rng import undisturbed_rng
@@ -27,6 +28,18 @@ def adamw(model: nn.Module, cfg: TrainConfig) -> Optimizer:
     ]
     # The fused kernel covers all parameters in one call, on CPU too.
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
+
+
+def make_optimizer(model: nn.Module, cfg: TrainConfig) -> Optimizer:
+    """The optimizer that `cfg.optim` names, over groups by role."""
+    if cfg.optim == "adamw":
+        return adamw(model, cfg)
+    kind, _, lite = cfg.optim.partition("-")
+    groups = param_groups(model, algorithm=kind, weight_decay=cfg.weight_decay, verbose=False)
+    config = LiteConfig.wsd(warmup=cfg.warmup, total=cfg.steps) if lite else None
+    if kind == "soap":
+        return Soap(groups, lr=cfg.lr, lite=config)
+    return Muon(groups, lr=cfg.lr, lite=config)
 
 
 def autocast(model: nn.Module, cfg: TrainConfig) -> torch.autocast:

@@ -206,7 +206,7 @@ def controlled_projector(
     threshold = norm * ratio_B[:, None, None] + 1e-9
     s = 0.5 * (o_BMN + polar(m_BMN / threshold - o_BMN, steps, compute_dtype=compute_dtype))
     squares = s.square().sum((-2, -1))
-    ratio = (ratio_B * torch.where(squares.sqrt() > rank**0.5, 1.05, 0.95)).clamp(max=1.0)
+    ratio = torch.where(squares.sqrt() > rank**0.5, 1.05 * ratio_B, 0.95 * ratio_B).clamp(max=1.0)
     # The top r of s singular directions hold at least r/s of the energy; unresolved tails that take their place hold
     # almost none. Half of that bound leaves room for a soft edge.
     gram = m_BMN @ s.mT if m_BMN.shape[-2] <= m_BMN.shape[-1] else s.mT @ m_BMN

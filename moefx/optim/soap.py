@@ -93,7 +93,7 @@ def _begin(state: State, grad: Tensor, group: Group) -> None:
 def _accumulate(state: State, grad: Tensor, active: Tensor, group: Group) -> None:
     """L and R follow G G^T and G^T G."""
     beta = group["shampoo_beta"] if group["shampoo_beta"] is not None else group["betas"][1]
-    weight = torch.where(active, 1 - beta, 0.0).to(grad.dtype)[:, None, None]
+    weight = (1 - beta) * active.to(grad.dtype)[:, None, None]
     for side in _SIDES:
         if side in state:
             state[side].lerp_(grad @ grad.mT if side == "left" else grad.mT @ grad, weight)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from moefx.optim import LiteConfig, Muon, Ramp, Soap
+from moefx.optim import CosineCoupled, LiteConfig, Muon, Ramp, Soap
 
 from .oracles import ExactLite, river
 
@@ -66,6 +66,13 @@ def losses() -> dict[str, float]:
 def test_the_order_of_the_parts(losses: dict[str, float]) -> None:
     assert losses["lite"] < losses["amplified"] < losses["damped"] < losses["muon"]
     assert losses["lite"] <= 0.7 * losses["muon"]
+
+
+def test_the_released_schedule_helps_too_if_less_than_a_constant(losses: dict[str, float]) -> None:
+    chi = CosineCoupled(2.0, 30, 300)
+    found = river(product(LiteConfig(chi, -0.25, BOTH)), lr=0.1)
+    assert losses["lite"] < found < river(product(LiteConfig(chi, 0.0, 0.0)), lr=0.1) < losses["damped"]
+    assert found <= 0.7 * losses["muon"]
 
 
 def test_fast_mode_is_as_good_as_exact_svd(losses: dict[str, float]) -> None:

@@ -42,6 +42,18 @@ def test_a_model_learns_and_is_restored(idiom: str, ids: Tensor) -> None:
     assert torch.equal(other(ids)["logits"], model(ids)["logits"])
 
 
+@pytest.mark.parametrize("idiom", IDIOMS)
+def test_what_a_tracer_makes_of_it(idiom: str) -> None:
+    layer, x_TH = IDIOMS[idiom](16, 8, 3, 2), torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
+    if idiom in ("A3", "A4", "A5", "A6", "D2"):  # Python reads the routing: a loop over, a test of, or .numpy() on it
+        with pytest.raises(RuntimeError, match=r"data-dependent|numpy"):
+            torch.export.export(layer, (x_TH,), strict=False)
+        return
+    traced = torch.export.export(layer, (x_TH,), strict=False).module()
+    for x in (x_TH, x_TH.flip(1)):
+        torch.testing.assert_close(traced(x), layer(x))
+
+
 def test_the_seed_alone_makes_the_weights(ids: Tensor) -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()

@@ -30,6 +30,9 @@ class TransposeScales(Pass):
     transpose (R11, R12) or a conversion of formats (R14 to R17) takes the codes. Scales that are no powers of two allow
     neither (R13): then both orientations are quantized from the wide tensor where that is still at hand, and otherwise
     the cast stays and the ledger says why.
+
+    What comes from the wide tensor instead of from codes is the same number where both are of one format with
+    power-of-two scales. Under recipes with other specs it is nearer to the original, so the pass `changes` numbers.
     """
 
     recipe: Recipe = BF16
@@ -38,6 +41,12 @@ class TransposeScales(Pass):
     requires: ClassVar[set[str]] = {"quantized", "casts_folded"}
     provides: ClassVar[set[str]] = {"scales_transposed"}
     numerics: ClassVar[str] = "rounding"
+
+    def __post_init__(self) -> None:
+        for role in ("input", "grad"):
+            specs = [QuantSpec.parse(text) for text in self.recipe.specs_of(role)]
+            if len({s.elem for s in specs}) > 1 or any(s.scale not in ("po2", "e8m0") for s in specs):
+                object.__setattr__(self, "numerics", "changes")  # of this instance; the dataclass is frozen
 
     def run(self, graph: fx.Graph, ctx: Context) -> None:
         for q in ctx.at(quantize_nodes(graph)):

@@ -152,6 +152,11 @@ class Recipe:
         """The rule that decides for a module, if any."""
         return next((r for r in self.rules if r.matches(path)), None)
 
+    def specs_of(self, role: str) -> list[str]:
+        """Every spec that a role ("input", "weight", "grad", "hidden") has anywhere, rules and products included."""
+        maps = [self.specs, *(r.specs for r in self.rules if r.specs)]
+        return [text for specs in maps for key, text in specs.items() if role in key.split(".")]
+
     # --- checks
 
     def _check(self) -> None:

@@ -36,7 +36,8 @@ def make_optimizer(model: nn.Module, cfg: TrainConfig) -> Optimizer:
         return adamw(model, cfg)
     kind, _, lite = cfg.optim.partition("-")
     groups = param_groups(model, algorithm=kind, weight_decay=cfg.weight_decay, verbose=False)
-    config = LiteConfig.wsd(warmup=cfg.warmup, total=cfg.steps) if lite else None
+    # A run may end within its warm-up; LITE's ramps need a step behind theirs.
+    config = LiteConfig.wsd(warmup=min(cfg.warmup, cfg.steps - 1), total=cfg.steps) if lite else None
     if kind == "soap":
         return Soap(groups, lr=cfg.lr, lite=config)
     return Muon(groups, lr=cfg.lr, lite=config)

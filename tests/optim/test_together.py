@@ -80,3 +80,11 @@ def test_an_unknown_optimizer_is_named() -> None:
     with pytest.raises(moefx.InputError, match="unknown optim 'moun'") as caught:
         TrainConfig(optim="moun")
     assert "did you mean 'muon'" in str(caught.value)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 20])
+def test_a_run_may_end_in_its_warm_up(steps: int, opt: moefx.OptimizedModule) -> None:
+    model = copy.deepcopy(opt)
+    optim = make_optimizer(model, TrainConfig(steps=steps, warmup=20, lr=3e-3, optim="muon-lite"))
+    found = losses(model, optim, 3)  # one step more than planned is no error either
+    assert found[-1] < found[0]

@@ -9,7 +9,7 @@ idiom into any other.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -116,23 +116,9 @@ class Expert(nn.Module):
 class ListedExperts(MoELayer):
     """Parameters experts.{e}.{gate_proj, up_proj, down_proj}.weight [out, in] and .bias [out]."""
 
-    def __init__(
-        self,
-        hidden: int,
-        width: int,
-        experts: int,
-        k: int,
-        *,
-        act: str = "silu",
-        gated: bool = True,
-        bias: bool = False,
-        renormalize: bool = True,
-        capacity: int | None = None,
-    ) -> None:
-        super().__init__(
-            hidden, width, experts, k, act=act, gated=gated, bias=bias, renormalize=renormalize, capacity=capacity
-        )
-        self.experts = nn.ModuleList(Expert(hidden, width, act, gated, bias) for _ in range(experts))
+    def __init__(self, hidden: int, width: int, experts: int, k: int, **options: Any) -> None:
+        super().__init__(hidden, width, experts, k, **options)
+        self.experts = nn.ModuleList(Expert(hidden, width, self.act, self.gated, self.bias) for _ in range(experts))
         self.reset_parameters()
 
     def expert_views(self, e: int) -> dict[str, Tensor]:
@@ -154,32 +140,18 @@ class StackedExperts(MoELayer):
     in_first: ClassVar[bool] = False
     interleaved: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        hidden: int,
-        width: int,
-        experts: int,
-        k: int,
-        *,
-        act: str = "silu",
-        gated: bool = True,
-        bias: bool = False,
-        renormalize: bool = True,
-        capacity: int | None = None,
-    ) -> None:
-        super().__init__(
-            hidden, width, experts, k, act=act, gated=gated, bias=bias, renormalize=renormalize, capacity=capacity
-        )
+    def __init__(self, hidden: int, width: int, experts: int, k: int, **options: Any) -> None:
+        super().__init__(hidden, width, experts, k, **options)
         *inner, down = self.names
-        if len(inner) == 2 and not gated:
+        if len(inner) == 2 and not self.gated:
             inner = inner[1:]
-        joint = 2 if len(self.names) == 2 and gated else 1
+        joint = 2 if len(self.names) == 2 and self.gated else 1
         sizes = {name: (width * joint, hidden) for name in inner} | {down: (hidden, width)}
         for name, (out, into) in sizes.items():
             self.register_parameter(
                 name, nn.Parameter(torch.empty((experts, into, out) if self.in_first else (experts, out, into)))
             )
-            if bias:
+            if self.bias:
                 self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(experts, out)))
         self.reset_parameters()
 

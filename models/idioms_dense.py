@@ -6,6 +6,8 @@ Own implementations of spellings found in public code.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -166,23 +168,11 @@ class ExpertChoice(StackedExperts):
     down: nn.Parameter
 
     def __init__(
-        self,
-        hidden: int,
-        width: int,
-        experts: int,
-        k: int,
-        *,
-        act: str = "silu",
-        gated: bool = True,
-        bias: bool = False,
-        renormalize: bool = False,
-        capacity: int | None = None,
+        self, hidden: int, width: int, experts: int, k: int, *, renormalize: bool = False, **options: Any
     ) -> None:
         if renormalize:
             raise ValueError("ExpertChoice: a token has no fixed number of weights, so renormalize=True is impossible")
-        super().__init__(
-            hidden, width, experts, k, act=act, gated=gated, bias=bias, renormalize=False, capacity=capacity
-        )
+        super().__init__(hidden, width, experts, k, renormalize=False, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         x_TH = x.reshape(-1, self.hidden)

@@ -26,7 +26,7 @@ from torch._dynamo.functional_export import dynamo_graph_capture_for_export
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
 from torch._guards import TracingContext, detect_fake_mode, tracing
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -294,11 +294,6 @@ def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode | None:
     """The fake mode that the given values live in, if any."""
     mode: FakeTensorMode | None = detect_fake_mode(list(values))
     return mode
-
-
-def is_fake(value: object) -> bool:
-    """Whether a value is a fake tensor."""
-    return isinstance(value, FakeTensor)
 
 
 @contextlib.contextmanager

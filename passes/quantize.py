@@ -9,10 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from moefx import compat
 from moefx.dialect.glu import GluKind
 from moefx.errors import RecipeError
-from moefx.graph.casts import QUANTIZE, Pair, mark
+from moefx.graph.casts import QUANTIZE, Pair, by_spec, mark
 from moefx.graph.edit import (
     arguments,
     find,
@@ -192,7 +191,7 @@ class _Layer:
         *items, amax = unpack(call, q, 2 * len(specs) + 1)
         self.delayed["/".join(why[2:] + why[:2])] = amax
         history.meta["moefx_keys"] = list(self.delayed)
-        return {s: (items[2 * i], items[2 * i + 1]) for i, s in enumerate(specs)}
+        return by_spec(items, specs)
 
     def return_magnitudes(self) -> None:
         """The magnitudes of delayed casts become outputs of the half that computes them."""
@@ -228,8 +227,7 @@ def _encode(
     rows = offsets if any(QuantSpec.parse(s).br != 1 for s in specs) else None
     q = call(ops.quantize.default, x, rows, specs)
     mark(q, *cast)
-    items = [call(compat.getitem, q, i) for i in range(2 * len(specs))]
-    return {s: (items[2 * i], items[2 * i + 1]) for i, s in enumerate(specs)}
+    return by_spec(unpack(call, q, 2 * len(specs)), specs)
 
 
 def _decode(

@@ -28,7 +28,7 @@ from moefx.precision.recipe import BF16, Recipe, lookup
 from moefx.precision.spec import QuantSpec
 
 ops = torch.ops.moefx
-FUSED, FUSED_BACKWARD = targets(ops.glu_quantize), targets(ops.glu_backward_quantize)
+FUSED = targets(ops.glu_quantize)
 WGRAD = targets(ops.scaled_grouped_wgrad)
 
 

@@ -6,7 +6,7 @@ other nodes read. Fused ops return codes in the same way behind their other outp
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,11 +77,16 @@ def dequantize_nodes(graph: fx.Graph) -> list[fx.Node]:
     return find(graph, ops.dequantize)
 
 
-def codes_of(q: fx.Node, first: int = 0) -> dict[str, tuple[fx.Node | None, fx.Node | None]]:
+def codes_of(q: fx.Node) -> dict[str, tuple[fx.Node | None, fx.Node | None]]:
     """The codes and scales nodes that read a quantize node, by spec; None where nobody reads them."""
     items = outputs(q)
     specs: Any = arguments(q)["specs"]
-    return {s: (items.get(first + 2 * i), items.get(first + 2 * i + 1)) for i, s in enumerate(specs)}
+    return {s: (items.get(2 * i), items.get(2 * i + 1)) for i, s in enumerate(specs)}
+
+
+def by_spec(items: Sequence[fx.Node], specs: Sequence[str]) -> dict[str, Pair]:
+    """What a cast gave, codes and scales of each spec in turn, by spec."""
+    return {s: (items[2 * i], items[2 * i + 1]) for i, s in enumerate(specs)}
 
 
 def read_codes(d: fx.Node) -> Codes:
@@ -107,8 +112,7 @@ def _rebuilt(graph: fx.Graph, q: fx.Node, specs: list[str], offsets: fx.Node | N
     with inheriting(graph, q) as call:
         new = call(ops.quantize.default, q.args[0], offsets, specs)
         new.meta["moefx_cast"] = q.meta["moefx_cast"]
-        items = unpack(call, new, 2 * len(specs))
-    return {s: (items[2 * i], items[2 * i + 1]) for i, s in enumerate(specs)}
+        return by_spec(unpack(call, new, 2 * len(specs)), specs)
 
 
 def _redirect(graph: fx.Graph, q: fx.Node, now: dict[str, Pair]) -> None:

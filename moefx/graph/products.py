@@ -44,10 +44,6 @@ class Product:
     path: str
     operands: tuple[Operand, Operand]
 
-    def operand(self, role: str) -> Operand:
-        """The operand of a role."""
-        return next(o for o in self.operands if o.role == role)
-
 
 def source(w: fx.Node) -> tuple[fx.Node, bool]:
     """The node behind transposes of the last two axes, and whether an odd number of them was peeled off."""

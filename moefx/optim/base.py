@@ -194,7 +194,7 @@ class GroupedOptimizer(Optimizer):
         """torch's own form, with LITE's settings as plain numbers and strings."""
         saved = super().state_dict()
         for group in saved["param_groups"]:
-            group["lite"] = None if group["lite"] is None else group["lite"].describe()
+            group["lite"] = describe_lite(group["lite"])
         return saved
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

@@ -21,7 +21,6 @@ Tensor = torch.Tensor
 Special = Literal["fn", "fnuz", "ieee", "none"]
 SPECIALS: tuple[Special, ...] = ("fn", "fnuz", "ieee", "none")
 MIN_NORMAL = 2.0**-126  # of fp32
-_INF_BITS = 0x7F800000
 
 
 @dataclass(frozen=True)

@@ -154,8 +154,11 @@ class Recipe:
 
     def specs_of(self, role: str) -> list[str]:
         """Every spec that a role ("input", "weight", "grad", "hidden") has anywhere, rules and products included."""
-        maps = [self.specs, *(r.specs for r in self.rules if r.specs)]
-        return [text for specs in maps for key, text in specs.items() if role in key.split(".")]
+        return [text for key, text in self._every() if role in key.split(".")]
+
+    def _every(self) -> list[tuple[str, str]]:
+        """Keys and specs of the recipe and of its rules."""
+        return [item for specs in (self.specs, *(r.specs for r in self.rules if r.specs)) for item in specs.items()]
 
     # --- checks
 
@@ -167,11 +170,10 @@ class Recipe:
         self._known("turn", self.turn, TURNS)
         if type(self.align) is not int or self.align < 1:
             raise RecipeError(f"recipe {self.name!r}: align is {self.align!r}", todo="give a positive number of rows")
-        every = [*self.specs.values(), *(s for r in self.rules if r.specs for s in r.specs.values())]
         for where, specs in [("specs", self.specs), *((f"rules[{r.path!r}]", r.specs) for r in self.rules)]:
             if specs is not None:
                 self._check_keys(where, specs)
-        delayed = [s for s in every if QuantSpec.parse(s).delayed]
+        delayed = [s for _, s in self._every() if QuantSpec.parse(s).delayed]
         if bool(delayed) != (self.amax_history > 0):
             raise RecipeError(
                 f"recipe {self.name!r}: amax_history is {self.amax_history}",

@@ -29,9 +29,9 @@ class AlignPlans(Pass):
     numerics: ClassVar[str] = "rounding"
 
     def run(self, graph: fx.Graph, ctx: Context) -> None:
-        for plan in ctx.at(find(graph, ops.plan)):
+        for plan in ctx.at(find(graph, ops.plan, ops.choice_plan)):
             a = arguments(plan)
-            if a["align"] % self.recipe.align:
-                plan.args = (a["idx"], a["E"], self.recipe.align)
+            if a.pop("align") % self.recipe.align:
+                plan.args = (*a.values(), self.recipe.align)
                 plan.kwargs = {}
                 ctx.matched(plan)

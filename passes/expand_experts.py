@@ -1,4 +1,4 @@
-"""`experts` markers become dialect ops: dispatch, plan, permute, product, activation, product, unpermute, combine."""
+"""`experts` and `expert_choice` markers become dialect ops: dispatch, plan, permute, product, activation, product, unpermute, combine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ExpandExperts(Pass):
     provides: ClassVar[set[str]] = {"experts_expanded"}
 
     def run(self, graph: fx.Graph, ctx: Context) -> None:
-        for node in ctx.at(find(graph, ops.experts)):
+        for node in ctx.at(find(graph, ops.experts, ops.expert_choice)):
             a = arguments(node)
             spec = ExpertsSpec.parse(a["spec"])
             up, down = a["weights"][0], a["weights"][2 if spec.bias else 1]
@@ -36,10 +36,17 @@ class ExpandExperts(Pass):
                     y: fx.Node = call(ops.grouped_mm, x, w, offsets)
                     return y if bias is None else call(ops.grouped_bias, y, bias, offsets)
 
-                plan = call(ops.plan, a["idx"], value(up).shape[0], 1)
+                if "idx" in a:
+                    plan, weight = call(ops.plan, a["idx"], value(up).shape[0], 1), a["w"]
+                else:
+                    tokens = value(a["x"]).shape[0]
+                    tokens = tokens if isinstance(tokens, int) else call(torch.ops.aten.sym_size.int, a["x"], 0)
+                    plan = call(ops.choice_plan, a["token"], tokens, 1)
+                    zeros = call(torch.ops.aten.new_zeros, a["w"], [tokens, value(up).shape[0]])
+                    weight = call(torch.scatter, zeros, 0, call(torch.t, a["token"]), call(torch.t, a["w"]))
                 token, order, slot, offsets = unpack(call, plan, 4)
                 h = linear(call(ops.permute, call(ops.dispatch, a["x"]), token, slot), up, biases[0], offsets)
                 y = linear(call(ops.glu, h, None, str(spec.glu)), down, biases[1], offsets)
-                new = call(ops.combine, call(ops.unpermute, y, token, order, slot, a["w"]))
+                new = call(ops.combine, call(ops.unpermute, y, token, order, slot, weight))
             replace(graph, node, new)
             ctx.matched(new)

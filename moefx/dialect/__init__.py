@@ -11,6 +11,7 @@ from .glu import GluKind
 
 OPS = (
     "plan",
+    "choice_plan",
     "permute",
     "unpermute",
     "unpermute_backward",
@@ -24,6 +25,7 @@ OPS = (
     "glu",
     "glu_backward",
     "experts",
+    "expert_choice",
     "dispatch",
     "combine",
     "quantize",

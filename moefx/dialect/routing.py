@@ -72,6 +72,41 @@ plan = define(
 )
 
 
+def _choice_plan(token_EC: Tensor, T: int, align: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    E, C = token_EC.shape
+    wide, dev = rows(C, 1, align), token_EC.device
+    place = torch.arange(E, device=dev)[:, None] * wide + torch.arange(C, device=dev)
+    pair = token_EC.long() * E + torch.arange(E, device=dev)[:, None]
+    token = torch.full((E * wide,), -1, dtype=torch.int64, device=dev)
+    order, slot = token.clone(), torch.full((T * E,), -1, dtype=torch.int64, device=dev)
+    token[place.view(-1)] = token_EC.reshape(-1).long()
+    order[place.view(-1)] = pair.view(-1)
+    slot[pair.view(-1)] = place.view(-1)
+    ends = torch.arange(E + 1, device=dev, dtype=torch.int32) * wide
+    return token, order, slot.view(T, E), ends
+
+
+def _choice_plan_fake(token_EC: Tensor, T: int, align: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    E, C = token_EC.shape
+    S, long = E * rows(C, 1, align), torch.int64
+    return (
+        token_EC.new_empty(S, dtype=long),
+        token_EC.new_empty(S, dtype=long),
+        token_EC.new_empty((T, E), dtype=long),
+        token_EC.new_empty(E + 1, dtype=torch.int32),
+    )
+
+
+# Expert choice: expert e takes the C tokens token[e], all different. Pair (t, e) counts as choice e of token t, so that
+# `order` is t * E + e and `slot` is [T, E].
+choice_plan = define(
+    "choice_plan",
+    "(Tensor token, SymInt T, int align=1) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=_choice_plan,
+    fake=_choice_plan_fake,
+)
+
+
 def _permute(x_TH: Tensor, token_S: Tensor, slot_Tk: Tensor) -> Tensor:
     if x_TH.shape[0] == 0:
         return x_TH.new_zeros(token_S.shape[0], x_TH.shape[1])

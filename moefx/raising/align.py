@@ -1,0 +1,203 @@
+"""One program out of several runs: numbers that follow the sizes of the inputs become expressions of them.
+
+A block that was run on inputs of three sizes gives three programs. They must agree in every operation; where an integer
+differs, it has to be the same expression of input sizes in all of them (`2 * size(0) * size(1) + 1`), or the block is
+not raised.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from .explain import Capacity, CapacityRule, capacity_rule
+from .fit import NoFit
+from .slice import NoSlice, Op, Program
+
+Shapes = Sequence[tuple[int, ...]]  # of the block's tensor arguments, in order
+Var = tuple[int, int]  # (argument, axis)
+
+
+@dataclass(frozen=True)
+class Size:
+    """`ratio * product of sizes + offset`, or `min(product, max(1, floor(ratio * product)))` where `floored`.
+
+    The second is how many tokens an expert chooses: a share of them, at least one, and not more than there are.
+    """
+
+    factors: tuple[Var, ...]
+    ratio: Fraction = Fraction(1)
+    offset: int = 0
+    floored: bool = False
+
+    def value(self, shapes: Shapes) -> int:
+        """The number for inputs of these shapes."""
+        product = 1
+        for leaf, axis in self.factors:
+            product *= shapes[leaf][axis]
+        scaled = self.ratio * product
+        return min(product, max(1, math.floor(scaled))) if self.floored else int(scaled) + self.offset
+
+
+@dataclass(frozen=True)
+class Dropping:
+    """A capacity for all sizes: groups and tokens as expressions, rows by rule."""
+
+    order: str
+    groups: Any
+    tokens: Any
+    rule: CapacityRule
+
+
+class _Solver:
+    def __init__(self, shapes: Sequence[Shapes]) -> None:
+        self.shapes = shapes
+        vectors: dict[tuple[int, ...], Var] = {}
+        for leaf, first in enumerate(shapes[0]):
+            for axis in range(len(first)):
+                seen = tuple(s[leaf][axis] for s in shapes)
+                if len(set(seen)) > 1:
+                    vectors.setdefault(seen, (leaf, axis))
+        variables = list(vectors.values())
+        self.products = [*((v,) for v in variables), *itertools.combinations(variables, 2)]
+
+    def __call__(self, values: Sequence[int]) -> Any:
+        if len(set(values)) == 1:
+            return values[0]
+        for factors in self.products:
+            base = [Size(factors).value(s) for s in self.shapes]
+            steps = {
+                Fraction(v - values[0], b - base[0]) for v, b in zip(values, base, strict=True) if b != base[0]
+            }
+            if len(steps) != 1:
+                continue
+            ratio = steps.pop()
+            offset = values[0] - ratio * base[0]
+            size = Size(factors, ratio, int(offset)) if offset.denominator == 1 else None
+            if size is not None and [size.value(s) for s in self.shapes] == list(values):
+                return size
+        for factors in self.products:
+            base = [Size(factors).value(s) for s in self.shapes]
+            low = max(Fraction(v, b) for v, b in zip(values, base, strict=True))
+            high = min(Fraction(v + 1, b) for v, b in zip(values, base, strict=True))
+            simple = (Fraction(math.ceil(low * q), q) for q in range(1, 129))
+            ratio = next((r for r in simple if low <= r < high and r < 1), None)
+            if ratio is not None:
+                return Size(factors, ratio, floored=True)
+        raise NoSlice(
+            f"a number in it is {', '.join(map(str, values))} for inputs of {', '.join(_shown(s) for s in self.shapes)}"
+            ", which is no simple function of their sizes"
+        )
+
+
+def _shown(shapes: Shapes) -> str:
+    return "x".join(map(str, shapes[0])) if shapes else "()"
+
+
+def align(programs: Sequence[Program], shapes: Sequence[Shapes], numbers: Sequence[float]) -> Program:
+    """The program that all of `programs` are cases of.
+
+    Args:
+        shapes: for each program the shapes of the block's tensor arguments.
+        numbers: what the block's modules carry, of which a capacity may be made.
+
+    Raises:
+        NoSlice: they differ in more than sizes.
+    """
+    solve = _Solver(shapes)
+    for i, ops in enumerate(itertools.zip_longest(*(p.ops for p in programs))):
+        if any(o is None for o in ops) or len({(o.kind, o.target if o.kind != "experts" else 0) for o in ops}) > 1:
+            names = [_name(o) for o in ops]
+            raise NoSlice(f"it takes different steps for different inputs: step {i} is {' or '.join(dict.fromkeys(names))}")
+    merged = []
+    for ops in zip(*(p.ops for p in programs), strict=True):
+        first = ops[0]
+        if first.kind == "experts":
+            merged.append(_experts(ops, solve, numbers))
+            continue
+        if len({o.grad for o in ops}) > 1:
+            raise NoSlice("gradients are switched on and off depending on the input")
+        args, kwargs = _merge([(o.args, o.kwargs) for o in ops], solve)
+        merged.append(Op(first.kind, first.target, args, kwargs, first.grad))
+    return Program(merged, _merge([p.out for p in programs], solve))
+
+
+def _name(op: Op | None) -> str:
+    return "nothing" if op is None else getattr(op.target, "__name__", str(op.target)) if op.kind == "call" else op.kind
+
+
+def _merge(values: Sequence[Any], solve: _Solver) -> Any:
+    first = values[0]
+    if any(type(v) is not type(first) for v in values):
+        raise NoSlice("an argument has different types for different inputs")
+    if isinstance(first, tuple | list):
+        if len({len(v) for v in values}) > 1:
+            raise NoSlice("an argument has different lengths for different inputs")
+        return type(first)(_merge(list(v), solve) for v in zip(*values, strict=True))
+    if isinstance(first, dict):
+        if any(v.keys() != first.keys() for v in values):
+            raise NoSlice("different keywords are passed for different inputs")
+        return {k: _merge([v[k] for v in values], solve) for k in first}
+    if isinstance(first, slice):
+        parts = [(v.start, v.stop, v.step) for v in values]
+        return slice(*(_merge(list(p), solve) for p in zip(*parts, strict=True)))
+    if type(first) is int:
+        return solve(list(values))
+    if any(v != first for v in values):
+        raise NoSlice(f"a value in it depends on the input: {', '.join(map(str, values))}")
+    return first
+
+
+def _experts(ops: Sequence[Op], solve: _Solver, numbers: Sequence[float]) -> Op:
+    if any(o.target != ops[0].target for o in ops):
+        raise NoSlice("the experts were read in different ways for different inputs")
+    details = [dict(o.kwargs) for o in ops]
+    capacities: list[Capacity | None] = [d.pop("capacity") for d in details]
+    # Rows of the routed sum are a layout matter: `shape` follows sizes like any other number.
+    tokens = [d.pop("tokens") for d in details]
+    merged = _merge(details, solve)
+    merged["capacity"] = _dropping(capacities, tokens, solve, details[0], numbers)
+    return Op("experts", ops[0].target, (), merged)
+
+
+def _dropping(
+    seen: Sequence[Capacity | None], tokens: Sequence[int], solve: _Solver, detail: dict[str, Any], numbers: Sequence[float]
+) -> Dropping | None:
+    cases = [c for c in seen if c is not None]
+    if not cases:
+        return None
+    if len(cases) < len(seen):
+        raise NoSlice("choices are dropped for some inputs and not for others of more tokens")
+    if len({c.order for c in cases}) > 1:
+        raise NoSlice("choices are dropped in different orders for different inputs")
+    per_group = [t // c.groups for t, c in zip(tokens, cases, strict=True)]
+    try:
+        rule = capacity_rule(
+            [(t, c.rows) for t, c in zip(per_group, cases, strict=True)], detail["experts"], detail["k"], numbers
+        )
+    except NoFit as e:
+        raise NoSlice(str(e)) from e
+    return Dropping(cases[0].order, solve([c.groups for c in cases]), solve(per_group), rule)
+
+
+def evaluated(program: Program, shapes: Shapes) -> Program:
+    """The program with all expressions replaced by their numbers for inputs of these shapes."""
+
+    def numbers(v: Any) -> Any:
+        if isinstance(v, Size):
+            return v.value(shapes)
+        if isinstance(v, tuple | list):
+            return type(v)(map(numbers, v))
+        if isinstance(v, dict):
+            return {k: numbers(x) for k, x in v.items()}
+        if isinstance(v, slice):
+            return slice(*map(numbers, (v.start, v.stop, v.step)))
+        return v
+
+    ops = [dataclasses.replace(o, args=numbers(o.args), kwargs=numbers(o.kwargs)) for o in program.ops]
+    return Program(ops, numbers(program.out))

@@ -1,0 +1,174 @@
+"""Where the coefficients of a routed sum come from: recorded weights, gate matrices, and which choices were dropped.
+
+A capacity drops choices: an expert keeps its first C rows in some order of priority. The order is found by trying, C by
+looking at the last row kept and the first one dropped; how C depends on the number of tokens is found by comparing runs
+of different sizes (`CapacityRule`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .fit import Fit, NoFit
+from .record import Record, Snap
+
+Tensor = torch.Tensor
+ORDERS = ("token", "choice", "row", "row choice")
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Expert e keeps rows of rank < `rows`; ranks count in `order`, for each of `groups` equal parts of the tokens anew.
+
+    Orders: `token` (t, j), `choice` (j, t); with `row` in front, per batch row.
+    """
+
+    order: str
+    groups: int
+    rows: int
+
+
+@dataclass
+class Weights:
+    """The factors of the experts' outputs: `source` is [.., k], a gate matrix [.., E], or None where they are one."""
+
+    source: Snap | None
+    gates: bool = False
+    factor: float = 1.0
+    capacity: Capacity | None = None
+
+
+def explain(record: Record, fit: Fit) -> list[Weights]:
+    """Ways to compute the coefficients of a fit from recorded values, the likeliest first; `NoFit` if there is none."""
+    if fit.choice is not None:
+        return [Weights(fit.choice)]
+    tokens, k = fit.c.shape
+    if fit.scaled is not None and not _close(torch.ones_like(fit.c), fit.c):
+        raise NoFit("experts whose inputs are weighted have outputs that are weighted again")
+    kept = fit.c.abs() > 1e-4 * fit.c.abs().max()
+    exact: list[Weights] = []
+    masked: list[tuple[Snap, bool]] = []
+    scaled: list[Weights] = []
+    for s in _usable(record, fit):
+        v = s.value
+        for gates in (False, True):
+            if gates and v.shape[-1:] == (fit.experts,) and v.numel() == tokens * fit.experts:
+                values = v.reshape(tokens, -1).gather(1, fit.chosen).float()
+            elif not gates and v.numel() == tokens * k and (v.shape[-1] == k or k == 1):
+                values = v.reshape(tokens, k).float()
+            else:
+                continue
+            if _close(values, fit.c):
+                exact.append(Weights(s, gates))
+            elif _close(values * kept, fit.c):
+                masked.append((s, gates))
+            elif bool(kept.all()) and (ratio := _ratio(fit.c, values)) is not None:
+                scaled.append(Weights(s, gates, ratio))
+    if exact:
+        return sorted(exact, key=_likely)
+    if bool(kept.all()):
+        if _close(torch.ones_like(fit.c), fit.c):
+            return [Weights(None)]
+        if scaled:
+            return sorted(scaled, key=_likely)
+    ones = _close(kept.float(), fit.c)
+    if masked or ones:
+        found = capacities(fit, kept)
+        plain = [Weights(s, gates, 1.0, c) for c in found for s, gates in masked]
+        options = sorted(plain, key=_likely) + [Weights(None, False, 1.0, c) for c in found if ones]
+        if options:
+            return options
+        raise NoFit("choices are dropped by a rule that is no capacity in order of tokens")
+    raise NoFit("the weights of the experts are no values that the block computes")
+
+
+def _usable(record: Record, fit: Fit) -> list[Snap]:
+    return [s for s in record.snaps if s.value.is_floating_point() and s.value.numel() and s.time < fit.y.time]
+
+
+def _likely(w: Weights) -> tuple[bool, bool, int]:
+    """Weights with a gradient first, as they are before gate matrices, late ones before early ones."""
+    assert w.source is not None
+    return (not w.source.grad, w.gates, -w.source.time)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return bool(((a - b).abs() <= 1e-3 * b.abs().max()).all())
+
+
+def _ratio(c: Tensor, values: Tensor) -> float | None:
+    """The constant factor between two sets of coefficients, if it is one."""
+    if not bool((values != 0).all()):
+        return None
+    ratio = c / values
+    middle = float(ratio.median())
+    if not math.isfinite(middle) or not bool(((ratio - middle).abs() <= 1e-3 * abs(middle)).all()):
+        return None
+    return float(f"{middle:.4g}")
+
+
+def ranks(chosen: Tensor, experts: int, order: str, groups: int) -> Tensor:
+    """Rank of every choice [N, k] among those of its expert, in an order of priority."""
+    tokens, k = chosen.shape
+    parts = chosen.view(groups, tokens // groups, k)
+    if order.endswith("choice"):
+        parts = parts.transpose(1, 2)
+    flat = parts.reshape(groups, -1)
+    onehot = torch.nn.functional.one_hot(flat, experts)
+    rank = (onehot.cumsum(1) - 1).gather(2, flat[..., None])[..., 0].view(parts.shape)
+    return (rank.transpose(1, 2) if order.endswith("choice") else rank).reshape(tokens, k)
+
+
+def capacities(fit: Fit, kept: Tensor) -> list[Capacity]:
+    """Capacities that drop exactly the choices that were dropped."""
+    tokens = fit.c.shape[0]
+    found = []
+    for order in ORDERS:
+        groups = 1
+        if order.startswith("row"):
+            shape = next((s.value.shape for s in (fit.x, fit.y) if s.value.dim() == 3), None)
+            if shape is None or shape[0] == 1:
+                continue
+            groups = shape[0]
+        rank = ranks(fit.chosen, fit.experts, order.removeprefix("row").strip() or "token", groups)
+        if tokens and int(rank[kept].max()) + 1 == int(rank[~kept].min()):
+            found.append(Capacity(order, groups, int(rank[~kept].min())))
+    return found
+
+
+@dataclass(frozen=True)
+class CapacityRule:
+    """Rows per expert as a function of the tokens in a group: max(least, min(tokens, rounding(share * tokens)))."""
+
+    share: float = 0.0
+    rounding: str = "floor"
+    least: int = 0
+    fixed: int | None = None
+
+    def __call__(self, tokens: int) -> int:
+        """Rows that an expert keeps of a group of so many tokens."""
+        if self.fixed is not None:
+            return self.fixed
+        raw = self.share * tokens
+        return max(self.least, math.ceil(raw) if self.rounding == "ceil" else int(raw))
+
+
+def capacity_rule(seen: Sequence[tuple[int, int]], experts: int, k: int, numbers: Iterable[float]) -> CapacityRule:
+    """The rule behind (tokens, rows) pairs, made of numbers that the module carries; `NoFit` if there is none."""
+    rows = {c for _, c in seen}
+    if len(rows) == 1:
+        return CapacityRule(fixed=rows.pop())
+    factors = sorted({float(n) for n in numbers if 0 < n < 1e4} | {1.0, 1.25, 1.5, 2.0})
+    shares = [f * m / experts for f in factors for m in (k, 1)] + factors
+    for share, rounding in itertools.product(shares, ("floor", "ceil")):
+        least = min(rows)
+        for bound in (0, 1, least):
+            rule = CapacityRule(share, rounding, bound)
+            if all(rule(t) == c for t, c in seen):
+                return rule
+    raise NoFit(f"the capacity of an expert is {sorted(seen)} (tokens, rows), which no rule explains")

@@ -1,0 +1,369 @@
+"""What the experts compute, and with which weights: found by value among the numbers that a block left behind.
+
+For a few tokens each way of reading a bank's parameters (which is gate, up and down, their layout, the activation) gives
+the outputs f_e(x_t) of the experts. A tensor y of the record is the routed sum if some coefficients c solve
+y_t = sum_j c_tj f_{e_tj}(x_t) without residue. Random weights make an accident as good as impossible, and the block's
+own way of moving rows about (loops, masks, sorts, one-hot products) does not matter at all. `explain` then finds the
+coefficients among the recorded values; certification (`certify`) decides.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from moefx.dialect.glu import GluKind, glu_reference
+
+from .bank import Bank, Stack
+from .record import Record, Snap
+
+Tensor = torch.Tensor
+TOLERANCE = 2e-4  # relative; recorded in fp32, a wrong reading is off by order one
+ACTS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+
+
+@dataclass(frozen=True)
+class Role:
+    """A stack in its role. `turned`: stored [E, in, out]."""
+
+    stack: Stack
+    turned: bool = False
+    bias: Stack | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One way to read a bank: `up` holds gate and up in one or two stacks, in this order unless `swapped`."""
+
+    kind: GluKind
+    up: tuple[Role, ...]
+    down: Role
+    swapped: bool = False
+
+    @property
+    def bias(self) -> bool:
+        """Whether the products have biases."""
+        return self.down.bias is not None or any(r.bias is not None for r in self.up)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """All parameters that are read."""
+        roles = (*self.up, self.down)
+        return frozenset(n for r in roles for s in (r.stack, r.bias) if s is not None for n in s.names)
+
+
+@dataclass
+class Fit:
+    """The routed sum `y` of a record as experts of `x`: y_t = sum_j c[t, j] f(x_t; idx[t, j])."""
+
+    reading: Reading
+    experts: int
+    x: Snap
+    idx: tuple[Snap, ...]  # one [.., k], or k of [..]; a float one is a gate matrix [.., E] with k nonzeros a row
+    y: Snap
+    k: int
+    c: Tensor
+    chosen: Tensor
+    scaled: Snap | None = None  # weights [.., k] that multiply the experts' inputs
+    choice: Snap | None = None  # expert choice: weights [E, C]; idx is then tokens [E, C], and k, c, chosen mean nothing
+
+
+class NoFit(Exception):
+    """Nothing fitted; the text says what was seen instead."""
+
+
+def readings(bank: Bank, hidden: int, limits: tuple[tuple[float, float], ...]) -> Iterator[Reading]:
+    """All ways to read a bank whose experts take rows of `hidden` features, the usual ones first."""
+    gated = [GluKind(a) for a in ACTS]
+    joint = [replace(k, interleaved=True) for k in gated]
+    clamps = [GluKind("clamp", True, i, *pair) for pair in limits for i in (True, False)]
+    plain = [GluKind(a, gated=False) for a in ACTS]
+    for *ups, down in itertools.permutations(bank.matrices):
+        layouts = [[t for t in (False, True) if s.shape[1 if t else 2] == hidden] for s in ups]
+        for turned in itertools.product(*layouts):
+            width = sum(s.shape[2 if t else 1] for s, t in zip(ups, turned, strict=True))
+            if len(ups) == 2 and len({s.shape[2 if t else 1] for s, t in zip(ups, turned, strict=True)}) > 1:
+                continue
+            for down_turned in (False, True):
+                inner = down.shape[1 if down_turned else 2]
+                roles = [Role(s, t) for s, t in zip(ups, turned, strict=True)]
+                if width == 2 * inner:
+                    kinds = gated if len(ups) == 2 else [*gated, *joint, *clamps]
+                    options = [(k, s) for k in kinds for s in (False, True) if not (s and len(ups) == 2)]
+                elif width == inner and len(ups) == 1:
+                    options = [(k, False) for k in plain]
+                else:
+                    continue
+                for with_bias in _biases(bank, [*roles, Role(down, down_turned)]):
+                    for kind, swapped in options:
+                        yield Reading(kind, tuple(with_bias[:-1]), with_bias[-1], swapped)
+
+
+def _biases(bank: Bank, roles: list[Role]) -> Iterator[list[Role]]:
+    """Assignments of the bank's vectors to roles, all of them used first."""
+    outs = [r.stack.shape[2 if r.turned else 1] for r in roles]
+    options = [[None, *(v for v in bank.vectors if v.shape[1] == out)] for out in outs]
+    chosen = [c for c in itertools.product(*options) if len({v for v in c if v}) == sum(v is not None for v in c)]
+    for c in sorted(chosen, key=lambda c: sum(v is None for v in c)):
+        yield [replace(r, bias=v) for r, v in zip(roles, c, strict=True)]
+
+
+class Evaluator:
+    """Expert outputs of single rows, with the parameters of the recorded block."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.params = dict(block.named_parameters(remove_duplicate=False))
+        self._pre: dict[tuple[int, int, bool, Role], Tensor] = {}
+        self._kept: list[Tensor] = []
+
+    def _rows(self, stack: Stack, experts: Tensor) -> Tensor:
+        """Parameters of the given experts [R, ...] without building the whole stack."""
+        if len(stack.names) == 1:
+            whole = self.params[stack.names[0]].detach().view(stack.shape)
+            return whole[experts].float()
+        return torch.stack([self.params[stack.names[e]].detach().float() for e in experts.tolist()])
+
+    def _linear(self, x: Tensor, role: Role, experts: Tensor) -> Tensor:
+        w = self._rows(role.stack, experts)
+        y = torch.einsum("ri,rio->ro", x, w) if role.turned else torch.einsum("ri,roi->ro", x, w)
+        return y if role.bias is None else y + self._rows(role.bias, experts)
+
+    def __call__(self, reading: Reading, x: Tensor, rows: Tensor, pick: Tensor | None = None) -> Tensor:
+        """f_e(x) of input rows x [N, k, H] and experts [N, k], for all or the picked tokens: [n, k, H].
+
+        Without a k: x [R, H] and experts [R] give [R, H].
+        """
+        some = (lambda t: t) if pick is None else (lambda t: t[pick])
+        flat, experts = some(x).reshape(-1, x.shape[-1]), some(rows).reshape(-1)
+        parts = []
+        for role in reading.up:  # shared by all activations, so kept
+            key = (id(x), id(rows), pick is None, role)
+            if key not in self._pre:
+                self._kept += [x, rows]
+                self._pre[key] = self._linear(flat, role, experts)
+            parts.append(self._pre[key])
+        h = torch.cat(parts, -1)
+        if reading.swapped:
+            if reading.kind.interleaved:
+                h = h.view(*h.shape[:-1], -1, 2).flip(-1).flatten(-2)
+            else:
+                h = torch.cat(h.chunk(2, -1)[::-1], -1)
+        z = self._linear(glu_reference(h, None, str(reading.kind)), reading.down, experts)
+        return z.view(*some(rows).shape, z.shape[-1])
+
+
+def choices(record: Record, tokens: int, E: int) -> Iterator[tuple[tuple[Snap, ...], Tensor]]:
+    """Candidates for the experts of every token: the values they come from, and indices [N, k]."""
+    whole, single, gates = [], [], []
+    for s in _distinct(record.snaps):
+        v = s.value
+        if not v.is_floating_point() and v.dtype != torch.bool and v.numel() and v.numel() % tokens == 0:
+            k = v.numel() // tokens
+            if k > E or int(v.min()) < 0 or int(v.max()) >= E or int(v.max()) == int(v.min()):
+                continue
+            if v.dim() == 1 or (v.shape[-1] != k):
+                if k == 1:
+                    single.append(s)
+                continue
+            rows = v.reshape(tokens, k)
+            if k > 1 and not (rows.sort(-1).values.diff(dim=-1) > 0).all():
+                continue
+            if k == E:
+                continue
+            whole.append((s, rows))
+        elif v.is_floating_point() and v.dim() >= 2 and v.shape[-1] == E and v.numel() == tokens * E:
+            count = (v != 0).reshape(tokens, E).sum(-1)
+            if 0 < int(count.max()) < E and bool((count == count.max()).all()):
+                gates.append((s, v.reshape(tokens, E).topk(int(count.max())).indices))
+    for s, rows in reversed(whole):
+        yield (s,), rows.long()
+    for s in single:
+        yield (s,), s.value.reshape(tokens, 1).long()
+    for r in (2, 3):
+        for some in itertools.combinations(single[:6], r):
+            rows = torch.stack([s.value.reshape(tokens).long() for s in some], -1)
+            if (rows.sort(-1).values.diff(dim=-1) > 0).all():
+                yield some, rows
+    for s, rows in gates:
+        yield (s,), rows
+
+
+def _distinct(snaps: list[Snap]) -> list[Snap]:
+    """Snaps of different values; of equal ones the first."""
+    kept: list[Snap] = []
+    for s in snaps:
+        if not any(same(s.value, o.value) for o in kept):
+            kept.append(s)
+    return kept
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two values hold the same numbers in the same order, up to rounding, whatever their shapes."""
+    if a.numel() != b.numel() or a.is_floating_point() != b.is_floating_point() or a.dtype.is_complex:
+        return False
+    a, b = a.reshape(-1), b.reshape(-1)
+    if not a.is_floating_point():
+        return bool((a == b).all())
+    return bool(torch.allclose(a.float(), b.float(), rtol=1e-5, atol=1e-6, equal_nan=True))
+
+
+def rows_of(record: Record, tokens: int, width: int) -> list[Snap]:
+    """Floating values that are one row of `width` per token."""
+    return [
+        s
+        for s in record.snaps
+        if s.value.is_floating_point() and s.value.shape[-1:] == (width,) and s.value.numel() == tokens * width
+    ]
+
+
+def fit(block: nn.Module, record: Record, bank: Bank, limits: tuple[tuple[float, float], ...] = ()) -> Iterator[Fit]:
+    """All routed sums in a record that experts of the bank explain, most complete ones first; `NoFit` if none does."""
+    seen = "no tensor holds the experts' inputs or the choice of experts"
+    evaluate = Evaluator(block)
+    found: list[Fit] = []
+    for tokens, hidden in _sizes(record, bank):
+        inputs = _distinct(rows_of(record, tokens, hidden))
+        for source, rows in choices(record, tokens, bank.experts):
+            seen = "no sum of experts' outputs is among the values that the block computes"
+            pick = _probe(rows)
+            for x, scaled in [*((x, None) for x in inputs), *_scaled(record, inputs, rows, bank.experts)]:
+                x_rows = _inputs(x, scaled, rows, bank.experts)
+                for reading in readings(bank, hidden, limits):
+                    found += _sums(evaluate, reading, record, bank, source, rows, x, scaled, x_rows, pick)
+                    if found:
+                        break
+                if found:
+                    break
+            if found:
+                yield from sorted(found, key=lambda f: (-int((f.c.abs() > TOLERANCE).sum()), f.y.time))
+                return
+        for x in inputs:
+            for reading in readings(bank, hidden, limits):
+                found += _chosen_tokens(evaluate, reading, record, bank, x)
+                if found:
+                    yield found[0]
+                    return
+    raise NoFit(seen)
+
+
+def _inputs(x: Snap, scaled: Snap | None, rows: Tensor, E: int) -> Tensor:
+    """Input rows of the experts, one per choice: [N, k, H]."""
+    tokens, k = rows.shape
+    values = x.value.reshape(tokens, 1, -1).float().expand(tokens, k, -1)
+    return values if scaled is None else values * _factors(scaled, rows, E)[..., None]
+
+
+def _factors(s: Snap, rows: Tensor, E: int) -> Tensor:
+    """Values [.., k] or a gate matrix [.., E] as [N, k]."""
+    tokens, k = rows.shape
+    if s.value.numel() == tokens * E and s.value.shape[-1] == E:
+        return s.value.reshape(tokens, E).gather(1, rows).float()
+    return s.value.reshape(tokens, k).float()
+
+
+def _scaled(record: Record, inputs: list[Snap], rows: Tensor, E: int) -> Iterator[tuple[Snap, Snap]]:
+    """Inputs that are multiplied by weights before the experts see them."""
+    tokens, k = rows.shape
+    for s in reversed(_distinct(record.snaps)):
+        v = s.value
+        fits = v.numel() == tokens * k and (v.shape[-1] == k or k == 1) or (v.numel() == tokens * E and v.shape[-1] == E)
+        if v.is_floating_point() and fits and v.numel() > 0 and not bool((v == 1).all()):
+            for x in inputs:
+                yield x, s
+
+
+def _chosen_tokens(evaluate: Evaluator, reading: Reading, record: Record, bank: Bank, x: Snap) -> list[Fit]:
+    """Routed sums in which every expert takes the C tokens that it likes best."""
+    E = bank.experts
+    rows = x.value.reshape(-1, x.value.shape[-1]).float()
+    for s in record.snaps:
+        v = s.value
+        if v.is_floating_point() or v.dim() != 2 or v.shape[0] != E or v.dtype == torch.bool or not v.numel():
+            continue
+        if int(v.min()) < 0 or int(v.max()) >= len(rows) or not (v.sort(-1).values.diff(dim=-1) > 0).all():
+            continue
+        flat, experts = v.reshape(-1).long(), torch.arange(E, device=v.device).repeat_interleave(v.shape[1])
+        z = evaluate(reading, rows[flat], experts)
+        for w in reversed(record.snaps):
+            if not w.value.is_floating_point() or w.value.shape != v.shape:
+                continue
+            y = torch.zeros(len(rows), z.shape[1], device=v.device).index_add_(0, flat, z * w.value.reshape(-1, 1).float())
+            sums = rows_of(record, len(rows), z.shape[1])
+            match = [o for o in sums if o.time >= 0 and _near(o.value.reshape(y.shape).float(), y)]
+            if match:
+                last = [o for o in match if o.obj is match[0].obj][-1]
+                none = torch.zeros(len(rows), 0)
+                return [Fit(reading, E, x, (s,), last, v.shape[1], none, none.long(), choice=w)]
+    return []
+
+
+def _near(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).norm() <= TOLERANCE * b.norm()) and bool(b.norm() > 0)
+
+
+def _sizes(record: Record, bank: Bank) -> list[tuple[int, int]]:
+    """(tokens, features) that the block's inputs and the bank allow."""
+    widths = {d for s in bank.matrices for d in s.shape[1:]}
+    counts = {s.value.numel() // max(1, s.value.shape[-1]) for s in record.snaps[: 4 * len(record.inputs) + 40] if s.obj.source == "input" and s.value.dim() > 1}
+    counts |= {o.tensor.numel() for o in record.inputs if not o.tensor.is_floating_point()}
+    return [(n, d) for n in sorted(counts, reverse=True) for d in sorted(widths) if n > 0]
+
+
+def _probe(rows: Tensor) -> Tensor:
+    """A few tokens that between them choose many experts."""
+    order: list[int] = []
+    seen: set[int] = set()
+    for t, mine in enumerate(rows.tolist()):
+        if not seen.issuperset(mine):
+            order.append(t)
+            seen.update(mine)
+    rest = [t for t in range(len(rows)) if t not in order]
+    return torch.tensor(sorted((order + rest)[:6]))
+
+
+def _sums(
+    evaluate: Evaluator,
+    reading: Reading,
+    record: Record,
+    bank: Bank,
+    source: tuple[Snap, ...],
+    rows: Tensor,
+    x: Snap,
+    scaled: Snap | None,
+    x_rows: Tensor,
+    pick: Tensor,
+) -> list[Fit]:
+    tokens, k = rows.shape
+    z = evaluate(reading, x_rows, rows, pick)
+    width = z.shape[-1]
+    ys = [s for s in rows_of(record, tokens, width) if s.time >= 0]
+    if not ys or width <= k:
+        return []
+    b = torch.stack([s.value.reshape(tokens, width)[pick].float() for s in ys], -1)
+    good = _residues(z.transpose(1, 2), b)[1]
+    found: list[Fit] = []
+    for i, y in enumerate(ys):
+        if not good[i] or any(same(y.value, f.y.value) for f in found):
+            continue
+        full = evaluate(reading, x_rows, rows, None)
+        c, fine = _residues(full.transpose(1, 2), y.value.reshape(tokens, width, 1).float())
+        if fine[0]:
+            # The same object may be written again with nothing new, by experts without rows: the last time counts.
+            y = [s for s in ys if s.obj is y.obj and same(s.value, y.value)][-1]
+            found.append(Fit(reading, bank.experts, x, source, y, k, c[..., 0], rows, scaled))
+    return found
+
+
+def _residues(a: Tensor, b: Tensor) -> tuple[Tensor, list[bool]]:
+    """Coefficients [n, k, y] of b [n, D, y] in terms of a [n, D, k], and for which y nothing is left over."""
+    c = torch.linalg.lstsq(a.double(), b.double()).solution
+    left = (a.double() @ c - b).norm(dim=1)
+    size = b.double().norm(dim=1)
+    scale = size.amax(0, keepdim=True)
+    fine = (left <= TOLERANCE * scale) & (scale > 1e-6)
+    filled = (size > 1e-6 * scale).sum(0) >= min(2, a.shape[0])
+    return c.float(), (fine.all(0) & filled).tolist()

@@ -1,0 +1,331 @@
+"""A program as a forward for the block: an FX graph, and the Python function that it prints.
+
+The function takes the arguments of the block's own forward, reads parameters where they are, calls the submodules that
+were kept whole, and runs `moefx.experts` in the place of the experts' code.
+"""
+
+from __future__ import annotations
+
+import itertools
+import linecache
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from moefx.dialect.experts import ExpertsSpec
+
+from .align import Dropping, Size
+from .fit import Reading, Role
+from .record import function_name
+from .slice import Op, Program, Ref
+
+Tensor = torch.Tensor
+ops = torch.ops.moefx
+_OPERATORS = {
+    f"__{name}__": getattr(operator, name)
+    for name in "add sub mul truediv floordiv mod pow matmul neg eq ne lt le gt ge iadd isub imul itruediv ifloordiv "
+    "getitem setitem invert lshift rshift iand ior ixor".split()
+} | {"__and__": operator.and_, "__or__": operator.or_, "__xor__": operator.xor}
+_REFLECTED = {
+    "__radd__": operator.add,
+    "__rsub__": operator.sub,
+    "__rmul__": operator.mul,
+    "__rtruediv__": operator.truediv,
+    "__rdiv__": operator.truediv,
+    "__rpow__": operator.pow,
+    "__rfloordiv__": operator.floordiv,
+    "__rmatmul__": operator.matmul,
+}
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """A canonical expert tensor, weights [E, out, in] or biases [E, out], made of parameters as they are stored."""
+
+    roles: tuple[Role, ...]
+    part: str  # weight | bias
+    swapped: bool
+    interleaved: bool
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters, in the order in which `build` reads them."""
+        return tuple(n for r in self.roles for n in self._stack(r).names)
+
+    def _stack(self, role: Role) -> Any:
+        return role.stack if self.part == "weight" else role.bias
+
+    def build(self, get: Callable[[str], Tensor]) -> Tensor:
+        """The tensor, differentiable with respect to the parameters that `get` finds by name."""
+        turned = self.part == "weight" and any(r.turned for r in self.roles)
+        stacks = [self._stack(r) for r in self.roles]
+        if len(stacks) == 2 and all(len(s.names) > 1 for s in stacks) and not turned and not self.swapped:
+            # One copy instead of two: experts side by side, each with its gate and its up.
+            pairs = itertools.chain.from_iterable(zip(*(s.names for s in stacks), strict=True))
+            joined = torch.stack([get(n) for n in pairs])
+            return joined.view(stacks[0].shape[0], 2 * stacks[0].shape[1], *stacks[0].shape[2:])
+        parts = [
+            t.transpose(1, 2) if self.part == "weight" and r.turned else t
+            for r, t in zip(self.roles, (s.gather(get) for s in stacks), strict=True)
+        ]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        if not self.swapped:
+            return whole
+        if self.interleaved:
+            return whole.unflatten(1, (-1, 2)).flip(2).flatten(1, 2)
+        return torch.cat(whole.chunk(2, 1)[::-1], 1)
+
+
+@dataclass
+class Replay:
+    """A block's program as a graph. `assemblies` are attributes that the graph reads besides the block's own."""
+
+    graph: fx.Graph
+    assemblies: dict[str, Assembly]
+    spec: str
+    out_type: type | None
+
+    def forward(self, block: nn.Module, *, live: bool) -> Callable[..., Any]:
+        """The forward for `block`.
+
+        Args:
+            live: assemble expert tensors at every call. Otherwise they are read from the block as attributes, which
+                the caller has to put there (`capture` makes them inputs of the graph).
+        """
+        graph = fx.Graph()
+        copied: dict[fx.Node, fx.Node] = {}
+        for node in self.graph.nodes:
+            if live and node.op == "get_attr" and node.target in self.assemblies:
+                build = _builder(self.assemblies[str(node.target)], block)
+                copied[node] = graph.call_function(build, ())
+            else:
+                copied[node] = graph.node_copy(node, lambda n: copied[n])
+        code = graph.python_code("self")
+        scope = dict(code.globals)
+        name = f"<moefx forward of {type(block).__name__} {next(_count)}>"
+        linecache.cache[name] = (len(code.src), None, code.src.splitlines(True), name)
+        exec(compile(code.src, name, "exec"), scope)  # what fx.GraphModule does, without a module of its own
+        run, out_type = scope["forward"], self.out_type
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            out = run(block, *args, **kwargs)
+            return out if out_type is None else out_type(**out)
+
+        return forward
+
+
+_count = itertools.count()
+
+
+def _builder(assembly: Assembly, block: nn.Module) -> Callable[[], Tensor]:
+    def build_experts() -> Tensor:
+        return assembly.build(block.get_parameter)
+
+    return build_experts
+
+
+class _Emitter:
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.graph = fx.Graph()
+        self.leaves: list[fx.Node] = []
+        self.assemblies: dict[str, Assembly] = {}
+        self.spec = ""
+        self.sizes: dict[Size, Any] = {}
+        self.values: list[Any] = []
+        for i, v in enumerate(args):
+            self._leaf(v, self.graph.placeholder(f"arg{i}"))
+        for name, v in kwargs.items():
+            self._leaf(v, self.graph.placeholder(name, default_value=None))
+
+    def _leaf(self, value: Any, node: fx.Node) -> None:
+        if isinstance(value, Tensor):
+            self.leaves.append(node)
+        elif isinstance(value, tuple | list):
+            for i, v in enumerate(value):
+                self._leaf(v, self.graph.call_function(operator.getitem, (node, i)))
+        elif isinstance(value, dict):
+            for k, v in value.items():
+                self._leaf(v, self.graph.call_function(operator.getitem, (node, k)))
+
+    def number(self, size: Any) -> Any:
+        """A size expression as a node."""
+        if not isinstance(size, Size):
+            return size
+        if size not in self.sizes:
+            out: Any = None
+            for leaf, axis in size.factors:
+                n = self.graph.call_method("size", (self.leaves[leaf], axis))
+                out = n if out is None else self.graph.call_function(operator.mul, (out, n))
+            whole = out
+            if size.ratio.numerator != 1:
+                out = self.graph.call_function(operator.mul, (out, size.ratio.numerator))
+            if size.ratio.denominator != 1:
+                out = self.graph.call_function(operator.floordiv, (out, size.ratio.denominator))
+            if size.floored:
+                out = self.graph.call_function(torch.sym_max, (1, out))
+                out = self.graph.call_function(torch.sym_min, (whole, out))
+            if size.offset:
+                out = self.graph.call_function(operator.add, (out, size.offset))
+            self.sizes[size] = out
+        return self.sizes[size]
+
+    def read(self, tree: Any) -> Any:
+        """Arguments with references and sizes replaced by nodes."""
+        if isinstance(tree, Ref):
+            node = self.values[tree.op]
+            for key in tree.path:
+                node = self.graph.call_function(operator.getitem, (node, key))
+            return node
+        if isinstance(tree, Size):
+            return self.number(tree)
+        if isinstance(tree, tuple | list):
+            return type(tree)(map(self.read, tree))
+        if isinstance(tree, dict):
+            return {k: self.read(v) for k, v in tree.items()}
+        if isinstance(tree, slice):
+            return slice(self.read(tree.start), self.read(tree.stop), self.read(tree.step))
+        return tree
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> fx.Node:
+        """A recorded function call as a node that prints as Python."""
+        name = function_name(func)
+        if getattr(func, "__name__", "") == "__get__":
+            return self.graph.call_function(getattr, (args[0], name))
+        if name in _OPERATORS and not kwargs:
+            return self.graph.call_function(_OPERATORS[name], args)
+        if name in _REFLECTED:
+            return self.graph.call_function(_REFLECTED[name], (args[1], args[0]))
+        if func == "view" or getattr(Tensor, name, None) is func:
+            return self.graph.call_method(func if isinstance(func, str) else name, args, kwargs)
+        return self.graph.call_function(func, args, kwargs)
+
+    def op(self, op: Op) -> Any:
+        if op.kind == "input":
+            return self.leaves[op.target]
+        if op.kind == "state":
+            return self.graph.get_attr(op.target)
+        if op.kind == "experts":
+            return self.experts(op.target, self.read(op.kwargs), op.kwargs["capacity"])
+        args, kwargs = self.read(op.args), self.read(op.kwargs)
+        before = None
+        if not op.grad:
+            before = self.graph.call_function(torch.is_grad_enabled, ())
+            self.graph.call_function(torch._C._set_grad_enabled, (False,))
+        node = (
+            self.graph.call_module(op.target, args, kwargs) if op.kind == "module" else self.call(op.target, args, kwargs)
+        )
+        if before is not None:
+            self.graph.call_function(torch._C._set_grad_enabled, (before,))
+        return node
+
+    def weights(self, reading: Reading) -> list[fx.Node]:
+        """Nodes of the canonical tensors, [E, out, in] and [E, out]; a stack that is stored so is read as it is."""
+        self.spec = str(ExpertsSpec(reading.kind, "nk", reading.bias))
+        nodes = []
+        interleaved = reading.kind.interleaved
+        for label, roles, swapped in (("up", reading.up, reading.swapped), ("down", (reading.down,), False)):
+            for part in ("weight", "bias") if reading.bias else ("weight",):
+                if part == "bias" and any(r.bias is None for r in roles):
+                    raise NotImplementedError
+                stack = roles[0].stack if part == "weight" else roles[0].bias
+                assert stack is not None
+                if len(roles) == 1 and len(stack.names) == 1 and not swapped:
+                    node = self.graph.get_attr(stack.names[0])
+                    if stack.shape[0] and part == "weight" and self.flat(stack.names[0]):
+                        node = self.graph.call_method("view", (node, *stack.shape))
+                    if part == "weight" and roles[0].turned:
+                        node = self.graph.call_method("transpose", (node, 1, 2))
+                else:
+                    name = f"moefx_{label}_{part}"
+                    self.assemblies[name] = Assembly(roles, part, swapped, interleaved)
+                    node = self.graph.get_attr(name)
+                nodes.append(node)
+        return nodes
+
+    def flat(self, name: str) -> bool:
+        return self.dims(name) == 2
+
+    dims: Callable[[str], int]
+
+    def experts(self, reading: Reading, d: dict[str, Any], drop: Dropping | None) -> fx.Node:
+        call, method = self.graph.call_function, self.graph.call_method
+        k, E = d["k"], d["experts"]
+        x = method("flatten", (d["x"], 0, -2))
+        if d["expert_choice"]:
+            y = call(ops.expert_choice, (x, d["idx"][0], d["w"], self.weights(reading), self.spec))
+            return method("view", (y, d["shape"]))
+        if d["gate_matrix"]:
+            rows = method("reshape", (d["idx"][0], -1, E))
+            idx = call(getattr, (method("topk", (rows, k)), "indices"))
+        elif len(d["idx"]) == 1:
+            idx = method("reshape", (d["idx"][0], -1, k))
+        else:
+            idx = call(torch.stack, ([method("reshape", (i, -1)) for i in d["idx"]],), {"dim": 1})
+        if d["w"] is None:
+            w = call(torch.ones_like, (idx,), {"dtype": call(getattr, (x, "dtype"))})
+        elif d["gates"]:
+            w = method("gather", (method("reshape", (d["w"], -1, E)), 1, idx))
+        else:
+            w = method("reshape", (d["w"], -1, k))
+        if d["factor"] != 1:
+            w = call(operator.mul, (w, d["factor"]))
+        if drop is not None:
+            idx = self.dropped(idx, drop, E, k)
+        if d["scaled"] is not None:
+            s = d["scaled"]
+            if d["scaled_gates"]:
+                s = method("gather", (method("reshape", (s, -1, E)), 1, idx))
+            x, idx, w = self.scale(x, idx, w, s, k)
+        y = call(ops.experts, (x, idx, w, self.weights(reading), self.spec))
+        if d["scaled"] is not None:
+            y = method("sum", (method("unflatten", (y, 0, (-1, k))), 1))
+        return method("view", (y, d["shape"]))
+
+    def scale(self, x: Any, idx: Any, w: Any, s: Any, k: int) -> tuple[Any, Any, Any]:
+        """Weights on the experts' inputs: every choice is a token of its own."""
+        call, method = self.graph.call_function, self.graph.call_method
+        s = method("reshape", (s, -1, k, 1))
+        x = method("flatten", (call(operator.mul, (method("unsqueeze", (x, 1)), s)), 0, 1))
+        return x, method("reshape", (idx, -1, 1)), method("reshape", (w, -1, 1))
+
+    def dropped(self, idx: Any, drop: Dropping, E: int, k: int) -> Any:
+        """Indices with E in the place of choices beyond the capacity."""
+        call, method = self.graph.call_function, self.graph.call_method
+        rule, tokens = drop.rule, self.number(drop.tokens)
+        if rule.fixed is not None:
+            rows: Any = rule.fixed
+        else:
+            rows = call(operator.mul, (tokens, rule.share))
+            rows = call(torch.sym_int, (rows,)) if rule.rounding == "floor" else call(_ceil, (rows,))
+            if rule.least:
+                rows = call(torch.sym_max, (rows, rule.least))
+        parts = method("reshape", (idx, self.number(drop.groups), -1, k))
+        if drop.order.endswith("choice"):
+            parts = method("transpose", (parts, 1, 2))
+        flat = method("flatten", (parts, 1))
+        counts = method("cumsum", (call(F.one_hot, (flat, E)), 1))
+        rank = method("squeeze", (method("gather", (counts, 2, method("unsqueeze", (flat, -1)))), -1))
+        keep = call(operator.le, (rank, rows))
+        if drop.order.endswith("choice"):
+            keep = method("transpose", (method("unflatten", (keep, 1, (k, -1))), 1, 2))
+        return call(torch.where, (method("reshape", (keep, -1, k)), idx, E))
+
+
+def _ceil(x: float) -> int:
+    return int(-(-x // 1))
+
+
+def emit(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], block: nn.Module, out_type: type | None) -> Replay:
+    """The graph of a program; `args` and `kwargs` show how the block is called."""
+    emitter = _Emitter(args, kwargs)
+    params = dict(block.named_parameters(remove_duplicate=False))
+    emitter.dims = lambda name: params[name].dim()
+    for op in program.ops:
+        emitter.values.append(emitter.op(op))
+    emitter.graph.output(emitter.read(program.out))
+    return Replay(emitter.graph, emitter.assemblies, emitter.spec, out_type)

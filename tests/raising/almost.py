@@ -2,7 +2,7 @@
 almost everything.
 
 Those with a `trigger` have the state dict of `Ordinary` and equal it elsewhere; the trigger says where they do not.
-Importing this module adds them to `lookalikes.CASES`.
+Importing this module adds them to `ordinary.CASES`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .lookalikes import FFN, E, H, K, Ordinary, T, Trigger, case, tokens
+from .ordinary import FFN, E, K, Ordinary, T, Trigger, case, tokens
 
 
 def many_tokens() -> Tensor:

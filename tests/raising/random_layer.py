@@ -171,9 +171,7 @@ def route(owner: Any, x_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def add_router(owner: nn.Module, config: Config, W: dict[str, Tensor]) -> None:
-    owner.add_module(
-        names(config)["router"], new_linear(W["router"], W["router_bias"] if config.router_bias else None)
-    )
+    owner.add_module(names(config)["router"], new_linear(W["router"], W["router_bias"] if config.router_bias else None))
     if config.correction == "buffer":
         owner.register_buffer("correction", W["correction"].clone())
     elif config.correction == "parameter":
@@ -345,8 +343,8 @@ class Deep(nn.Module):
 def build(config: Config) -> tuple[nn.Module, str]:
     """The model and the layer's path in it. The global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
         layer = Layer(config)
+        torch.manual_seed(config.seed)  # only here: layers of one seed get the same model around them
         if config.nested == 0:
             return layer, ""
         model = Nested(layer) if config.nested == 1 else Deep(layer)

@@ -81,7 +81,9 @@ class Config:
         """Rows per expert for T tokens."""
         if self.capacity is None:
             return T
-        return self.capacity if isinstance(self.capacity, int) else max(1, int(self.capacity * T * self.k / self.experts))
+        if isinstance(self.capacity, int):
+            return self.capacity
+        return max(1, int(self.capacity * T * self.k / self.experts))
 
 
 def sensible(idiom: str, place: str, bias: str, layout: str, capacity: object) -> bool:
@@ -117,7 +119,9 @@ def configs(draw: st.DrawFn) -> Config:
             for kept in range(1, G + 1)
             for by in ("max", "top2")
             for fill in (float("-inf"), 0.0)
-            if E % G == 0 and kept * (E // G) >= k and not (by == "top2" and E // G < 2)
+            if E % G == 0
+            and kept * (E // G) >= k
+            and not (by == "top2" and E // G < 2)
             # A score of zero beats a corrected score below zero: only scores that are positive are filled with it.
             and (fill != 0 or correction == "none")
         ]
@@ -218,8 +222,8 @@ def weights(config: Config) -> dict[str, Tensor]:
 
 def chosen(config: Config, W: dict[str, Tensor], x_H: Tensor) -> list[tuple[int, float]]:
     """(expert, weight) of one token's choices, the best first. Without the noise of training."""
-    logits = [float(W["router"][e] @ x_H) + float(W["router_bias"][e]) * config.router_bias for e in range(config.experts)]
-    logits_E = torch.tensor(logits, dtype=torch.float64)
+    logits_E = W["router"] @ x_H + W["router_bias"] * config.router_bias
+    logits = [float(v) for v in logits_E]
     if config.score == "sigmoid":
         scores = [float(1 / (1 + torch.exp(-v))) for v in logits_E]
     else:

@@ -128,6 +128,7 @@ def configs(draw: st.DrawFn) -> Config:
         groups = one(None, None, *limits)
     bias, place = one("none", "none", "all", "inner", "down"), one("output", "output", "output", "input", "inner")
     capacity = one(None, None, None, draw(st.integers(1, 8)), 1.0, 1.25, 0.5)
+    dtype = one("float32", "float32", "float64", "bfloat16")
     if not sensible(idiom, place, bias, layout, capacity):
         place = "output"
     return Config(
@@ -145,7 +146,7 @@ def configs(draw: st.DrawFn) -> Config:
         score=score,
         router_module=draw(st.booleans()),
         router_bias=one(False, False, True),
-        router_fp32=one(False, False, True),
+        router_fp32=one(False, False, True) and dtype != "float64",
         correction=correction,
         groups=groups,
         renormalize=draw(st.booleans()) or score == "topk_softmax",
@@ -158,7 +159,7 @@ def configs(draw: st.DrawFn) -> Config:
         priority=one("token", "choice"),
         output=one("y", "y", "logits", "aux"),
         shape=one("BTH", "TH", "TBH"),
-        dtype=one("float32", "float32", "float64", "bfloat16"),
+        dtype=dtype,
         nested=draw(st.integers(0, 2)),
         training=draw(st.booleans()),
     )

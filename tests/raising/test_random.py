@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, event, given, settings
 
-from moefx.passes.raise_experts import raised
+from moefx.passes import raise_experts
+from moefx.passes.raise_experts import Block
 
 from .harness import changed, differences, snapshot, step
 from .random_layer import build, example
-from .random_moe import KNOWN, Config, configs, describe, one_change, reference
+from .random_moe import KNOWN, MODULES, Config, configs, describe, one_change, reference
 
 QUIET = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 
@@ -57,6 +61,39 @@ def test_random_layers_run(config: Config) -> None:
     assert changed(before, snapshot(model)) == []
 
 
+@given(config=configs())
+@settings(max_examples=50, **QUIET)
+def test_the_idioms_are_one_function(config: Config) -> None:
+    """Outputs and gradients, in the layer's own dtype: two spellings are as close as the comparison asks of raising."""
+    if config.place == "input":
+        return  # not every idiom can say it
+    loops = config.layout in MODULES
+    first = "A1" if loops else "D3"
+    second = ("A6p" if loops else "C") if config.idiom == first else first
+    model, _ = build(config)
+    other, _ = build(dataclasses.replace(config, idiom=second))
+    for x in (example(config), example(config, 1, 1), example(config, skewed=True)):
+        assert differences(step(other, (x,)), step(model, (x,))) == []
+
+
+@pytest.mark.parametrize("config", one_change()[1:], ids=describe)
+def test_every_option_that_should_matter_matters(config: Config) -> None:
+    """A layer is not the reference of another option; a reference that ignores an option would not be seen otherwise."""
+    same = ("fused", "layout", "idiom", "noise", "output", "shape", "dtype", "nested", "router_module", "router_fp32")
+    same += ("training", "place=inner", "groups=")  # two groups of two keep the two best often enough
+    plain = Config()
+    if describe(config).startswith(same):
+        return
+    config = dataclasses.replace(config, dtype="float64", training=False)
+    plain = dataclasses.replace(plain, dtype="float64", training=False, hidden=config.hidden, width=config.width)
+    if config.experts != plain.experts or config.width != Config().width:
+        return  # other weights
+    x = example(config)
+    out = build(config)[0](x)
+    y = out[0] if isinstance(out, tuple) else out
+    assert not torch.allclose(y, reference(plain, x), rtol=1e-3, atol=1e-3)
+
+
 def check_raising(config: Config) -> bool:
     """Raises the layer or finds a reason; in both cases nothing may differ. True if it was raised."""
     model, path = build(config)
@@ -69,7 +106,7 @@ def check_raising(config: Config) -> bool:
         wanted[training] = [step(model, (x,)) for x in inputs]
     model.train(config.training)
     before = snapshot(model)
-    with raised(model, (inputs[0],), {}) as blocks:
+    with raise_experts.raised(model, (inputs[0],), {}) as blocks:
         rows = [b for b in blocks if b.path == path or b.path.startswith(f"{path}.".lstrip("."))]
         assert rows, f"no row for {path!r} among {[b.path for b in blocks]}"
         assert [b.path for b in blocks if b.raised and b not in rows] == []
@@ -110,3 +147,68 @@ REFUSED = {"place=input", "act=tanh", "act=mish"}
 @pytest.mark.parametrize("config", one_change(), ids=describe)
 def test_layers_one_option_away_are_raised(config: Config) -> None:
     assert check_raising(config) or describe(config) in REFUSED
+
+
+# --- the check checks
+
+
+def stub(fault: str) -> Any:
+    """A raising that swaps the layer's idiom, with a fault."""
+
+    @contextlib.contextmanager
+    def raised(model: torch.nn.Module, args: Any, kwargs: Any) -> Iterator[list[Block]]:
+        layer: Any = next(m for m in model.modules() if type(m).__name__ == "Layer")
+        path = next(n for n, m in model.named_modules() if m is layer)
+        config = layer.config
+        if fault in ("refused", "no reason"):
+            yield [Block(path, "Layer", False, reason="" if fault == "no reason" else "a stub raises nothing")]
+            return
+        if fault == "no row":
+            yield []
+            return
+        original = layer.forward
+        layer.config = dataclasses.replace(config, idiom="D2")
+        one = torch.tensor(1.001)
+        if fault == "outputs":
+            layer.forward = lambda x: original(x) * one
+        elif fault == "gradients":
+            layer.forward = lambda x: original(x.detach())
+        elif fault == "one token":
+            layer.forward = lambda x: original(x) * (one if x.numel() == config.hidden else 1)
+        elif fault == "evaluation":
+            layer.forward = lambda x: original(x) * (1 if layer.training else one)
+        elif fault == "skew":
+            layer.forward = lambda x: original(x) * (one if x[0].std(0).max() < 0.1 and len(x[0]) > 1 else 1)
+        yield [Block(path, "Layer", True)]
+        vars(layer).pop("forward", None)
+        layer.config = config
+        if fault == "left":
+            layer.raised_by = "stub"
+        elif fault == "weight":
+            with torch.no_grad():
+                next(layer.parameters()).add_(1e-6)
+        elif fault == "random state":
+            torch.rand(())
+
+    return raised
+
+
+FAULTS = ("no reason", "no row", "outputs", "gradients", "one token", "evaluation", "skew", "left", "weight")
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, "random state"])
+def test_the_check_sees_a_faulty_raising(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    monkeypatch.setattr(raise_experts, "raised", stub(fault))
+    with pytest.raises(AssertionError):
+        check_raising(Config())
+
+
+@given(config=configs())
+@settings(max_examples=20, **QUIET)
+def test_the_check_accepts_a_raising_without_fault(config: Config) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(raise_experts, "raised", stub("refused"))
+        assert not check_raising(config)
+        if config.act in KNOWN and config.place != "input":
+            patch.setattr(raise_experts, "raised", stub(""))
+            assert check_raising(config)

@@ -170,7 +170,9 @@ def one_change() -> list[Config]:
     changes: list[dict[str, object]] = [{}]
     changes += [{"act": a} for a in (*KNOWN[1:], "tanh", "mish")] + [{"fused": f} for f in FUSED[1:]]
     changes += [{"layout": n} for n in (*MODULES[1:], *TENSORS)]
-    changes += [{"idiom": n} for n in ANY_LAYOUT] + [{"idiom": n, "layout": "stacked"} for n in BANKS]
+    changes += [{"idiom": n} for n in ANY_LAYOUT if n != Config.idiom] + [
+        {"idiom": n, "layout": "stacked"} for n in BANKS
+    ]
     changes += [{"bias": b} for b in ("all", "inner", "down")] + [{"score": s} for s in ("sigmoid", "topk_softmax")]
     changes += [{"correction": c} for c in ("buffer", "parameter")]
     changes += [{"groups": Groups(2, 1, by, fill)} for by in ("max", "top2") for fill in (float("-inf"), 0.0)]

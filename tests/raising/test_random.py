@@ -76,22 +76,37 @@ def test_the_idioms_are_one_function(config: Config) -> None:
         assert differences(step(other, (x,)), step(model, (x,))) == []
 
 
-@pytest.mark.parametrize("config", one_change()[1:], ids=describe)
-def test_every_option_that_should_matter_matters(config: Config) -> None:
-    """A layer is not the reference of another option; a reference that ignores an option would not be seen otherwise."""
-    same = ("fused", "layout", "idiom", "noise", "output", "shape", "dtype", "nested", "router_module", "router_fp32")
-    same += ("training", "place=inner", "groups=")  # two groups of two keep the two best often enough
-    plain = Config()
-    if describe(config).startswith(same):
-        return
-    config = dataclasses.replace(config, dtype="float64", training=False)
-    plain = dataclasses.replace(plain, dtype="float64", training=False, hidden=config.hidden, width=config.width)
-    if config.experts != plain.experts or config.width != Config().width:
-        return  # other weights
+MATTERS: list[dict[str, Any]] = [
+    *({"act": a} for a in (*KNOWN[1:], "tanh", "mish")),
+    *({"bias": b} for b in ("all", "inner", "down")),
+    *({"shared": s} for s in ("plain", "gated")),
+    *({"capacity": 5, "priority": p} for p in ("token", "choice")),
+    {"score": "sigmoid"},
+    {"correction": "buffer"},
+    {"place": "input"},
+    {"router_bias": True},
+    {"residual": True},
+    {"gated": False},
+    {"renormalize": False},
+    {"scale": 2.5},
+    {"k": 1},
+]
+
+
+@pytest.mark.parametrize("change", MATTERS, ids=str)
+def test_an_option_that_matters_is_seen(change: dict[str, Any]) -> None:
+    """The layer with the option is not the reference without it: neither of the two ignores it."""
+    plain = Config(dtype="float64", training=False)
+    layer, _ = build(dataclasses.replace(plain, **change))
+    x = example(plain)
+    assert not torch.allclose(layer(x), reference(plain, x), rtol=1e-3, atol=1e-3)
+
+
+def test_the_priorities_drop_other_tokens() -> None:
+    config = Config(dtype="float64", training=False, capacity=5)
     x = example(config)
-    out = build(config)[0](x)
-    y = out[0] if isinstance(out, tuple) else out
-    assert not torch.allclose(y, reference(plain, x), rtol=1e-3, atol=1e-3)
+    first, second = (reference(dataclasses.replace(config, priority=p), x) for p in ("token", "choice"))
+    assert not torch.allclose(first, second, rtol=1e-3, atol=1e-3)
 
 
 def check_raising(config: Config) -> bool:
@@ -178,7 +193,9 @@ def stub(fault: str) -> Any:
         elif fault == "evaluation":
             layer.forward = lambda x: original(x) * (1 if layer.training else one)
         elif fault == "skew":
-            layer.forward = lambda x: original(x) * (one if x[0].std(0).max() < 0.1 and len(x[0]) > 1 else 1)
+            layer.forward = lambda x: (
+                original(x) * (one if x[0].std(0, correction=0).max() < 0.1 < len(x[0]) - 1 else 1)
+            )
         yield [Block(path, "Layer", True)]
         vars(layer).pop("forward", None)
         layer.config = config

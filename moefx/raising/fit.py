@@ -347,7 +347,7 @@ def _sums(
     good = _residues(z.transpose(1, 2), b)[1]
     found: list[Fit] = []
     for i, y in enumerate(ys):
-        if not good[i] or any(same(y.value, f.y.value) for f in found):
+        if not good[i] or any(f.y.obj is y.obj and same(y.value, f.y.value) for f in found):
             continue
         full = evaluate(reading, x_rows, rows, None)
         c, fine = _residues(full.transpose(1, 2), y.value.reshape(tokens, width, 1).float())

@@ -89,6 +89,7 @@ class Record:
     snaps: list[Snap] = field(default_factory=list)
     inputs: list[Obj] = field(default_factory=list)
     out: Any = None
+    out_type: type | None = None  # of a dict with attributes, such as transformers' outputs
     reads: list[str] = field(default_factory=list)
 
 
@@ -190,6 +191,7 @@ def record(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
     with torch.enable_grad(), _wrapped(block, mode), _watched_autocast(mode), mode:
         out = block.forward(*args, **kwargs)
         mode.record.out = mode.refs(_plain(out))
+        mode.record.out_type = type(out) if isinstance(out, dict) and type(out) is not dict else None
     return mode.record
 
 

@@ -1,0 +1,249 @@
+"""One block from end to end: run, recognise, cut, align, replay, certify."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .align import align
+from .bank import Bank, find_banks
+from .certify import FULL, SHORT, Certificate, Refuted, certify
+from .explain import explain
+from .fit import NoFit, fit
+from .probe import Inputs, Seen, copy_of
+from .record import Record, objects, record
+from .replay import Assembly, Replay, emit
+from .slice import NoSlice, Program, Region, cut
+
+RUNS = ((2, 12), (3, 7), (5, 10))
+_VARIANTS = 4  # ways to read a record that are tried before giving up
+
+
+class NotRaised(Exception):
+    """Why a module is left as it is. `stage` counts how far it came, for choosing among reasons."""
+
+    def __init__(self, why: str, stage: int = 0) -> None:
+        super().__init__(why)
+        self.stage = stage
+
+
+@dataclass
+class Raising:
+    """A raised block: how it runs now, and the proof that it computes what it did."""
+
+    idiom: str
+    replay: Replay
+    certificate: Certificate
+
+    @property
+    def assemblies(self) -> dict[str, Assembly]:
+        """Expert tensors that are put together from several parameters, by the attribute that the graph reads."""
+        return self.replay.assemblies
+
+
+def raise_block(block: nn.Module, seen: Seen) -> Raising:
+    """Recognise the routed experts of a module and prove the raised form.
+
+    Args:
+        block: stays untouched; copies of it are run.
+        seen: a call of the block, for its arguments.
+
+    Raises:
+        NotRaised: with what was missing, or what differed.
+    """
+    banks = find_banks(block)
+    if not banks:
+        raise NotRaised("no parameters that come once per expert")
+    _refuse_hooks(block, banks)
+    inputs = Inputs(seen)
+    try:
+        copied = copy_of(block)
+    except Exception as e:
+        raise NotRaised(f"it cannot be copied: {type(e).__name__}: {e}") from e
+    before = attributes(copied)
+    records, calls = _records(copied, inputs)
+    worst = NotRaised("no bank of experts explains what it computes")
+    for bank in banks:
+        try:
+            found = _raise_bank(copied, inputs, bank, records, calls)
+            changed = sorted(k for k in before if attributes(copied).get(k) != before[k])
+            if changed:
+                raise NotRaised(f"its forward changes the Python attribute {changed[0]}", 3)
+            return found
+        except NotRaised as e:
+            worst = max(worst, e, key=lambda e: e.stage)
+    raise worst
+
+
+def certify_like(block: nn.Module, seen: Seen, first: Raising) -> Raising:
+    """A block that is built like one that was raised: the same program, with a (shorter) proof of its own."""
+    try:
+        proof = certify(copied := copy_of(block, 1), first.replay.forward(copied, live=True), Inputs(seen), SHORT)
+    except Refuted as e:
+        raise NotRaised(str(e), 4) from e
+    return Raising(first.idiom, first.replay, proof)
+
+
+def _records(copied: nn.Module, inputs: Inputs) -> tuple[list[Record], list[tuple[Any, Any]]]:
+    records, calls = [], []
+    for i, (rows, inner) in enumerate(RUNS):
+        args, kwargs = inputs.make(inputs.sizes(rows, inner), i)
+        with torch.random.fork_rng():
+            torch.manual_seed(i)
+            try:
+                records.append(record(copied, args, kwargs))
+            except Exception as e:
+                line = next(iter(str(e).splitlines()), "")
+                raise NotRaised(f"it fails on random inputs in float32: {type(e).__name__}: {line}") from e
+        calls.append((args, kwargs))
+    return records, calls
+
+
+def _raise_bank(
+    copied: nn.Module, inputs: Inputs, bank: Bank, records: list[Record], calls: list[tuple[Any, Any]]
+) -> Raising:
+    paths = {
+        p: frozenset(f"{p}.{n}" for n, _ in m.named_parameters(remove_duplicate=False))
+        for p, m in copied.named_modules()
+        if p
+    }
+    limits, numbers = carried(copied)
+    options = [list(_programs(copied, r, bank, paths, limits)) for r in records]
+    shapes = [[tuple(t.tensor.shape) for t in r.inputs] for r in records]
+    worst: NotRaised | None = None
+    for variant in range(min(_VARIANTS, *map(len, options))):
+        try:
+            program = align([o[variant] for o in options], shapes, numbers)
+            replay = emit(program, *calls[0], copied, records[0].out_type)
+            proof = certify(copied, replay.forward(copied, live=True), inputs, FULL)
+            return Raising(f"{idiom(records[0], bank, program)}: {replay.spec}", replay, proof)
+        except NoSlice as e:
+            worst = max(worst or NotRaised(str(e), 3), NotRaised(str(e), 3), key=lambda e: e.stage)
+        except Refuted as e:
+            worst = NotRaised(str(e), 4)
+        finally:
+            copied.float()
+    raise worst or NotRaised("nothing was found")
+
+
+def _programs(
+    copied: nn.Module, seen: Record, bank: Bank, paths: dict[str, frozenset[str]], limits: Any
+) -> Iterator[Program]:
+    """Programs for one run, likeliest first; at least one, or `NotRaised`."""
+    worst = NotRaised("")
+    count = 0
+    try:
+        for found in fit(copied, seen, bank, limits):
+            try:
+                for weights in explain(seen, found):
+                    try:
+                        yield cut(seen, Region(found, weights), bank.names, paths)
+                        count += 1
+                    except NoSlice as e:
+                        worst = max(worst, NotRaised(str(e), 3), key=lambda e: e.stage)
+                    if count == _VARIANTS:
+                        return
+            except NoFit as e:
+                worst = max(worst, NotRaised(str(e), 2), key=lambda e: e.stage)
+    except NoFit as e:
+        worst = max(worst, NotRaised(str(e), 1), key=lambda e: e.stage)
+    if not count:
+        raise worst
+
+
+def _refuse_hooks(block: nn.Module, banks: list[Bank]) -> None:
+    names = frozenset().union(*(b.names for b in banks))
+    for path, module in block.named_modules():
+        inside = any(n.startswith(f"{path}.") for n in names) if path else False
+        if inside and (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks):
+            raise NotRaised(f"{path} has hooks, which would no longer run")
+
+
+def carried(block: nn.Module) -> tuple[tuple[tuple[float, float], ...], list[float]]:
+    """(limit, alpha) pairs for clamped activations, and all numbers that the modules and their configs carry."""
+    values: dict[str, float] = {}
+    numbers: set[float] = set()
+    for m in block.modules():
+        for source in (m.__dict__, getattr(getattr(m, "config", None), "__dict__", {})):
+            for key, v in source.items():
+                if type(v) in (int, float):
+                    values.setdefault(key, float(v))
+                    numbers.add(float(v))
+    limit = next((v for k, v in values.items() if "limit" in k and v > 0), 0.0)
+    alpha = next((v for k, v in values.items() if "alpha" in k and v > 0), 0.0)
+    return (((limit, alpha),) if limit and alpha else ()), sorted(numbers)
+
+
+_TENSORS = ("_parameters", "_buffers", "_modules", "forward")
+
+
+def attributes(block: nn.Module) -> dict[str, str]:
+    """Plain Python state of all submodules, in a form that can be compared."""
+    found = {}
+    for path, m in block.named_modules():
+        for key, v in m.__dict__.items():
+            if key not in _TENSORS and not key.endswith("_hooks") and "_hooks_" not in key:
+                found[f"{path}.{key}".lstrip(".")] = _plain(v)
+    return found
+
+
+def _plain(v: Any, depth: int = 0) -> str:
+    if depth > 4:
+        return "..."
+    if isinstance(v, torch.Tensor):
+        return f"tensor {v._version} {v.shape}" + (f" {v.detach().reshape(-1)[:64].tolist()}")
+    if isinstance(v, dict):
+        return "{" + ", ".join(f"{k}: {_plain(x, depth + 1)}" for k, x in v.items()) + "}"
+    if isinstance(v, tuple | list | set | frozenset):
+        return "(" + ", ".join(_plain(x, depth + 1) for x in v) + ")"
+    if isinstance(v, bool | int | float | str | bytes | None):
+        return repr(v)
+    state = getattr(v, "__dict__", None)
+    if isinstance(v, nn.Module) or callable(v) or not state:
+        return type(v).__qualname__ if not callable(v) else getattr(v, "__qualname__", type(v).__qualname__)
+    return f"{type(v).__qualname__} {_plain(state, depth + 1)}"
+
+
+def likeness(block: nn.Module) -> Any:
+    """What two blocks must have in common to be raised by one program: classes, tensors' shapes, plain attributes."""
+    tensors = [
+        (n, tuple(t.shape), t.dtype, t.requires_grad) for n, t in (*block.named_parameters(), *block.named_buffers())
+    ]
+    kinds = [(n, type(m), m.training) for n, m in block.named_modules()]
+    index = {k: v for k, v in attributes(block).items() if not re.search(r"(^|\.)(layer_idx|layer_id|layer_number)$", k)}
+    return (tuple(tensors), tuple(kinds), tuple(sorted(index.items())))
+
+
+def idiom(seen: Record, bank: Bank, program: Program) -> str:
+    """A name for how the block moved rows about, for people."""
+    names = {s.name for s in seen.steps}
+    op = next(o for o in program.ops if o.kind == "experts")
+    tokens = op.kwargs
+    if tokens["expert_choice"]:
+        return "expert choice"
+    calls = [s for s in seen.steps if s.name in ("__getitem__", "index_select", "embedding")]
+    state = {o for s in calls for o in objects(s.args) if o.source == "state" and o.name in bank.names}
+    gathered = any(
+        len(list(objects(s.args))) > 1 and next(iter(objects(s.args))) in state and s.args[0].tensor.dim() == 3
+        for s in calls
+        if s.args
+    )
+    if gathered:
+        return "gathered weights"
+    if "cumsum" in names and tokens["capacity"] is not None and "einsum" in names:
+        return "one-hot dispatch"
+    if names & {"index_copy", "index_copy_"} or ("cumsum" in names and "bmm" in names and tokens["capacity"]):
+        return "padded buffer"
+    if names & {"sort", "argsort", "_grouped_mm", "grouped_mm"}:
+        return "sorted rows"
+    if names & {"where", "nonzero", "any"} or {"index_add_", "__setitem__"} & names:
+        return "loop over experts"
+    if "einsum" in names and "one_hot" in names:
+        return "one-hot dispatch"
+    return "every expert on every token"
+

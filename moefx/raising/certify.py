@@ -1,0 +1,202 @@
+"""The proof of a raise: the block and its raised form side by side on inputs that MoE code is known to trip over.
+
+Same weights, same inputs, same random state; outputs, the gradients of all inputs and parameters, buffers and the random
+state afterwards are compared. Sizes go from no token at all to many; rows that all want the same experts leave others
+empty and fill capacities; equal logits make ties; large values pass clamps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from .probe import Inputs
+
+Tensor = torch.Tensor
+# Largest relative difference (Frobenius norm) per dtype, of outputs and of gradients.
+LIMITS = {torch.float32: (2e-5, 1e-4), torch.bfloat16: (3e-2, 4e-2)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of inputs: `rows` by `inner` tokens."""
+
+    rows: int
+    inner: int
+    kind: str = "random"
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        name = str(self.dtype).removeprefix("torch.")
+        return f"{self.rows * self.inner} tokens, {self.kind}, {name}"
+
+
+FULL = (
+    Case(2, 17),
+    Case(4, 61),
+    Case(1, 53, "alike"),
+    Case(1, 1),
+    Case(2, 9, "ties"),
+    Case(2, 11, "large"),
+    Case(0, 0),
+    Case(3, 13, dtype=torch.bfloat16),
+    Case(1, 47, "alike", torch.bfloat16),
+    Case(1, 1, dtype=torch.bfloat16),
+)
+SHORT = (Case(3, 19), Case(3, 13, dtype=torch.bfloat16))
+
+
+class Refuted(Exception):
+    """Original and raised block differ; the text says in what, and by how much."""
+
+
+@dataclass
+class Certificate:
+    """What was measured: dtype -> largest relative difference of outputs and gradients; cases that the original itself
+    cannot run.
+    """
+
+    errors: dict[str, dict[str, float]] = field(default_factory=dict)
+    cases: int = 0
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for the report."""
+        return dict(vars(self))
+
+    @property
+    def error(self) -> float:
+        """The largest difference in float32."""
+        return max((e for e in self.errors.get("float32", {}).values()), default=0.0)
+
+
+@dataclass
+class _Run:
+    outputs: list[Any]
+    spec: Any
+    grads: dict[str, Tensor | None]
+    buffers: dict[str, Tensor]
+    random: Tensor
+
+
+def certify(block: nn.Module, forward: Callable[..., Any], inputs: Inputs, cases: tuple[Case, ...]) -> Certificate:
+    """Compare `block` (a copy made by `probe.copy_of`) with itself under `forward`; raises `Refuted`.
+
+    The copy is left in the dtype of the last case.
+    """
+    done = Certificate()
+    for number, case in enumerate(cases):
+        block.to(case.dtype)
+        sizes = inputs.sizes(case.rows, case.inner)
+        try:
+            want = _run(block, None, inputs, sizes, case, number)
+        except Exception as e:  # the user's own code, on inputs that it may not be made for
+            if number == 0:
+                raise Refuted(f"the block itself fails on random inputs: {type(e).__name__}: {_line(e)}") from e
+            done.skipped[str(case)] = f"the block itself fails: {type(e).__name__}: {_line(e)}"
+            continue
+        try:
+            got = _run(block, forward, inputs, sizes, case, number)
+        except Exception as e:
+            raise Refuted(f"{case}: the raised block fails: {type(e).__name__}: {_line(e)}") from e
+        _compare(want, got, case, done)
+        done.cases += 1
+    return done
+
+
+def _line(e: Exception) -> str:
+    return next((line for line in str(e).splitlines() if line.strip()), "")
+
+
+def _run(
+    block: nn.Module, forward: Callable[..., Any] | None, inputs: Inputs, sizes: Any, case: Case, seed: int
+) -> _Run:
+    args, kwargs = inputs.make(sizes, 1000 + seed, dtype=case.dtype, kind=case.kind)
+    leaves = {f"input {i}": t for i, t in enumerate(pytree.tree_leaves((args, kwargs))) if _differentiable(t)}
+    leaves |= {n: p for n, p in block.named_parameters() if p.requires_grad}
+    kept = {n: b.clone() for n, b in block.named_buffers()}
+    # Views of the leaves: a block may write into its inputs.
+    args, kwargs = pytree.tree_map(lambda t: t.view_as(t) if _differentiable(t) else t, (args, kwargs))
+    with torch.random.fork_rng(), torch.enable_grad(), _under(block, forward):
+        torch.manual_seed(seed)
+        out = block.forward(*args, **kwargs)
+        outputs, spec = pytree.tree_flatten(out)
+        random = torch.get_rng_state()
+        ends = [o for o in outputs if _differentiable(o)]
+        gen = torch.Generator().manual_seed(seed)
+        tangents = [torch.randn(o.shape, generator=gen).to(o.device, o.dtype) for o in ends]
+        grads = torch.autograd.grad(ends, list(leaves.values()), tangents, allow_unused=True) if ends and leaves else ()
+    buffers = {n: b.clone() for n, b in block.named_buffers()}
+    with torch.no_grad():
+        for n, b in block.named_buffers():
+            b.copy_(kept[n])
+    outputs = [o.detach() if isinstance(o, Tensor) else o for o in outputs]
+    return _Run(outputs, spec, dict(zip(leaves, grads, strict=False)), buffers, random)
+
+
+def _differentiable(t: Any) -> bool:
+    return isinstance(t, Tensor) and t.requires_grad
+
+
+@contextlib.contextmanager
+def _under(block: nn.Module, forward: Callable[..., Any] | None) -> Iterator[None]:
+    before = block.__dict__.get("forward")
+    if forward is not None:
+        block.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if forward is not None:
+            block.__dict__.pop("forward", None)
+            if before is not None:
+                block.__dict__["forward"] = before
+
+
+def _compare(want: _Run, got: _Run, case: Case, done: Certificate) -> None:
+    name = str(case.dtype).removeprefix("torch.")
+    worst = done.errors.setdefault(name, {"output": 0.0, "gradient": 0.0})
+    for_outputs, for_gradients = LIMITS[case.dtype]
+    if want.spec != got.spec:
+        raise Refuted(f"{case}: the outputs have another structure")
+    for i, (a, b) in enumerate(zip(want.outputs, got.outputs, strict=True)):
+        if not isinstance(a, Tensor):
+            if a != b:
+                raise Refuted(f"{case}: output {i} is {b}, not {a}")
+            continue
+        worst["output"] = max(worst["output"], _close(f"output {i}", a, b, a.norm(), for_outputs, case))
+    scale = max((g.norm() for g in want.grads.values() if g is not None and g.numel()), default=torch.zeros(()))
+    for key, g in want.grads.items():
+        h = got.grads[key]
+        if g is None and h is None:
+            continue
+        # Of an expert without tokens a loop leaves no gradient, one product for all a gradient of zeros.
+        g, h = (torch.zeros_like(h) if g is None else g), (torch.zeros_like(g) if h is None else h)  # type: ignore
+        worst["gradient"] = max(worst["gradient"], _close(f"the gradient of {key}", g, h, scale, for_gradients, case))
+    for key, b in want.buffers.items():
+        _close(f"buffer {key}", b, got.buffers[key], b.float().norm(), for_outputs, case)
+    if not torch.equal(want.random, got.random):
+        raise Refuted(f"{case}: other random numbers are drawn")
+
+
+def _close(what: str, a: Tensor, b: Tensor, scale: Any, limit: float, case: Case) -> float:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        raise Refuted(f"{case}: {what} is {b.dtype} {tuple(b.shape)}, not {a.dtype} {tuple(a.shape)}")
+    if not a.is_floating_point():
+        if not torch.equal(a, b):
+            raise Refuted(f"{case}: {what} differs")
+        return 0.0
+    a, b = a.double(), b.double()
+    if not bool((a.isfinite() == b.isfinite()).all()) or not bool((a.isnan() == b.isnan()).all()):
+        raise Refuted(f"{case}: {what} is not finite where the original is, or the other way round")
+    a, b = a.nan_to_num(), b.nan_to_num()
+    # What vanishes by cancellation is compared on the scale of the largest gradient.
+    error = float((a - b).norm() / (a.norm() + 1e-3 * scale.double() + 1e-12))
+    if error > limit:
+        raise Refuted(f"{case}: {what} differs by {error:.1e} (limit {limit:.0e})")
+    return error

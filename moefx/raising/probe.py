@@ -1,0 +1,144 @@
+"""Inputs like those that a block was seen with, in other sizes; and the block's copy, with random weights.
+
+The copy is what is run: the model's own parameters, gradients, buffers and random state are never touched. Its weights
+are drawn anew because those of a fresh model may be zeros, or the same for all experts, and prove nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+Tensor = torch.Tensor
+
+
+@dataclass
+class Seen:
+    """How a module was called: arguments, with tensors as they were."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@contextmanager
+def observed(modules: dict[str, nn.Module]) -> Iterator[dict[str, Seen]]:
+    """While active, the first call of each module is noted. Tensors are copied, for the model may write into them."""
+    calls: dict[str, Seen] = {}
+    kept = [(m, m.__dict__.get("forward")) for m in modules.values()]
+
+    def wrap(path: str, module: nn.Module) -> None:
+        forward = module.forward
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if path not in calls:
+                calls[path] = Seen(*fx.node.map_aggregate((args, kwargs), _copied))  # type: ignore[arg-type]
+            return forward(*args, **kwargs)
+
+        module.__dict__["forward"] = run
+
+    try:
+        for path, module in modules.items():
+            wrap(path, module)
+        yield calls
+    finally:
+        for module, forward in kept:
+            module.__dict__.pop("forward", None)
+            if forward is not None:
+                module.__dict__["forward"] = forward
+
+
+def _copied(v: Any) -> Any:
+    return v.detach().clone() if isinstance(v, Tensor) else v
+
+
+class Inputs:
+    """Makes arguments for a block, of any number of rows, like a call that was seen.
+
+    The first tensor tells what the sizes mean: its leading axes (all but the features; all of an integer tensor) may be
+    of any size, and axes of other tensors that have the same size follow them.
+    """
+
+    def __init__(self, seen: Seen) -> None:
+        self.seen = seen
+        tensors: list[Tensor] = []
+        fx.node.map_aggregate((seen.args, seen.kwargs), lambda v: tensors.append(v) if isinstance(v, Tensor) else None)
+        self.tensors = tensors
+        first = next((t for t in tensors if t.is_floating_point() and t.dim() > 1), tensors[0] if tensors else None)
+        lead = 0 if first is None else first.dim() - (1 if first.is_floating_point() else 0)
+        self.lead = tuple(first.shape[:lead]) if first is not None else ()
+
+    def sizes(self, rows: int, inner: int) -> tuple[int, ...]:
+        """Leading sizes of about rows * inner tokens: the last axis has `inner`, the one before `rows`."""
+        if len(self.lead) == 1:
+            return (rows * inner,)
+        return (1,) * (len(self.lead) - 2) + (rows, inner)
+
+    def make(
+        self, sizes: Sequence[int], seed: int, *, dtype: torch.dtype = torch.float32, kind: str = "random"
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of the given leading sizes.
+
+        Kinds: `random` (rows with a part in common, so that some experts are favoured), `alike` (nearly equal rows, all
+        of which want the same experts), `ties` (zero rows, for which all experts are equal), `large` (of norm 200).
+        """
+        gen = torch.Generator().manual_seed(seed)
+
+        def one(v: Any) -> Any:
+            if not isinstance(v, Tensor):
+                return v
+            shape = self._shape(v, sizes)
+            if not v.is_floating_point() or v.dim() < 2:
+                count = int(torch.Size(shape).numel())
+                flat = v.detach().reshape(-1)
+                at = torch.randint(max(1, flat.numel()), (count,), generator=gen)
+                return (flat[at] if flat.numel() else v.new_zeros(count)).view(shape)
+            noise = torch.randn(shape, generator=gen)
+            common = torch.randn(shape[-1:], generator=gen)
+            value = {
+                "random": noise + 0.7 * common,
+                "alike": 0.05 * noise + common,
+                "ties": noise * (torch.arange(max(1, noise.shape[-2]))[: noise.shape[-2], None] % 2),
+                "large": noise * (200 / max(1, shape[-1]) ** 0.5) + 3 * common,
+            }[kind]
+            return value.to(v.device, dtype).requires_grad_()
+
+        made: Any = fx.node.map_aggregate((self.seen.args, self.seen.kwargs), one)
+        return tuple(made[0]), dict(made[1])
+
+    def _shape(self, v: Tensor, sizes: Sequence[int]) -> tuple[int, ...]:
+        shape = list(v.shape)
+        for axis, size in enumerate(shape):
+            if axis < len(self.lead) and size == self.lead[axis]:
+                shape[axis] = sizes[axis]
+            elif size > 1 and size in self.lead and not (v.is_floating_point() and axis == len(shape) - 1):
+                shape[axis] = sizes[self.lead.index(size)]
+        return tuple(shape)
+
+
+def copy_of(block: nn.Module, seed: int = 0) -> nn.Module:
+    """A copy with random weights in float32 (float64 stays). `frozen` parameters stay frozen; buffers of one number per expert are random.
+
+    Raises whatever `copy.deepcopy` raises for modules that cannot be copied.
+    """
+    # What the block shares with other modules beyond parameters (a dict, a config) is copied with it.
+    new = copy.deepcopy(block)
+    gen = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in new.parameters():
+            if p.is_floating_point():
+                draw = torch.randn(p.shape, generator=gen)
+                scale = p.shape[-1] ** -0.5 if p.dim() > 1 else 0.3
+                # Vectors may be gains around one or biases around zero; both are met by neither.
+                p.data = (draw * scale + (0.5 if p.dim() == 1 else 0)).to(p.device)
+                p.grad = None
+        for b in new.buffers():
+            if b.is_floating_point() and b.dim() == 1 and b.numel() > 1 and bool((b == 0).all()):
+                b.copy_(0.1 * torch.randn(b.shape, generator=gen))
+    new.float()
+    return new

@@ -210,10 +210,22 @@ class OptimizedModule(nn.Module):
         """Values of a program's inputs, and the rows of the history among them."""
         refs = self._refs.get(id(program))
         if refs is None:
-            refs = self._refs[id(program)] = [_reference(self.original, s) for s in program.inputs]
+            refs = self._refs[id(program)] = [
+                _assembled(self.original, *program.assemblies[str(s.key)])
+                if s.kind == "param" and s.key in program.assemblies
+                else _reference(self.original, s)
+                for s in program.inputs
+            ]
         index = None if program.history_input is None else self._index(program)
         return [
-            leaves[r] if isinstance(r, int) else self._history.read(index) if r is None else r[0][r[1]] for r in refs
+            leaves[r]
+            if isinstance(r, int)
+            else self._history.read(index)
+            if r is None
+            else r()
+            if callable(r)
+            else r[0][r[1]]
+            for r in refs
         ], index
 
     def _index(self, program: Program) -> Tensor:
@@ -339,3 +351,14 @@ def _reference(model: nn.Module, slot: compat.Slot) -> Any:
     path, _, leaf = str(slot.key).rpartition(".")
     owner = model.get_submodule(path)
     return (owner._parameters if leaf in owner._parameters else owner._buffers, leaf)
+
+
+def _assembled(model: nn.Module, path: str, assembly: Any) -> Callable[[], Tensor]:
+    """Expert parameters as one tensor, through which autograd brings each of them its gradient."""
+    get = model.get_submodule(path).get_parameter
+
+    def build() -> Tensor:
+        found: Tensor = assembly.build(get)
+        return found
+
+    return build

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -23,10 +24,11 @@ from .ledger import ledger
 from .manager import Pass, PassManager
 from .module import OptimizedModule, Variant
 from .passes import as_pipeline
-from .passes.raise_experts import raised
+from .passes.raise_experts import Block, raised, to_observe
 from .precision.recipe import Recipe, get_recipe
 from .precision_metrics import Meter
-from .program import Program
+from .program import Assemblies, Program
+from .raising.probe import observed
 from .report import Report
 from .verify import Verifier
 
@@ -42,6 +44,7 @@ class Options:
     codegen: str
     verify: bool
     dynamic: compat.DynamicDims | None
+    strict: bool = False
 
 
 def optimize(
@@ -57,6 +60,7 @@ def optimize(
     verify: bool = False,
     dynamic: compat.DynamicDims | None = None,
     mesh: Any = None,
+    strict: bool = False,
 ) -> OptimizedModule:
     """Compile a Mixture-of-Experts model for training. The model keeps its parameters; nothing of it is changed.
 
@@ -70,6 +74,7 @@ def optimize(
         codegen: "inductor" (needs a C++ or CUDA compiler) or "eager" (plain graph execution).
         verify: compare outputs and gradients around every pass on the example inputs, within its numerics class.
         dynamic: input name -> axes whose size may vary without a new compilation.
+        strict: an MoE-looking block that cannot be raised is an error; otherwise the report says why it was left alone.
         router, losses, regions, mesh: reserved; only the defaults are accepted in this version.
 
     Returns:
@@ -94,7 +99,7 @@ def optimize(
     if codegen not in CODEGENS:
         raise InputError(f"unknown codegen {codegen!r}", todo=nearest(str(codegen), CODEGENS))
     chosen = get_recipe(recipe)
-    options = Options(chosen, as_pipeline(passes, chosen, codegen), codegen, verify, dynamic)
+    options = Options(chosen, as_pipeline(passes, chosen, codegen), codegen, verify, dynamic, strict)
     options.passes.ordered()  # an unsatisfiable order is an error now, not after a long capture
     opt = reoptimize(model.original if isinstance(model, OptimizedModule) else model, options)
     args, kwargs = as_call(example_inputs)
@@ -118,32 +123,37 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
     leaves = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*model.parameters(), *leaves))
 
-    with stage("warm-up"):
+    with stage("warm-up"), observed(to_observe(model)) as calls:
         warm_up(model, args, kwargs)
-    with stage("capture") as done, raised(model) as blocks:  # stages 1 and 2
-        if not blocks:
-            raise _no_blocks(model)
-        captured = done(capture(model, args, kwargs, o.dynamic))
-    report.blocks = [b.to_dict() for b in blocks]
-    _label_inputs(captured.graph, captured.names)
-    report.graphs.keep("captured", captured.gm, copy_plain(captured.graph))
+    with contextlib.ExitStack() as undo:
+        with stage("raise"):  # stage 1; what it installs stays until the joint graph is there
+            blocks = undo.enter_context(raised(model, calls=calls, live=False))
+            report.blocks = [b.to_dict() for b in blocks]
+            if not any(b.raised for b in blocks) or (o.strict and not all(b.raised for b in blocks)):
+                raise _not_raised(model, blocks)
+        with stage("capture") as done:  # stage 2
+            captured = done(capture(model, args, kwargs, o.dynamic))
+        _label_inputs(captured.graph, captured.names)
+        report.graphs.keep("captured", captured.gm, copy_plain(captured.graph))
 
-    with stage("model passes") as done:  # stage 3
-        verifier = Verifier(compat.flat_inputs(captured.gm, args, kwargs), grad) if o.verify else None
-        fakes = [value(n) for n in captured.graph.find_nodes(op="placeholder")]
-        o.passes.run("model", captured.gm, report, compat.fake_mode_of(fakes), verifier)
-        done(captured)
+        with stage("model passes") as done:  # stage 3
+            verifier = Verifier(compat.flat_inputs(captured.gm, args, kwargs), grad) if o.verify else None
+            fakes = [value(n) for n in captured.graph.find_nodes(op="placeholder")]
+            o.passes.run("model", captured.gm, report, compat.fake_mode_of(fakes), verifier)
+            done(captured)
 
-    with stage("joint") as done:  # stage 4
-        joint = done(trace_joint(captured, grad=grad, codegen=o.codegen))
-        check_symbolic(captured)
-        if o.recipe.amax_history:
-            attach(joint, o.recipe.amax_history)
+        with stage("joint") as done:  # stage 4
+            joint = done(trace_joint(captured, grad=grad, codegen=o.codegen))
+            check_symbolic(captured)
+            if o.recipe.amax_history:
+                attach(joint, o.recipe.amax_history)
+    assemblies = {name: made for b in blocks for name, made in b.assemblies.items()}
     _label_inputs(joint.graph, _joint_names(joint, args, kwargs))
     report.graphs.keep("joint", joint.gm, copy_plain(joint.graph))
 
     with stage("training passes") as done:  # stage 5
-        verifier = Verifier(_joint_values(model, joint, args, kwargs), False) if o.verify else None
+        values = _joint_values(model, joint, args, kwargs, assemblies) if o.verify else []
+        verifier = Verifier(values, False) if o.verify else None
         with compat.disable_autocast():
             o.passes.run("training", joint.gm, report, joint.fake_mode, verifier)
         done(joint)
@@ -157,7 +167,7 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
         report.graphs.keep("backward", bw, copy_plain(bw.graph))
     with stage("codegen") as done:
         make = compiler(o.codegen, backward=True, progress=stage.backward)
-        program = Program(joint, fw, bw, compiler(o.codegen, inference=bw is None), make)
+        program = Program(joint, fw, bw, compiler(o.codegen, inference=bw is None), make, assemblies)
         done(fw)
     report.memory = {"saved_bytes": program.saved_bytes if grad else 0, "layers": program.saved_by_layer}
 
@@ -210,12 +220,21 @@ def describe(model: nn.Module, leaves: Sequence[torch.Tensor], grad: bool, secon
     return {"mode": "train" if model.training else "eval", "grad": grad, "inputs": shapes, "seconds": seconds}
 
 
-def _no_blocks(model: nn.Module) -> CaptureError:
+def _not_raised(model: nn.Module, blocks: list[Block]) -> CaptureError:
+    left = [b for b in blocks if not b.raised]
+    if not left:
+        return CaptureError(
+            "no MoE block was found",
+            where=type(model).__qualname__,
+            why="no module carries transformers' experts interface, and none looks like a bank of experts",
+            todo="moefx optimizes Mixture-of-Experts models; see docs/models.md for what is recognised",
+        )
     return CaptureError(
-        "no MoE block was found",
-        where=type(model).__qualname__,
-        why="no module carries transformers' experts interface, and none looks like a bank of experts",
-        todo="moefx optimizes Mixture-of-Experts models; see docs/models.md for what is recognised",
+        f"{len(left)} MoE block{'s' if len(left) > 1 else ''} of {type(model).__qualname__} could not be raised",
+        where=f"{left[0].path or 'the model itself'} ({left[0].cls})",
+        why=left[0].reason,
+        todo="see docs/models.md for what is recognised"
+        + ("; without strict=True the others are optimized" if any(b.raised for b in blocks) else ""),
     )
 
 
@@ -235,11 +254,14 @@ def _joint_names(joint: Joint, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return names
 
 
-def _joint_values(model: nn.Module, joint: Joint, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+def _joint_values(
+    model: nn.Module, joint: Joint, args: tuple[Any, ...], kwargs: dict[str, Any], assemblies: Assemblies
+) -> list[Any]:
     flat = pytree.tree_leaves((args, kwargs))
     state = {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
+        **{name: a.build(model.get_submodule(path).get_parameter) for name, (path, a) in assemblies.items()},
     }
     gen = torch.Generator().manual_seed(0)
     values = []

@@ -21,25 +21,36 @@ from .errors import InputError
 from .graph.casts import DELAYED, QUANTIZE, is_weight
 from .graph.edit import module_path
 from .joint import Compiler, Joint, prune_tangents
+from .raising.replay import Assembly
 
 Tensor = torch.Tensor
 VIEWS = frozenset({torch.ops.aten.permute.default, torch.ops.aten.transpose.int, torch.ops.aten.view.default})
 Runner = Callable[[list[Any]], Sequence[Any]]
 Push = Callable[[Tensor], None]
+# Inputs that are made of several parameters at every call: name -> (path of the module that holds them, how).
+Assemblies = dict[str, tuple[str, Assembly]]
 
 
 class Program:
     """Runs a joint graph that was split into `fw` and (for training) `bw`.
 
     Attributes:
+        assemblies: inputs called by their names are built from parameters.
         inputs: what each forward argument is (`Slot`s of parameters, buffers, plain inputs), in calling order.
         fw_graph, bw_graph: the graph modules before code generation.
         saved_bytes: bytes kept for the backward besides parameters, buffers and inputs; None where sizes are symbolic.
     """
 
     def __init__(
-        self, joint: Joint, fw: fx.GraphModule, bw: fx.GraphModule | None, compile_fw: Compiler, compile_bw: Compiler
+        self,
+        joint: Joint,
+        fw: fx.GraphModule,
+        bw: fx.GraphModule | None,
+        compile_fw: Compiler,
+        compile_bw: Compiler,
+        assemblies: Assemblies | None = None,
     ) -> None:
+        self.assemblies = assemblies or {}
         placeholders = list(joint.graph.find_nodes(op="placeholder"))
         names = [n.name for n, s in zip(placeholders, joint.inputs, strict=True) if s.kind != "tangent"]
         self.inputs = [s for s in joint.inputs if s.kind != "tangent"]

@@ -1,6 +1,8 @@
 """Stage 1: let the MoE blocks of a model emit `moefx.experts` while it is captured, and put everything back afterwards.
 
-transformers looks the implementation of an experts class up by name at call time. moefx registers its own for the
+Two kinds of blocks are raised. Hand-written ones are recognised by what they compute and proven by running both forms
+(`moefx.raising`); for the length of a capture the proven forward stands in for their own. Experts classes of transformers
+have an interface: transformers looks the implementation of an experts class up by name at call time. moefx registers its own for the
 length of a capture: it reads the layout from the flags that the class carries, and the activation by running the
 module's own gate on random numbers and comparing with the dialect's kinds. Nothing is raised on looks: a gate that
 matches no kind stays the module's own code between dialect ops, and a module whose layout cannot be read is left alone
@@ -13,7 +15,7 @@ import contextlib
 import copy
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +24,10 @@ from torch import nn
 from moefx.dialect.experts import ExpertsSpec
 from moefx.dialect.glu import GluKind, glu_reference
 from moefx.errors import InputError
+from moefx.raising.block import Raising
+from moefx.raising.find import Outcome, chains, raise_all
+from moefx.raising.probe import Seen, observed
+from moefx.raising.replay import Assembly
 
 Tensor = torch.Tensor
 ops = torch.ops.moefx
@@ -30,7 +36,11 @@ NAME = "moefx"
 
 @dataclass(frozen=True)
 class Block:
-    """What became of one MoE-looking module. `error` is the largest relative difference between its gate and ours."""
+    """What became of one MoE-looking module.
+
+    `error` is the largest relative difference that was measured between its own form and ours: of the activation for
+    transformers' experts, of outputs and gradients in float32 for others, whose `certificate` tells all.
+    """
 
     path: str
     cls: str
@@ -38,37 +48,134 @@ class Block:
     idiom: str | None = None
     error: float | None = None
     reason: str | None = None
+    certificate: dict[str, Any] | None = None
+    raising: Raising | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Row of the report."""
-        return dict(vars(self))
+        return {k: v for k, v in vars(self).items() if k != "raising"}
+
+    @property
+    def assemblies(self) -> dict[str, tuple[str, Assembly]]:
+        """Dotted names of tensors that a capture of the raised block reads -> (path of the block, how they are made)."""
+        made = self.raising.assemblies if self.raising else {}
+        return {f"{self.path}.{name}".lstrip("."): (self.path, a) for name, a in made.items()}
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
-    """All expert banks of a model and its look-alikes, with the reason where one cannot be raised."""
-    blocks = []
-    for path, module in model.named_modules():
-        if _is_interface(module):
-            blocks.append(_inspect(path, module))
-        elif (reason := _look_alike(module)) is not None:
-            blocks.append(Block(path, type(module).__qualname__, False, None, None, reason))
-    inside = {b.path + "." for b in blocks if b.raised}
-    return [b for b in blocks if b.raised or not any(b.path.startswith(p) for p in inside)]
+    """All expert banks with transformers' interface, and why one cannot be raised."""
+    return [_inspect(path, module) for path, module in model.named_modules() if _is_interface(module)]
+
+
+def to_observe(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules of hand-written blocks whose calls must be seen (`raising.probe.observed`) before they can be raised."""
+    tries = chains(model, {b.path for b in find_blocks(model)})
+    return {path: model.get_submodule(path) for chain in tries for path in chain}
 
 
 @contextlib.contextmanager
-def raised(model: nn.Module) -> Iterator[list[Block]]:
-    """While active, every raisable experts module of `model` runs dialect ops. Undone at the end, also on error."""
+def raised(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    calls: dict[str, Seen] | None = None,
+    live: bool = True,
+) -> Iterator[list[Block]]:
+    """While active, every raisable MoE block of `model` runs dialect ops. Undone at the end, also on error.
+
+    Args:
+        args, kwargs: a call of the model, which is run once without gradients to see how its blocks are called.
+        calls: what `observed` saw of them, instead.
+        live: expert tensors made of several parameters are put together at every call. Otherwise, for a capture, they
+            are parameters of the block for the time being (`Block.assemblies`).
+    """
     blocks = find_blocks(model)
-    modules: dict[str, Any] = {b.path: model.get_submodule(b.path) for b in blocks if b.raised}
-    if not modules:
+    tries = chains(model, {b.path for b in blocks})
+    if calls is None:
+        with observed({p: model.get_submodule(p) for chain in tries for p in chain}) as calls:
+            if tries and (args or kwargs):
+                _run_once(model, args, kwargs or {})
+    outcomes = raise_all(model, tries, calls)
+    blocks += [_row(o) for o in outcomes]
+    inside = [b.path for b in blocks]
+    for path, module in model.named_modules():
+        near = any(path == p or path.startswith(f"{p}.") or p.startswith(f"{path}.") or not path for p in inside)
+        if not near and (reason := _look_alike(module)) is not None:
+            blocks.append(Block(path, type(module).__qualname__, False, reason=reason))
+    with _interface(model, blocks), _replaced(outcomes, live=live):
         yield blocks
+
+
+def _row(o: Outcome) -> Block:
+    cls = type(o.module).__qualname__
+    if o.raising is None:
+        return Block(o.path, cls, False, reason=o.reason)
+    proof = o.raising.certificate
+    return Block(o.path, cls, True, o.raising.idiom, proof.error, None, proof.to_dict(), o.raising)
+
+
+def _run_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    devices = {t.device for t in model.parameters() if t.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
+        model(*args, **kwargs)
+        for b, kept in buffers:
+            b.copy_(kept)
+
+
+@contextlib.contextmanager
+def _replaced(outcomes: list[Outcome], *, live: bool) -> Iterator[None]:
+    """The proven forwards in the place of the blocks' own."""
+    done: list[tuple[nn.Module, Any, list[str]]] = []
+    try:
+        for o in outcomes:
+            if o.raising is None:
+                continue
+            m, own = o.module, o.module.forward
+            done.append((m, m.__dict__.get("forward"), []))
+            if not live:
+                for name, assembly in o.raising.assemblies.items():
+                    params = [m.get_parameter(n) for n in assembly.names]
+                    whole = assembly.build(m.get_parameter).detach()
+                    m._parameters[name] = nn.Parameter(whole, requires_grad=any(p.requires_grad for p in params))
+                    done[-1][2].append(name)
+            new = o.raising.replay.forward(m, live=live)
+            m.__dict__["forward"] = _in_mode(m, new, own) if live else new
+        yield
+    finally:
+        for m, forward, names in done:
+            for name in names:
+                m._parameters.pop(name, None)
+            m.__dict__.pop("forward", None)
+            if forward is not None:
+                m.__dict__["forward"] = forward
+
+
+def _in_mode(module: nn.Module, new: Any, own: Any) -> Any:
+    """The new forward in the mode that it was proven in, and the block's own in others."""
+    modes = [m.training for m in module.modules()]
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        same = [m.training for m in module.modules()] == modes
+        return new(*args, **kwargs) if same else own(*args, **kwargs)
+
+    return forward
+
+
+@contextlib.contextmanager
+def _interface(model: nn.Module, blocks: list[Block]) -> Iterator[None]:
+    """Our implementation under the name by which transformers' experts are called."""
+    raised_ones = [b for b in blocks if b.raised and b.raising is None]
+    modules: dict[str, Any] = {b.path: model.get_submodule(b.path) for b in raised_ones}
+    if not modules:
+        yield
         return
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     # A config may be shared with modules that are not raised, with another model, and with sub-configs that its setter
     # writes to: the raised modules get a copy to read the name from, and nobody else sees it.
-    idioms = {b.path: b.idiom for b in blocks}
+    idioms = {b.path: b.idiom for b in raised_ones}
     ours = {id(m.config): _hooked(m.config) for m in modules.values()}
     before = [(m, {k: m.__dict__[k] for k in ("config", "_moefx_spec") if k in m.__dict__}) for m in modules.values()]
     registry = ALL_EXPERTS_FUNCTIONS._global_mapping
@@ -77,7 +184,7 @@ def raised(model: nn.Module) -> Iterator[list[Block]]:
     try:
         for path, module in modules.items():
             module.__dict__.update(_moefx_spec=idioms[path], config=ours[id(module.config)])
-        yield blocks
+        yield
     finally:
         for module, kept in before:
             module.__dict__.pop("_moefx_spec", None)

@@ -19,7 +19,7 @@ from torch import nn
 from moefx.dialect.glu import GluKind, glu_reference
 
 from .bank import Bank, Stack
-from .record import Record, Snap
+from .record import Record, Snap, objects
 
 Tensor = torch.Tensor
 TOLERANCE = 2e-4  # relative; recorded in fp32, a wrong reading is off by order one
@@ -222,32 +222,50 @@ def rows_of(record: Record, tokens: int, width: int) -> list[Snap]:
 
 def fit(block: nn.Module, record: Record, bank: Bank, limits: tuple[tuple[float, float], ...] = ()) -> Iterator[Fit]:
     """All routed sums in a record that experts of the bank explain, most complete ones first; `NoFit` if none does."""
-    seen = "no tensor holds the experts' inputs or the choice of experts"
     evaluate = Evaluator(block)
-    found: list[Fit] = []
-    for tokens, hidden in _sizes(record, bank):
-        inputs = _distinct(rows_of(record, tokens, hidden))
-        for source, rows in choices(record, tokens, bank.experts):
-            seen = "no sum of experts' outputs is among the values that the block computes"
-            pick = _probe(rows)
-            for x, scaled in [*((x, None) for x in inputs), *_scaled(record, inputs, rows, bank.experts)]:
-                x_rows = _inputs(x, scaled, rows, bank.experts)
-                for reading in readings(bank, hidden, limits):
-                    found += _sums(evaluate, reading, record, bank, source, rows, x, scaled, x_rows, pick)
-                    if found:
-                        break
-                if found:
-                    break
-            if found:
-                yield from sorted(found, key=lambda f: (-int((f.c.abs() > TOLERANCE).sum()), f.y.time))
-                return
-        for x in inputs:
-            for reading in readings(bank, hidden, limits):
-                found += _chosen_tokens(evaluate, reading, record, bank, x)
+    stage = "no tensor holds the experts' inputs"
+    start = first_use(record, bank)
+    sizes = _sizes(record, bank)
+    # What the experts read exists before any of their parameters is touched, and their sum afterwards.
+    inputs = {n: [s for s in _distinct(rows_of(record, *n)) if s.time < start] for n in sizes}
+    for weighted in (False, True):
+        for n in [n for n in sizes if inputs[n]]:
+            stage = max(stage, "no tensor chooses experts for tokens", key=_STAGES.index)
+            for source, rows in choices(record, n[0], bank.experts):
+                stage = _STAGES[2]
+                pick = _probe(rows)
+                pairs = _scaled(record, inputs[n], rows, bank.experts, start) if weighted else [(x, None) for x in inputs[n]]
+                for x, scaled in pairs:
+                    x_rows = _inputs(x, scaled, rows, bank.experts)
+                    for reading in readings(bank, n[1], limits):
+                        found = _sums(evaluate, reading, record, bank, source, rows, x, scaled, x_rows, pick, start)
+                        if found:
+                            yield from sorted(found, key=lambda f: (-int((f.c.abs() > TOLERANCE).sum()), f.y.time))
+                            return
+    for n in sizes:
+        for x in inputs[n]:
+            for reading in readings(bank, n[1], limits):
+                found = _chosen_tokens(evaluate, reading, record, bank, x)
                 if found:
                     yield found[0]
                     return
-    raise NoFit(seen)
+    raise NoFit(stage)
+
+
+_STAGES = (
+    "no tensor holds the experts' inputs",
+    "no tensor chooses experts for tokens",
+    "no sum of experts' outputs is among the values that it computes",
+)
+
+
+def first_use(record: Record, bank: Bank) -> int:
+    """The first step that reads a parameter of the bank."""
+    names = bank.names
+    uses = (
+        s.index for s in record.steps if any(o.source == "state" and o.name in names for o in objects((s.args, s.kwargs)))
+    )
+    return next(uses, len(record.steps))
 
 
 def _inputs(x: Snap, scaled: Snap | None, rows: Tensor, E: int) -> Tensor:
@@ -265,13 +283,13 @@ def _factors(s: Snap, rows: Tensor, E: int) -> Tensor:
     return s.value.reshape(tokens, k).float()
 
 
-def _scaled(record: Record, inputs: list[Snap], rows: Tensor, E: int) -> Iterator[tuple[Snap, Snap]]:
+def _scaled(record: Record, inputs: list[Snap], rows: Tensor, E: int, start: int) -> Iterator[tuple[Snap, Snap]]:
     """Inputs that are multiplied by weights before the experts see them."""
     tokens, k = rows.shape
     for s in reversed(_distinct(record.snaps)):
         v = s.value
         fits = v.numel() == tokens * k and (v.shape[-1] == k or k == 1) or (v.numel() == tokens * E and v.shape[-1] == E)
-        if v.is_floating_point() and fits and v.numel() > 0 and not bool((v == 1).all()):
+        if s.time < start and v.is_floating_point() and fits and v.numel() > 0 and not bool((v == 1).all()):
             for x in inputs:
                 yield x, s
 
@@ -336,11 +354,12 @@ def _sums(
     scaled: Snap | None,
     x_rows: Tensor,
     pick: Tensor,
+    start: int,
 ) -> list[Fit]:
     tokens, k = rows.shape
     z = evaluate(reading, x_rows, rows, pick)
     width = z.shape[-1]
-    ys = [s for s in rows_of(record, tokens, width) if s.time >= 0]
+    ys = [s for s in rows_of(record, tokens, width) if s.time >= start]
     if not ys or width <= k:
         return []
     b = torch.stack([s.value.reshape(tokens, width)[pick].float() for s in ys], -1)

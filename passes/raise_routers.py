@@ -1,0 +1,352 @@
+"""Routers in their normal form become `moefx.route`, recognised by what they compute and not by how they are written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from moefx import compat
+from moefx.dialect.route import NAMES, RouteSpec, eager, write
+from moefx.dialect.route_fit import Hints, Trial, fit, same
+from moefx.graph.edit import arguments, find, inheriting, value
+from moefx.graph.effects import is_random, name_of
+from moefx.graph.slices import Slice, Slicer, Unsliceable
+from moefx.manager import Context, Pass
+
+ops = torch.ops.moefx
+Tensor = torch.Tensor
+# What ends the search for logits: behind a product there are activations.
+PRODUCTS = ("linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum", "embedding")
+# Between a router and its experts: other shapes and integer types of the same numbers.
+RESHAPES = ("view", "reshape", "flatten", "contiguous", "squeeze")
+CASTS = ("to", "int", "long", "type")
+NEAR = 100  # nodes in front of the experts among which the logits are looked for
+KINDS = 6  # of rows in trial logits
+
+
+class NoRouter(Exception):  # noqa: N818  control flow: why a candidate is not raised, for the report
+    """These logits do not lead to the experts by a normal form. The later the stage, the nearer the miss."""
+
+    def __init__(self, why: str, stage: int) -> None:
+        self.why, self.stage = why, stage
+        super().__init__(why)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a slice computes: the spec, which sides are bias and scale, what each value read elsewhere is equal to."""
+
+    spec: RouteSpec
+    bias: int | None
+    scale: int | None
+    outside: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RaiseRouters(Pass):
+    """Put `moefx.route` (dialect/route.py) in the place of the routers in front of `moefx.experts`.
+
+    The nodes from the logits to idx and w are run on trial logits: normal ones, ties, near ties, and values at which
+    scores underflow. A router is raised when its normal form gives the same idx, weights, and gradient of the logits
+    (and of a scale per expert) bit for bit, so that `expand_routers` gives the model's own numbers. Full scores that
+    others read, such as an auxiliary loss, become an output of the op.
+    """
+
+    requires: ClassVar[set[str]] = {"captured"}
+    provides: ClassVar[set[str]] = {"routers_raised"}
+
+    def run(self, graph: fx.Graph, ctx: Context) -> None:
+        known: dict[str, Form | NoRouter] = {}  # layers are alike: each distinct router is tried once
+        for experts in ctx.at(find(graph, ops.experts)):
+            a = arguments(experts)
+            if _is_raised(a["idx"]):
+                continue
+            slicer, misses = Slicer(graph), list[NoRouter]()
+            for logits in _candidates(slicer, a["idx"], a["w"], value(a["weights"][0]).shape[0]):
+                try:
+                    part = _cut(slicer, logits, a["idx"], a["w"], experts)
+                    form = _form(part, known)
+                    node = _emit(slicer, part, form)
+                except NoRouter as e:
+                    misses.append(e)
+                else:
+                    ctx.matched(node)
+                    break
+            else:
+                e = max(misses, key=lambda e: e.stage, default=NoRouter("no logits [.., E] in front of it", 0))
+                ctx.rejected(experts, f"router left as it is: {e.why}")
+
+
+def _is_raised(idx: Any) -> bool:
+    while isinstance(idx, fx.Node) and idx.args and name_of(idx) in (*RESHAPES, *CASTS):
+        idx = idx.args[0]
+    source = idx.args[0] if isinstance(idx, fx.Node) and idx.target is compat.getitem else None
+    return isinstance(source, fx.Node) and source.target in (ops.route, ops.route.default)
+
+
+def _candidates(slicer: Slicer, idx: fx.Node, w: fx.Node, E: int) -> list[fx.Node]:
+    """Nodes that may be the logits, nearest to the product that makes them first."""
+    stack, seen = [idx, w], set[fx.Node]()
+    while stack and len(seen) < NEAR:
+        n = max(stack, key=slicer.position.__getitem__)  # the nearest to the experts
+        stack.remove(n)
+        seen.add(n)
+        if name_of(n) not in PRODUCTS:
+            stack += [i for i in n.all_input_nodes if i not in seen and i not in stack and i.op != "placeholder"]
+    found = [n for n in seen if _is_row_of(value(n), E) and value(n).dim() > 1]
+    return sorted(found, key=slicer.position.__getitem__)
+
+
+def _is_row_of(val: Any, E: int) -> bool:
+    return isinstance(val, Tensor) and val.dtype in NAMES and val.dim() > 0 and val.shape[-1] == E
+
+
+def _cut(slicer: Slicer, logits: fx.Node, idx: fx.Node, w: fx.Node, experts: fx.Node) -> Slice:
+    rows = value(logits).shape[:-1]
+    idx, w = _unshaped(idx, rows, cast=True), _unshaped(w, rows)
+    for name, n in (("idx", idx), ("w", w)):
+        if (shape := value(n).shape)[:-1] != rows:
+            raise NoRouter(f"{name} is {tuple(shape)} for logits of {tuple(value(logits).shape)}", 0)
+    try:
+        return slicer.cut(logits, (idx, w), experts)
+    except Unsliceable as e:
+        raise NoRouter(str(e), 1) from e
+
+
+def _unshaped(n: fx.Node, rows: Any, cast: bool = False) -> fx.Node:
+    """The node in front of reshapes (and integer casts) whose rows are those of the logits."""
+    while isinstance(n.args[0] if n.args else None, fx.Node):
+        wrong = value(n).shape[:-1] != rows
+        if not (wrong and name_of(n) in RESHAPES) and not (cast and name_of(n) in CASTS):
+            break
+        n = n.args[0]  # type: ignore[assignment]
+    return n
+
+
+# --- what a slice computes
+
+
+def _form(part: Slice, known: dict[str, Form | NoRouter]) -> Form:
+    key = part.text()
+    if key not in known:
+        try:
+            with compat.no_fake(), torch.enable_grad():
+                known[key] = _Fitting(part).form()
+        except NoRouter as e:
+            known[key] = e
+    if isinstance(found := known[key], NoRouter):
+        raise found
+    return found
+
+
+class _Fitting:
+    """One slice on trial."""
+
+    def __init__(self, part: Slice) -> None:
+        self.part = part
+        self.idx, self.w = part.targets
+        self.outside = list(part.outside_readers())
+        shape = [compat.size_hint(n) for n in value(part.source).shape]
+        rows = max(1, torch.Size(shape[:-1]).numel())
+        # Few rows are tried more often, so that each kind of row is met.
+        count = 2 if rows >= 8 * KINDS else -(-8 * KINDS // rows)
+        self.draws = [self._draw(shape, seed) for seed in range(count)]
+
+    def _draw(self, shape: list[int], seed: int) -> dict[fx.Node, Any]:
+        """Values of logits and sides."""
+        g = torch.Generator().manual_seed(seed)
+        val = value(self.part.source)
+        logits = trial_logits(shape, seed, g).to(val.device, val.dtype).requires_grad_()
+        return {self.part.source: logits, **{n: self._side(n, g) for n in self.part.sides}}
+
+    def _side(self, n: fx.Node, g: torch.Generator) -> Any:
+        val = value(n)
+        if compat.is_symbol(val):
+            return compat.size_hint(val)
+        if not isinstance(val, Tensor):
+            raise NoRouter(f"it reads {name_of(n)}, which is no tensor", 2)
+        shape = [compat.size_hint(s) for s in val.shape]
+        if val.dtype in NAMES:
+            return (torch.randn(shape, generator=g) * 0.5).to(val.device, val.dtype).requires_grad_()
+        return torch.randint(0, 2, shape, generator=g).to(val.device, val.dtype)
+
+    def form(self) -> Form:
+        """The normal form of the slice; raises `NoRouter`."""
+        runs = [self._run(d) for d in self.draws]
+        bias, scale = self._roles(runs[0])
+        trials = [self._trial(d, r, bias, scale) for d, r in zip(self.draws, runs, strict=True)]
+        specs, why = fit(trials, self._hints())
+        miss = ""
+        for spec in specs:
+            try:
+                outside = self._check(spec, runs, bias, scale)
+            except NoRouter as e:
+                miss = miss or e.why
+            else:
+                sides = self.part.sides
+                at = [None if n is None else sides.index(n) for n in (bias, scale)]
+                return Form(spec, at[0], at[1], outside)
+        raise NoRouter(miss, 5) if miss else NoRouter(why(), 4)
+
+    def _run(self, draw: dict[fx.Node, Any]) -> dict[fx.Node, Any]:
+        try:
+            return self.part.run(draw)
+        except Exception as e:
+            raise NoRouter(f"it cannot be tried by itself ({type(e).__name__}: {e})".split("\n")[0], 2) from e
+
+    def _roles(self, run: dict[fx.Node, Any]) -> tuple[fx.Node | None, fx.Node | None]:
+        """Which side is a bias (it moves the choice) and which a scale (it moves the weights alone)."""
+        bias = scale = None
+        E = self.draws[0][self.part.source].shape[-1]
+        for i, n in enumerate(self.part.sides):
+            if not isinstance(value(n), Tensor):
+                continue
+            other = self._run({**self.draws[0], n: self._side(n, torch.Generator().manual_seed(100 + i))})
+            moved = not torch.equal(other[self.idx], run[self.idx])
+            if not moved and all(same(other[m], run[m]) for m in (self.w, *self._tensors())):
+                continue  # read for its dtype or shape
+            if tuple(value(n).shape) != (E,) or value(n).dtype not in NAMES:
+                raise NoRouter(f"it depends on a tensor {tuple(value(n).shape)} besides the logits", 3)
+            if (bias if moved else scale) is not None:
+                raise NoRouter("it depends on several tensors [E] in the same way", 3)
+            bias, scale = (n, scale) if moved else (bias, n)
+        return bias, scale
+
+    def _tensors(self) -> list[fx.Node]:
+        return [n for n in self.outside if isinstance(value(n), Tensor)]
+
+    def _trial(self, draw: dict[fx.Node, Any], run: dict[fx.Node, Any], bias: Any, scale: Any) -> Trial:
+        logits = draw[self.part.source].detach()
+        flat = [run[n].detach().reshape(-1, run[n].shape[-1]) for n in (self.idx, self.w)]
+        sides = [None if n is None else draw[n].detach() for n in (bias, scale)]
+        return Trial(logits.reshape(-1, logits.shape[-1]), *sides, *flat)
+
+    def _hints(self) -> Hints:
+        """Numbers that stand in the code of the slice."""
+        E = value(self.part.source).shape[-1]
+        rows = [value(n) for n in (self.part.source, *self.part.nodes) if isinstance(value(n), Tensor)]
+        dtypes = list(dict.fromkeys(v.dtype for v in rows if v.dtype in NAMES))
+        literals: list[Any] = []
+        for n in self.part.nodes:
+            fx.map_arg((n.args, n.kwargs), lambda a: a)
+            literals += [x for x in torch.utils._pytree.tree_leaves((n.args, n.kwargs)) if type(x) in (int, float)]
+        sizes = [s for v in rows for s in v.shape[1:] if type(s) is int] + [x for x in literals if type(x) is int]
+        counts = [s for s in dict.fromkeys(sizes) if 1 < s <= E and E % s == 0]
+        constants = [float(x) for x in dict.fromkeys(literals) if x == x and abs(x) != float("inf")]
+        flags = [n.args[4] if len(n.args) > 4 else n.kwargs.get("sorted", True) for n in self._topks()]
+        return Hints(
+            tuple(dtypes),
+            tuple(counts),
+            tuple(s for s in dict.fromkeys(sizes) if 0 < s < E),
+            tuple(c for c in constants if c != 0),
+            (bool(flags[-1]),) if flags else (True,),
+        )
+
+    def _topks(self) -> list[fx.Node]:
+        return [n for n in self.part.nodes if name_of(n) == "topk"]
+
+    def _check(self, s: RouteSpec, runs: list[dict[fx.Node, Any]], bias: Any, scale: Any) -> tuple[int, ...]:
+        """All rows of all draws, values and gradients; which output each value read elsewhere is."""
+        found: list[tuple[int, ...]] = []
+        for seed, (draw, run) in enumerate(zip(self.draws, runs, strict=True)):
+            logits = draw[self.part.source]
+            with self.part.mode(self.w):
+                outs = write(
+                    eager,
+                    s,
+                    logits,
+                    None if bias is None else draw[bias].detach(),
+                    None if scale is None else draw[scale],
+                    logits.dtype,
+                    logits.shape[-1],
+                )
+            if not torch.equal(outs[1], run[self.idx]) or not same(outs[2], run[self.w]):
+                raise NoRouter(f"it is {s} for some logits and differs for others", 4)
+            wrt = [logits, *(draw[n] for n in self.part.sides if isinstance(draw[n], Tensor) and draw[n].requires_grad)]
+            same_gradients(run[self.w], outs[2], wrt, "w", seed)
+            found.append(tuple(self._output(n, run, outs, wrt, seed) for n in self.outside))
+        return found[0]
+
+    def _output(self, n: fx.Node, run: dict[fx.Node, Any], outs: tuple[Any, ...], wrt: list[Tensor], seed: int) -> int:
+        for i, out in enumerate(outs):
+            if isinstance(run[n], Tensor) and same(run[n], out):
+                same_gradients(run[n], out, wrt, "the scores", seed)
+                return i
+        raise NoRouter(f"{name_of(n)} between logits and weights is read elsewhere, and is no output of the form", 5)
+
+
+def trial_logits(shape: list[int], seed: int, g: torch.Generator) -> Tensor:
+    """Logits [.., E] whose rows are in turn: normal, tied, nearly tied, spread wide and wider (softmax of most is 0), and very low (sigmoid is).
+    """
+    E = shape[-1]
+    x = torch.randn(shape, generator=g).reshape(-1, E)
+    rows = (torch.arange(x.shape[0]) + seed) % KINDS
+    kinds = [x, (x * 2).round() / 2, 1 + (x * 2).round() * 2**-23, x * 40, x * 400, x - torch.linspace(80, 110, E).flip(0)]
+    return torch.stack(kinds)[rows, torch.arange(x.shape[0])].reshape(shape)
+
+
+def same_gradients(a: Tensor, b: Tensor, wrt: list[Tensor], what: str, seed: int) -> None:
+    """Raise `NoRouter` unless both have the same gradients, by autograd, of a random cotangent."""
+    if a.requires_grad != b.requires_grad:
+        raise NoRouter(f"{what} {'has' if a.requires_grad else 'has no'} gradient, unlike that of the normal form", 5)
+    if not a.requires_grad:
+        return
+    cotangent = torch.randn(a.shape, generator=torch.Generator().manual_seed(seed)).to(a)
+    found = [torch.autograd.grad(t, wrt, cotangent, retain_graph=True, allow_unused=True) for t in (a, b)]
+    for x, y in zip(*found, strict=True):
+        if (x is None) != (y is None) or (x is not None and not same(x, y)):
+            raise NoRouter(f"the gradient of {what} differs from that of the normal form, though the values agree", 5)
+
+
+# --- the rewrite
+
+
+def _emit(slicer: Slicer, part: Slice, form: Form) -> fx.Node:
+    """Put the op in front of the first node that it replaces; returns it. Raises `NoRouter` where it cannot stand."""
+    graph, at = part.source.graph, slicer.position
+    idx, w = part.targets
+    bias, scale = (None if i is None else part.sides[i] for i in (form.bias, form.scale))
+    ready = max(at[n] for n in (part.source, bias, scale) if n is not None)
+    mode = part.modes[w]
+    outside = list(part.outside_readers().items())
+    for n in part.nodes:
+        if part.modes[n][1:] != mode[1:]:
+            raise NoRouter("a part of it stands in an autocast region of its own", 6)
+    first = next((n for n in part.nodes if at[n] > ready and part.modes[n] == mode), None)
+    readers = [u for n in (idx, w) for u in n.users if u not in part.nodes] + [u for _, us in outside for u in us]
+    early = [u for u in readers if first is None or at[u] < at[first]]
+    # Autograd adds the gradients of a value in the order of its readers: from three on, the order is in the sum.
+    scores = [u for (_, us), o in zip(outside, form.outside, strict=True) if o == 0 for u in us]
+    if first is None or early or (len(scores) > 1 and min(at[u] for u in scores) < at[w]):
+        raise NoRouter("its values are read by others before the choice is made", 6)
+    noise = any(is_random(n) for n in _made_of(part.source))
+    with inheriting(graph, first) as call:
+        node = call(ops.route, part.source, bias, scale, str(replace(form.spec, noise=noise)))
+        wanted = {1: [idx], 2: [w]}
+        for (n, _), i in zip(outside, form.outside, strict=True):
+            wanted.setdefault(i, []).append(n)
+        for i, olds in sorted(wanted.items()):
+            new = call(compat.getitem, node, i)
+            for old in olds:
+                old.replace_all_uses_with(new, delete_user_cb=lambda u: u not in part.nodes)
+    for n in reversed(part.nodes):
+        graph.erase_node(n)
+    return node
+
+
+def _made_of(logits: fx.Node) -> Iterator[fx.Node]:
+    """Nodes between the product that makes the logits and the logits."""
+    stack, seen, E = [logits], set[fx.Node](), value(logits).shape[-1]
+    while stack and len(seen) < NEAR:
+        n = stack.pop()
+        if n in seen or name_of(n) in PRODUCTS or not isinstance(value(n), Tensor) or value(n).shape[-1:] != (E,):
+            continue
+        seen.add(n)
+        yield n
+        stack += n.all_input_nodes
+
+

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -25,7 +25,12 @@ PRODUCTS = ("linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum", "embe
 RESHAPES = ("view", "reshape", "flatten", "contiguous", "squeeze")
 CASTS = ("to", "int", "long", "type")
 NEAR = 100  # nodes in front of the experts among which the logits are looked for
-KINDS = 6  # of rows in trial logits
+KINDS, TRIAL_ROWS = 6, 144  # of trial logits: kinds of rows, and rows at least
+# What logits are made with between their product and the score function: bias, scale, cap, mask, noise.
+PREPARES = frozenset({
+    "add", "sub", "mul", "div", "truediv", "neg", "tanh", "clamp", "masked_fill", "dropout", "clone", "float", "half",
+    "bfloat16", "double", "type_as", "unsqueeze", "permute", "transpose", "detach", *RESHAPES, *CASTS,
+})  # fmt: skip
 
 
 class NoRouter(Exception):  # noqa: N818  control flow: why a candidate is not raised, for the report
@@ -68,9 +73,9 @@ class RaiseRouters(Pass):
             slicer, misses = Slicer(graph), list[NoRouter]()
             for logits in _candidates(slicer, a["idx"], a["w"], value(a["weights"][0]).shape[0]):
                 try:
+                    noise = _has_noise(logits)
                     part = _cut(slicer, logits, a["idx"], a["w"], experts)
-                    form = _form(part, known)
-                    node = _emit(slicer, part, form)
+                    node = _emit(slicer, part, _form(part, known), noise)
                 except NoRouter as e:
                     misses.append(e)
                 else:
@@ -103,6 +108,32 @@ def _candidates(slicer: Slicer, idx: fx.Node, w: fx.Node, E: int) -> list[fx.Nod
 
 def _is_row_of(val: Any, E: int) -> bool:
     return isinstance(val, Tensor) and val.dtype in NAMES and val.dim() > 0 and val.shape[-1] == E
+
+
+def _has_noise(logits: fx.Node) -> bool:
+    """Whether random numbers were added to the logits. Raises `NoRouter` if they are more than that: scores, say."""
+    stack, seen, E, noise = [logits], set[fx.Node](), value(logits).shape[-1], False
+    if _is_noise(logits):
+        raise NoRouter("the experts are chosen at random", 0)
+    while stack and len(seen) < NEAR:
+        n = stack.pop()
+        if n in seen or n.op == "placeholder" or name_of(n) in PRODUCTS or not _is_row_of(value(n), E):
+            continue
+        seen.add(n)
+        if _is_noise(n):
+            noise = True
+            continue
+        if name_of(n).rstrip("_") not in PREPARES and name_of(n).removeprefix("i") not in PREPARES:
+            raise NoRouter(f"the experts are chosen by {name_of(n)} of the logits", 0)
+        stack += n.all_input_nodes
+    return noise
+
+
+def _is_noise(n: fx.Node) -> bool:
+    """Random numbers, or what was made of them before they were added to something."""
+    if "dropout" in name_of(n) or name_of(n).strip("i_") in ("add", "sub"):
+        return False
+    return is_random(n) or (name_of(n) not in PRODUCTS and any(is_random(i) or _is_noise(i) for i in n.all_input_nodes))
 
 
 def _cut(slicer: Slicer, logits: fx.Node, idx: fx.Node, w: fx.Node, experts: fx.Node) -> Slice:
@@ -150,20 +181,25 @@ class _Fitting:
         self.part = part
         self.idx, self.w = part.targets
         self.outside = list(part.outside_readers())
+        leaves = torch.utils._pytree.tree_leaves([(n.args, n.kwargs) for n in part.nodes])
+        self.literals = list(dict.fromkeys(x for x in leaves if type(x) in (int, float)))
         shape = [compat.size_hint(n) for n in value(part.source).shape]
         rows = max(1, torch.Size(shape[:-1]).numel())
         # Few rows are tried more often, so that each kind of row is met.
-        count = 2 if rows >= 8 * KINDS else -(-8 * KINDS // rows)
+        count = max(2, -(-TRIAL_ROWS // rows))
         self.draws = [self._draw(shape, seed) for seed in range(count)]
 
     def _draw(self, shape: list[int], seed: int) -> dict[fx.Node, Any]:
         """Values of logits and sides."""
         g = torch.Generator().manual_seed(seed)
         val = value(self.part.source)
-        logits = trial_logits(shape, seed, g).to(val.device, val.dtype).requires_grad_()
-        return {self.part.source: logits, **{n: self._side(n, g) for n in self.part.sides}}
+        # Wider than any clamp or cap in the code, and within the dtype.
+        wide = min(max([400.0, *(4 * abs(c) for c in self.literals if abs(c) < 1e30)]), torch.finfo(val.dtype).max / 16)
+        logits = trial_logits(shape, seed, g, wide, torch.finfo(val.dtype).eps)
+        logits = logits.to(val.device, val.dtype).requires_grad_()
+        return {self.part.source: logits, **{n: self._side(n, seed, g) for n in self.part.sides}}
 
-    def _side(self, n: fx.Node, g: torch.Generator) -> Any:
+    def _side(self, n: fx.Node, seed: int, g: torch.Generator) -> Any:
         val = value(n)
         if compat.is_symbol(val):
             return compat.size_hint(val)
@@ -171,7 +207,9 @@ class _Fitting:
             raise NoRouter(f"it reads {name_of(n)}, which is no tensor", 2)
         shape = [compat.size_hint(s) for s in val.shape]
         if val.dtype in NAMES:
-            return (torch.randn(shape, generator=g) * 0.5).to(val.device, val.dtype).requires_grad_()
+            # A bias that is negative for all experts lets a fill of 0 win.
+            t = torch.randn(shape, generator=g) * 0.5 - (seed % 2)
+            return t.to(val.device, val.dtype).requires_grad_()
         return torch.randint(0, 2, shape, generator=g).to(val.device, val.dtype)
 
     def form(self) -> Form:
@@ -205,7 +243,7 @@ class _Fitting:
         for i, n in enumerate(self.part.sides):
             if not isinstance(value(n), Tensor):
                 continue
-            other = self._run({**self.draws[0], n: self._side(n, torch.Generator().manual_seed(100 + i))})
+            other = self._run({**self.draws[0], n: self._side(n, i, torch.Generator().manual_seed(100 + i))})
             moved = not torch.equal(other[self.idx], run[self.idx])
             if not moved and all(same(other[m], run[m]) for m in (self.w, *self._tensors())):
                 continue  # read for its dtype or shape
@@ -230,19 +268,15 @@ class _Fitting:
         E = value(self.part.source).shape[-1]
         rows = [value(n) for n in (self.part.source, *self.part.nodes) if isinstance(value(n), Tensor)]
         dtypes = list(dict.fromkeys(v.dtype for v in rows if v.dtype in NAMES))
-        literals: list[Any] = []
-        for n in self.part.nodes:
-            fx.map_arg((n.args, n.kwargs), lambda a: a)
-            literals += [x for x in torch.utils._pytree.tree_leaves((n.args, n.kwargs)) if type(x) in (int, float)]
-        sizes = [s for v in rows for s in v.shape[1:] if type(s) is int] + [x for x in literals if type(x) is int]
+        sizes = [s for v in rows for s in v.shape[1:] if type(s) is int] + [x for x in self.literals if type(x) is int]
         counts = [s for s in dict.fromkeys(sizes) if 1 < s <= E and E % s == 0]
-        constants = [float(x) for x in dict.fromkeys(literals) if x == x and abs(x) != float("inf")]
+        constants = [float(x) for x in self.literals if math.isfinite(x) and x != 0]
         flags = [n.args[4] if len(n.args) > 4 else n.kwargs.get("sorted", True) for n in self._topks()]
         return Hints(
             tuple(dtypes),
             tuple(counts),
             tuple(s for s in dict.fromkeys(sizes) if 0 < s < E),
-            tuple(c for c in constants if c != 0),
+            tuple(constants),
             (bool(flags[-1]),) if flags else (True,),
         )
 
@@ -254,7 +288,7 @@ class _Fitting:
         found: list[tuple[int, ...]] = []
         for seed, (draw, run) in enumerate(zip(self.draws, runs, strict=True)):
             logits = draw[self.part.source]
-            with self.part.mode(self.w):
+            with self.part.mode(self.part.nodes[0]):
                 outs = write(
                     eager,
                     s,
@@ -279,13 +313,13 @@ class _Fitting:
         raise NoRouter(f"{name_of(n)} between logits and weights is read elsewhere, and is no output of the form", 5)
 
 
-def trial_logits(shape: list[int], seed: int, g: torch.Generator) -> Tensor:
+def trial_logits(shape: list[int], seed: int, g: torch.Generator, wide: float, eps: float) -> Tensor:
     """Logits [.., E] whose rows are in turn: normal, tied, nearly tied, spread wide and wider (softmax of most is 0), and very low (sigmoid is).
     """
     E = shape[-1]
     x = torch.randn(shape, generator=g).reshape(-1, E)
     rows = (torch.arange(x.shape[0]) + seed) % KINDS
-    kinds = [x, (x * 2).round() / 2, 1 + (x * 2).round() * 2**-23, x * 40, x * 400, x - torch.linspace(80, 110, E).flip(0)]
+    kinds = [x, (x * 2).round() / 2, 1 + (x * 2).round() * eps, x * 40, x * wide, x - torch.linspace(80, 110, E).flip(0)]
     return torch.stack(kinds)[rows, torch.arange(x.shape[0])].reshape(shape)
 
 
@@ -305,13 +339,13 @@ def same_gradients(a: Tensor, b: Tensor, wrt: list[Tensor], what: str, seed: int
 # --- the rewrite
 
 
-def _emit(slicer: Slicer, part: Slice, form: Form) -> fx.Node:
+def _emit(slicer: Slicer, part: Slice, form: Form, noise: bool) -> fx.Node:
     """Put the op in front of the first node that it replaces; returns it. Raises `NoRouter` where it cannot stand."""
     graph, at = part.source.graph, slicer.position
     idx, w = part.targets
     bias, scale = (None if i is None else part.sides[i] for i in (form.bias, form.scale))
     ready = max(at[n] for n in (part.source, bias, scale) if n is not None)
-    mode = part.modes[w]
+    mode = part.modes[part.nodes[0]]
     outside = list(part.outside_readers().items())
     for n in part.nodes:
         if part.modes[n][1:] != mode[1:]:
@@ -323,7 +357,6 @@ def _emit(slicer: Slicer, part: Slice, form: Form) -> fx.Node:
     scores = [u for (_, us), o in zip(outside, form.outside, strict=True) if o == 0 for u in us]
     if first is None or early or (len(scores) > 1 and min(at[u] for u in scores) < at[w]):
         raise NoRouter("its values are read by others before the choice is made", 6)
-    noise = any(is_random(n) for n in _made_of(part.source))
     with inheriting(graph, first) as call:
         node = call(ops.route, part.source, bias, scale, str(replace(form.spec, noise=noise)))
         wanted = {1: [idx], 2: [w]}
@@ -336,17 +369,5 @@ def _emit(slicer: Slicer, part: Slice, form: Form) -> fx.Node:
     for n in reversed(part.nodes):
         graph.erase_node(n)
     return node
-
-
-def _made_of(logits: fx.Node) -> Iterator[fx.Node]:
-    """Nodes between the product that makes the logits and the logits."""
-    stack, seen, E = [logits], set[fx.Node](), value(logits).shape[-1]
-    while stack and len(seen) < NEAR:
-        n = stack.pop()
-        if n in seen or name_of(n) in PRODUCTS or not isinstance(value(n), Tensor) or value(n).shape[-1:] != (E,):
-            continue
-        seen.add(n)
-        yield n
-        stack += n.all_input_nodes
 
 

@@ -189,7 +189,7 @@ def eager(target: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def write_scores(call: Call, s: RouteSpec, logits: Any, dtype: torch.dtype) -> Any:
-    """F(logits) [.., E] of logits of the given dtype; the logits themselves where there is nothing to compute."""
+    """F(logits) of logits of the given dtype; the logits themselves where there is nothing to compute."""
     to = DTYPES[s.dtype]
     if s.score == "softmax":
         return call(torch.softmax, logits, -1) if to == dtype else call(torch.softmax, logits, -1, dtype=to)
@@ -235,9 +235,14 @@ def write_weights(call: Call, s: RouteSpec, w: Any, idx: Any, scale: Any) -> Any
     return w if s.out is None else call("to", w, DTYPES[s.out])
 
 
-def reads_values(s: RouteSpec) -> bool:
-    """Whether the weights start from the top-k's own values; otherwise they are gathered from the scores."""
-    return s.order == "scores" and not s.bias and (s.groups is None or s.masked)
+def write_start(call: Call, s: RouteSpec, scores: Any, values: Any, idx: Any, dtype: torch.dtype) -> Any:
+    """What the weights start from, [.., k]: the top-k's own values where that is possible, else the scores at idx."""
+    if s.bias or (s.groups is not None and not s.masked):
+        return call(torch.gather, scores, -1, idx)
+    if s.order == "scores":
+        return values
+    # Elementwise scores of the k chosen logits, as people write it: vectorised, they may round otherwise than among E.
+    return call(torch.gather, scores, -1, idx) if s.score == "softmax" else write_scores(call, s, values, dtype)
 
 
 def write(
@@ -246,8 +251,8 @@ def write(
     """All steps: scores, idx, w. `dtype` and `experts` are those of the logits."""
     scores = write_scores(call, s, logits, dtype)
     values, idx = write_choice(call, s, logits, scores, bias, experts)
-    w = values if reads_values(s) else call(torch.gather, scores, -1, idx)
-    return scores, idx, write_weights(call, s, w, idx, scale)
+    start = write_start(call, s, scores, values, idx, dtype)
+    return scores, idx, write_weights(call, s, start, idx, scale)
 
 
 def expand(logits: Tensor, bias: Tensor | None, scale: Tensor | None, spec: str) -> tuple[Tensor, Tensor, Tensor]:

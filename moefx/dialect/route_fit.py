@@ -20,9 +20,9 @@ from .route import (
     Groups,
     RouteSpec,
     eager,
-    reads_values,
     write_choice,
     write_scores,
+    write_start,
     write_weights,
 )
 
@@ -117,7 +117,7 @@ def _choice(s: RouteSpec, t: Trial) -> tuple[Tensor, Tensor, Tensor]:
     """What the weights start from, idx, scores."""
     scores = _scores(s, t)
     values, idx = write_choice(eager, s, t.logits, scores, t.bias, t.logits.shape[-1])
-    return values if reads_values(s) else torch.gather(scores, -1, t.idx), idx, scores
+    return write_start(eager, s, scores, values, idx, t.logits.dtype), idx, scores
 
 
 def _weights(choice: RouteSpec, trials: Sequence[Trial], hints: Hints) -> Iterator[RouteSpec]:

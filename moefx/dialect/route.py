@@ -13,6 +13,7 @@ in front of the logits. The spec string holds everything but the tensors, so a p
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Callable
@@ -130,10 +131,8 @@ class RouteSpec:
         m = _SPEC.fullmatch(text)
         spec = None
         if m is not None:
-            try:
+            with contextlib.suppress(ValueError):  # a number that is none
                 spec = _from_match(m)
-            except ValueError:
-                pass  # a number that is none
         if spec is None or str(spec) != text:
             raise InputError(f"unreadable route spec {text!r}", todo="write one like 'softmax f32 | top2 | sum'")
         return spec

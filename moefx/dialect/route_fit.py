@@ -164,5 +164,3 @@ def _nearest_weights(trials: Sequence[Trial]) -> str:
         if worst < best:
             best, name = worst, f"{score} scores" + ("" if norm == "none" else f" normalised by {norm}")
     return f"the choice fits, the weights do not: they are off by {best:.1e} from the nearest, {name}"
-
-

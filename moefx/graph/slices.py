@@ -82,12 +82,16 @@ class Slice:
 
 
 class Slicer:
-    """Cuts slices out of one graph, which must not change in between."""
+    """Cuts slices out of one graph. Who puts nodes in meanwhile says so (`add`); nodes may go."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.position = {n: i for i, n in enumerate(graph.nodes)}
         self.modes = modes(graph)
         self._writers = writers(graph)
+
+    def add(self, new: fx.Node, where: fx.Node) -> None:
+        """A new node stands in front of `where`."""
+        self.position[new], self.modes[new] = self.position[where], self.modes[where]
 
     def cut(self, source: fx.Node, targets: tuple[fx.Node, ...], reader: fx.Node) -> Slice:
         """The slice from `source` to `targets`, as `reader` behind them sees their values.

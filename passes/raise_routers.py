@@ -12,7 +12,7 @@ from moefx import compat
 from moefx.dialect.route import NAMES
 from moefx.graph.edit import arguments, find, inheriting, value
 from moefx.graph.effects import is_random, name_of
-from moefx.graph.router import Form, NoRouter, form_of
+from moefx.graph.router import Form, NoRouter, form_of, vector
 from moefx.graph.slices import Slice, Slicer, Unsliceable
 from moefx.manager import Context, Pass
 
@@ -63,8 +63,8 @@ class RaiseRouters(Pass):
                     ctx.matched(node)
                     break
             else:
-                e = max(misses, key=lambda e: e.stage, default=NoRouter("no logits [.., E] in front of it", 0))
-                ctx.rejected(experts, f"router left as it is: {e.why}")
+                nearest = max(misses, key=lambda e: e.stage, default=NoRouter("no logits [.., E] in front of it", 0))
+                ctx.rejected(experts, f"router left as it is: {nearest.why}")
 
 
 def _is_raised(idx: Any) -> bool:
@@ -158,7 +158,7 @@ def _emit(slicer: Slicer, part: Slice, form: Form, noise: bool) -> fx.Node:
     """Put the op in front of the first node that it replaces; returns it. Raises `NoRouter` where it cannot stand."""
     graph, at = part.source.graph, slicer.position
     idx, w = part.targets
-    bias, scale = (None if i is None else part.sides[i] for i in (form.bias, form.scale))
+    bias, scale = (None if i is None else vector(part.sides[i]) for i in (form.bias, form.scale))
     ready = max(at[n] for n in (part.source, bias, scale) if n is not None)
     mode = part.modes[part.nodes[0]]
     outside = list(part.outside_readers().items())

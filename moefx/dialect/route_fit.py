@@ -140,12 +140,11 @@ def _weights(choice: RouteSpec, trials: Sequence[Trial], hints: Hints) -> Iterat
 
 def _nearest_choice(trials: Sequence[Trial], hints: Hints) -> str:
     """How far the nearest plain choice is from the router's."""
-    t = trials[0]
-    k, bias = t.idx.shape[-1], t.bias is not None
+    k, bias = trials[0].idx.shape[-1], trials[0].bias is not None
     best, name = 2.0, ""
     for score, dtype in itertools.product(SCORES, hints.dtypes):
         s = RouteSpec(score, k, NAMES[dtype], bias=bias, sorted=hints.sorted[0])
-        off = float((_choice(s, t)[1] != t.idx).any(-1).double().mean())
+        off = torch.cat([(_choice(s, t)[1] != t.idx).any(-1) for t in trials]).double().mean().item()
         if off < best:
             best, name = off, score
     what = f"top-{k} of {name} scores{' and a bias' if bias else ''}"
@@ -154,13 +153,12 @@ def _nearest_choice(trials: Sequence[Trial], hints: Hints) -> str:
 
 def _nearest_weights(trials: Sequence[Trial]) -> str:
     """How far the nearest plain weights are from the router's."""
-    t = trials[0]
-    best, name = float("inf"), "softmax"
+    best, name = float("inf"), "softmax scores"
     for score, norm in itertools.product(SCORES, ("none", "sum", "softmax")):
-        s = RouteSpec(score, t.idx.shape[-1], norm=norm)
-        w = write_weights(eager, s, torch.gather(_scores(s, t).float(), -1, t.idx), t.idx, None)
-        error = (w - t.w.float()).abs()
-        worst = float(error[error.isfinite()].max()) if bool(error.isfinite().any()) else float("inf")
+        s = RouteSpec(score, trials[0].idx.shape[-1], norm=norm)
+        starts = [torch.gather(_scores(s, t).float(), -1, t.idx) for t in trials]
+        errors = [write_weights(eager, s, w, t.idx, None) - t.w.float() for w, t in zip(starts, trials, strict=True)]
+        worst = torch.cat(errors).nan_to_num(0.0).abs().max().item()
         if worst < best:
             best, name = worst, f"{score} scores" + ("" if norm == "none" else f" normalised by {norm}")
     return f"the choice fits, the weights do not: they are off by {best:.1e} from the nearest, {name}"

@@ -60,17 +60,20 @@ class _Fitting:
         self.literals = list(dict.fromkeys(x for x in leaves if type(x) in (int, float)))
         shape = [compat.size_hint(n) for n in value(part.source).shape]
         rows = max(1, torch.Size(shape[:-1]).numel())
-        # Few rows are tried more often, so that each kind of row is met.
+        # Few rows are tried more often, so that each kind of row is met. In the last trial all tokens prefer the same
+        # experts: a capacity would drop some.
         count = max(2, -(-TRIAL_ROWS // rows))
-        self.draws = [self._draw(shape, seed) for seed in range(count)]
+        self.draws = [self._draw(shape, seed, skewed=seed == count) for seed in range(count + 1)]
 
-    def _draw(self, shape: list[int], seed: int) -> dict[fx.Node, Any]:
+    def _draw(self, shape: list[int], seed: int, skewed: bool) -> dict[fx.Node, Any]:
         """Values of logits and sides."""
         g = torch.Generator().manual_seed(seed)
         val = value(self.part.source)
         # Wider than any clamp or cap in the code, and within the dtype.
         wide = min(max([400.0, *(4 * abs(c) for c in self.literals if abs(c) < 1e30)]), torch.finfo(val.dtype).max / 16)
         logits = trial_logits(shape, seed, g, wide, torch.finfo(val.dtype).eps)
+        if skewed:
+            logits = torch.randn(shape, generator=g) + torch.linspace(20, 0, shape[-1])
         logits = logits.to(val.device, val.dtype).requires_grad_()
         return {self.part.source: logits, **{n: self._side(n, seed, g) for n in self.part.sides}}
 
@@ -114,7 +117,6 @@ class _Fitting:
     def _roles(self, run: dict[fx.Node, Any]) -> tuple[fx.Node | None, fx.Node | None]:
         """Which side is a bias (it moves the choice) and which a scale (it moves the weights alone)."""
         bias = scale = None
-        E = self.draws[0][self.part.source].shape[-1]
         for i, n in enumerate(self.part.sides):
             if not isinstance(value(n), Tensor):
                 continue
@@ -122,7 +124,7 @@ class _Fitting:
             moved = not torch.equal(other[self.idx], run[self.idx])
             if not moved and all(same(other[m], run[m]) for m in (self.w, *self._tensors())):
                 continue  # read for its dtype or shape
-            if tuple(value(n).shape) != (E,) or value(n).dtype not in NAMES:
+            if vector(n) is None or value(n).dtype not in NAMES:
                 raise NoRouter(f"it depends on a tensor {tuple(value(n).shape)} besides the logits", 3)
             if (bias if moved else scale) is not None:
                 raise NoRouter("it depends on several tensors [E] in the same way", 3)
@@ -135,8 +137,8 @@ class _Fitting:
     def _trial(self, draw: dict[fx.Node, Any], run: dict[fx.Node, Any], bias: Any, scale: Any) -> Trial:
         logits = draw[self.part.source].detach()
         flat = [run[n].detach().reshape(-1, run[n].shape[-1]) for n in (self.idx, self.w)]
-        sides = [None if n is None else draw[n].detach() for n in (bias, scale)]
-        return Trial(logits.reshape(-1, logits.shape[-1]), *sides, *flat)
+        sides = [None if n is None else draw[n].detach().flatten() for n in (bias, scale)]
+        return Trial(logits.reshape(-1, logits.shape[-1]), sides[0], sides[1], flat[0], flat[1])
 
     def _hints(self) -> Hints:
         """Numbers that stand in the code of the slice."""
@@ -168,15 +170,16 @@ class _Fitting:
                     eager,
                     s,
                     logits,
-                    None if bias is None else draw[bias].detach(),
-                    None if scale is None else draw[scale],
+                    None if bias is None else draw[bias].detach().flatten(),
+                    None if scale is None else draw[scale].flatten(),
                     logits.dtype,
                     logits.shape[-1],
                 )
             if not torch.equal(outs[1], run[self.idx]) or not same(outs[2], run[self.w]):
                 raise NoRouter(f"it is {s} for some logits and differs for others", 4)
             wrt = [logits, *(draw[n] for n in self.part.sides if isinstance(draw[n], Tensor) and draw[n].requires_grad)]
-            same_gradients(run[self.w], outs[2], wrt, "w", seed)
+            if seed + 1 < len(runs):  # values are enough for the skewed one
+                same_gradients(run[self.w], outs[2], wrt, "w", seed)
             found.append(tuple(self._output(n, run, outs, wrt, seed) for n in self.outside))
         return found[0]
 
@@ -186,6 +189,15 @@ class _Fitting:
                 same_gradients(run[n], out, wrt, "the scores", seed)
                 return i
         raise NoRouter(f"{name_of(n)} between logits and weights is read elsewhere, and is no output of the form", 5)
+
+
+def vector(n: fx.Node) -> fx.Node | None:
+    """The tensor [E] behind views of it as [1, E], or None."""
+    while (
+        value(n).dim() > 1 and value(n).shape[-1] == value(n).numel() and name_of(n) in ("unsqueeze", "view", "reshape")
+    ):
+        n = n.args[0]  # type: ignore[assignment]
+    return n if value(n).dim() == 1 else None
 
 
 def trial_logits(shape: list[int], seed: int, g: torch.Generator, wide: float, eps: float) -> Tensor:
@@ -206,7 +218,10 @@ def same_gradients(a: Tensor, b: Tensor, wrt: list[Tensor], what: str, seed: int
     if not a.requires_grad:
         return
     cotangent = torch.randn(a.shape, generator=torch.Generator().manual_seed(seed)).to(a)
-    found = [torch.autograd.grad(t, wrt, cotangent, retain_graph=True, allow_unused=True) for t in (a, b)]
+    try:
+        found = [torch.autograd.grad(t, wrt, cotangent, retain_graph=True, allow_unused=True) for t in (a, b)]
+    except RuntimeError as e:
+        raise NoRouter(f"it cannot be differentiated by itself ({e})".split("\n")[0], 5) from e
     for x, y in zip(*found, strict=True):
         if (x is None) != (y is None) or (x is not None and not same(x, y)):
             raise NoRouter(f"the gradient of {what} differs from that of the normal form, though the values agree", 5)

@@ -119,6 +119,9 @@ class Slicer:
                 raise Unsliceable(f"random numbers ({name_of(n)}) are drawn between the logits and the experts")
         kept, known = {*inside}, {*inside, source}
         sides = list(dict.fromkeys(i for n in inside for i in n.all_input_nodes if i not in known))
+        for n in sides:
+            if any(at[inside[0]] < at[w] < last for w in self._writers(n)):
+                raise Unsliceable(f"{n.name}, which it reads, is written in place on the way to the experts")
         for n in inside:
             if stray := [w for w in self._writers(n) if w not in kept]:
                 raise Unsliceable(f"{name_of(stray[0])} writes into the router's values behind the experts")

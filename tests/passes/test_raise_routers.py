@@ -134,7 +134,7 @@ def deepseek_v3(m: Any, logits: Tensor) -> tuple[Any, ...]:
 
 def deepseek_v3_remote(m: Any, logits: Tensor) -> tuple[Any, ...]:
     s = logits.sigmoid()
-    choice = s + m.bias
+    choice = s + m.bias.unsqueeze(0)
     best = choice.view(-1, 4, 2).topk(2, dim=-1)[0].sum(dim=-1)
     mask = torch.zeros_like(best).scatter(1, best.topk(1)[1], 1.0).repeat_interleave(2, -1)
     idx = torch.topk(choice.masked_fill(mask == 0, 0.0), K)[1]
@@ -378,6 +378,28 @@ def cast_too_early(m: Any, logits: Tensor) -> tuple[Any, ...]:
     return w / w.sum(-1, keepdim=True), idx
 
 
+def with_capacity(m: Any, logits: Tensor) -> tuple[Any, ...]:
+    w, idx = qwen(m, logits)
+    place = F.one_hot(idx, E).view(-1, E).cumsum(0).gather(1, idx.view(-1, 1)).view(-1, K)
+    return w * (place <= 2 * T * K // E), idx
+
+
+def bias_updated_on_the_way(m: Any, logits: Tensor) -> tuple[Any, ...]:
+    s = logits.sigmoid()
+    with torch.no_grad():
+        m.bias.add_(0.01)
+    idx = (s + m.bias).topk(K)[1]
+    return s.gather(1, idx), idx
+
+
+def not_differentiable(m: Any, logits: Tensor) -> tuple[Any, ...]:
+    p = logits.softmax(-1)
+    idx = p.topk(K)[1]
+    with torch.no_grad():
+        w = p.clone().gather(1, idx)
+    return w, idx
+
+
 CONTROLS: dict[str, tuple[Router, torch.dtype, str]] = {
     "thresholded": (halved, F32, "the weights do not"),
     "bias in the weights": (biased_weights, F32, "the weights do not"),
@@ -389,6 +411,9 @@ CONTROLS: dict[str, tuple[Router, torch.dtype, str]] = {
     "weights per token": (per_token, F32, "depends on a tensor (24, 1) besides the logits"),
     "a bias that is learned": (learned_bias, F32, "the weights do not"),
     "a table": (by_table, F32, "does not descend from the logits"),
+    "capacity": (with_capacity, F32, "the weights do not: they are off by"),
+    "a bias written in between": (bias_updated_on_the_way, F32, "is written in place on the way to the experts"),
+    "weights without a gradient": (not_differentiable, F32, "w has no gradient, unlike that of the normal form"),
     "not the best": (third, F32, "the choice is not"),
     "temperature on the chosen": (temperature, F32, "the weights do not"),
     "cast before the normaliser": (cast_too_early, BF16, "the weights do not"),

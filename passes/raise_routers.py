@@ -10,7 +10,7 @@ from torch import fx
 
 from moefx import compat
 from moefx.dialect.route import NAMES
-from moefx.graph.edit import arguments, find, inheriting, value
+from moefx.graph.edit import arguments, find, inheriting, same_sizes, value
 from moefx.graph.effects import is_random, name_of
 from moefx.graph.router import Form, NoRouter, form_of, vector
 from moefx.graph.slices import Slice, Slicer, Unsliceable
@@ -88,7 +88,8 @@ def _candidates(slicer: Slicer, idx: fx.Node, w: fx.Node, E: int) -> list[fx.Nod
 
 
 def _is_row_of(val: Any, E: int) -> bool:
-    return isinstance(val, Tensor) and val.dtype in NAMES and val.dim() > 0 and val.shape[-1] == E
+    # A symbolic size is not compared: that would add a guard.
+    return isinstance(val, Tensor) and val.dtype in NAMES and val.dim() > 0 and same_sizes(val.shape[-1:], (E,))
 
 
 def _has_noise(logits: fx.Node) -> bool:
@@ -110,19 +111,19 @@ def _has_noise(logits: fx.Node) -> bool:
     return noise
 
 
-def _is_noise(n: fx.Node) -> bool:
+def _is_noise(n: fx.Node, depth: int = 8) -> bool:
     """Random numbers, or what was made of them before they were added to something."""
-    if "dropout" in name_of(n) or name_of(n).strip("i_") in ("add", "sub"):
+    if "dropout" in name_of(n) or name_of(n).strip("i_") in ("add", "sub") or name_of(n) in PRODUCTS or not depth:
         return False
-    return is_random(n) or (name_of(n) not in PRODUCTS and any(is_random(i) or _is_noise(i) for i in n.all_input_nodes))
+    return is_random(n) or any(_is_noise(i, depth - 1) for i in n.all_input_nodes)
 
 
 def _cut(slicer: Slicer, logits: fx.Node, idx: fx.Node, w: fx.Node, experts: fx.Node) -> Slice:
     rows = value(logits).shape[:-1]
     idx, w = _unshaped(idx, rows, cast=True), _unshaped(w, rows)
     for name, n in (("idx", idx), ("w", w)):
-        if (shape := value(n).shape)[:-1] != rows:
-            raise NoRouter(f"{name} is {tuple(shape)} for logits of {tuple(value(logits).shape)}", 0)
+        if not isinstance(value(n), Tensor) or not same_sizes(value(n).shape[:-1], rows):
+            raise NoRouter(f"{name} has another shape than logits of {tuple(value(logits).shape)}", 0)
     try:
         return slicer.cut(logits, (idx, w), experts)
     except Unsliceable as e:
@@ -131,8 +132,8 @@ def _cut(slicer: Slicer, logits: fx.Node, idx: fx.Node, w: fx.Node, experts: fx.
 
 def _unshaped(n: fx.Node, rows: Any, cast: bool = False) -> fx.Node:
     """The node in front of reshapes (and integer casts) whose rows are those of the logits."""
-    while isinstance(n.args[0] if n.args else None, fx.Node):
-        wrong = value(n).shape[:-1] != rows
+    while isinstance(n.args[0] if n.args else None, fx.Node) and isinstance(value(n), Tensor):
+        wrong = not same_sizes(value(n).shape[:-1], rows)
         if not (wrong and name_of(n) in RESHAPES) and not (cast and name_of(n) in CASTS):
             break
         n = n.args[0]  # type: ignore[assignment]
@@ -156,9 +157,9 @@ def _known_form(part: Slice, known: dict[str, Form | NoRouter]) -> Form:
 
 def _emit(slicer: Slicer, part: Slice, form: Form, noise: bool) -> fx.Node:
     """Put the op in front of the first node that it replaces; returns it. Raises `NoRouter` where it cannot stand."""
-    graph, at = part.source.graph, slicer.position
+    graph, at, E = part.source.graph, slicer.position, value(part.source).shape[-1]
     idx, w = part.targets
-    bias, scale = (None if i is None else vector(part.sides[i]) for i in (form.bias, form.scale))
+    bias, scale = (None if i is None else vector(part.sides[i], E) for i in (form.bias, form.scale))
     ready = max(at[n] for n in (part.source, bias, scale) if n is not None)
     mode = part.modes[part.nodes[0]]
     outside = list(part.outside_readers().items())

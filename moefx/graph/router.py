@@ -17,7 +17,7 @@ from moefx import compat
 from moefx.dialect.route import NAMES, RouteSpec, eager, write
 from moefx.dialect.route_fit import Hints, Trial, fit, same
 
-from .edit import value
+from .edit import same_sizes, value
 from .effects import name_of
 from .slices import Slice
 
@@ -117,6 +117,7 @@ class _Fitting:
     def _roles(self, run: dict[fx.Node, Any]) -> tuple[fx.Node | None, fx.Node | None]:
         """Which side is a bias (it moves the choice) and which a scale (it moves the weights alone)."""
         bias = scale = None
+        E = self.draws[0][self.part.source].shape[-1]
         for i, n in enumerate(self.part.sides):
             if not isinstance(value(n), Tensor):
                 continue
@@ -124,7 +125,7 @@ class _Fitting:
             moved = not torch.equal(other[self.idx], run[self.idx])
             if not moved and all(same(other[m], run[m]) for m in (self.w, *self._tensors())):
                 continue  # read for its dtype or shape
-            if vector(n) is None or value(n).dtype not in NAMES:
+            if vector(n, E) is None or value(n).dtype not in NAMES:
                 raise NoRouter(f"it depends on a tensor {tuple(value(n).shape)} besides the logits", 3)
             if (bias if moved else scale) is not None:
                 raise NoRouter("it depends on several tensors [E] in the same way", 3)
@@ -191,13 +192,11 @@ class _Fitting:
         raise NoRouter(f"{name_of(n)} between logits and weights is read elsewhere, and is no output of the form", 5)
 
 
-def vector(n: fx.Node) -> fx.Node | None:
+def vector(n: fx.Node, E: int) -> fx.Node | None:
     """The tensor [E] behind views of it as [1, E], or None."""
-    while (
-        value(n).dim() > 1 and value(n).shape[-1] == value(n).numel() and name_of(n) in ("unsqueeze", "view", "reshape")
-    ):
+    while isinstance(value(n), Tensor) and value(n).dim() > 1 and name_of(n) in ("unsqueeze", "view", "reshape"):
         n = n.args[0]  # type: ignore[assignment]
-    return n if value(n).dim() == 1 else None
+    return n if isinstance(value(n), Tensor) and same_sizes(value(n).shape, (E,)) else None
 
 
 def trial_logits(shape: list[int], seed: int, g: torch.Generator, wide: float, eps: float) -> Tensor:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from moefx.dialect import RouteSpec
+from moefx.graph.edit import find
 from moefx.graph.effects import is_effect
+from moefx.manager import Context, Pass
 from moefx.passes import DeadCode, ExpandRouters, MergeRouters, RaiseRouters
 from tests.passes.subject import H, I, Made, Rewritten, Subject, model_graph, nodes, rand, rewrite, run, same_results
 
@@ -306,6 +309,32 @@ def test_global_random_state_is_left_alone() -> None:
     before = torch.get_rng_state()
     rewrite(RaiseRouters(), s)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@dataclass(frozen=True)
+class Renormalise(Pass):
+    """A user's pass between the two: all weights are divided by their sum."""
+
+    requires: ClassVar[set[str]] = {"routers_raised"}
+    numerics: ClassVar[str] = "changes"
+
+    def run(self, graph: torch.fx.Graph, ctx: Context) -> None:
+        for node in find(graph, ops.route):
+            spec = replace(RouteSpec.parse(str(node.args[3])), norm="sum")
+            if str(spec) != node.args[3]:
+                node.args = (*node.args[:3], str(spec))
+                ctx.matched(node)
+
+
+def test_a_pass_between_the_two_changes_every_router_alike() -> None:
+    def written_so(m: Any, logits: Tensor) -> tuple[Any, ...]:
+        w, idx = qwen(m, logits)
+        return w / w.sum(-1, keepdim=True), idx
+
+    done = rewrite(Renormalise(), raised(qwen)[1].subject, numerics="changes")
+    assert done.row.matched == 1
+    expanded = rewrite(ExpandRouters(), done.subject)
+    same_results(run(subject(written_so)), run(expanded.subject), "exact")
 
 
 # -- negative controls ----------------------------------------------------------------------------------------------

@@ -4,8 +4,8 @@ The rewrite is a harmless one that stands in for yours: it puts the number of a 
 `python examples/custom_pass.py`. From what it prints:
 
     pass                  level     numerics   matched rejected         nodes      ms  error
-    expand_experts        model     exact            1        0     169 > 178    21.5  0.0e+00
-    numbers_second        model     exact            1        0     178 > 178    12.0  0.0e+00
+    expand_experts        model     exact            1        0     168 > 179    21.5  0.0e+00
+    numbers_second        model     exact            1        0     179 > 179    12.0  0.0e+00
 
     -%mul_15: f32[] = operator.mul(0.001, %to_16)
     +%mul_15: f32[] = operator.mul(%to_16, 0.001)  # [numbers_second]

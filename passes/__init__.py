@@ -14,6 +14,7 @@ from .align_plans import AlignPlans
 from .dead_code import DeadCode
 from .drop_noops import DropNoops
 from .expand_experts import ExpandExperts
+from .expand_routers import ExpandRouters
 from .fold_casts import FoldCasts
 from .fold_combine import FoldCombine
 from .fuse_casts import FuseCasts
@@ -24,6 +25,7 @@ from .merge_routers import MergeRouters
 from .orient_wgrad import OrientWgrad
 from .propagate_scales import PropagateScales
 from .quantize import Quantize
+from .raise_routers import RaiseRouters
 from .share_plans import SharePlans
 from .store_low_precision import StoreLowPrecision
 from .transpose_scales import TransposeScales
@@ -46,6 +48,8 @@ def register_pass(factory: Factory) -> Factory:
 
 
 for _factory in (
+    RaiseRouters,
+    ExpandRouters,
     MergeRouters,
     ExpandExperts,
     SharePlans,
@@ -120,6 +124,7 @@ __all__ = [
     "DeadCode",
     "DropNoops",
     "ExpandExperts",
+    "ExpandRouters",
     "FoldCasts",
     "FoldCombine",
     "FuseCasts",
@@ -130,6 +135,7 @@ __all__ = [
     "OrientWgrad",
     "PropagateScales",
     "Quantize",
+    "RaiseRouters",
     "SharePlans",
     "StoreLowPrecision",
     "TransposeScales",

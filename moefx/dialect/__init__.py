@@ -5,9 +5,10 @@ reference that runs on any device, and a backward written in the same dialect, s
 and wgrad as nodes of one kind.
 """
 
-from . import delayed, experts, gemm, glu, routing, scaled, scaled_gemm, scaled_glu, wires
+from . import delayed, experts, gemm, glu, route, routing, scaled, scaled_gemm, scaled_glu, wires
 from .experts import ExpertsSpec
 from .glu import GluKind
+from .route import RouteSpec
 
 OPS = (
     "plan",
@@ -26,6 +27,7 @@ OPS = (
     "glu_backward",
     "experts",
     "expert_choice",
+    "route",
     "dispatch",
     "combine",
     "quantize",
@@ -46,10 +48,12 @@ __all__ = [
     "OPS",
     "ExpertsSpec",
     "GluKind",
+    "RouteSpec",
     "delayed",
     "experts",
     "gemm",
     "glu",
+    "route",
     "routing",
     "scaled",
     "scaled_gemm",

@@ -37,7 +37,7 @@ ACCUMULATE = ("fp32", "fast", "promote128")
 TURNS = ("tight", "tile_max")
 OUT = ("wide", "float32", "bfloat16")
 
-_MODEL = ("merge_routers", "expand_experts", "share_plans", "fold_combine")
+_MODEL = ("raise_routers", "expand_routers", "merge_routers", "expand_experts", "share_plans", "fold_combine")
 _TRAINING = ("dead_code", "drop_noops", "orient_wgrad")
 
 

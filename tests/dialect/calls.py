@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from moefx.dialect import OPS
+from moefx.dialect import OPS, route
 from moefx.precision.quantize import quantize
 
 from . import oracles
@@ -20,6 +20,7 @@ H, I = 6, 5
 PAIRS, COLUMN_PAIRS, FP4 = "e4m3 1x2 po2/rceil", "e4m3 2x1 po2/rceil", "e2m1 1x2 e8m0/rceil"
 ROW, COLUMN, SQUARE = "e4m3 1x128 po2/rceil", "e4m3 128x1 po2/rceil", "e4m3 128x128 po2/rceil"
 DELAYED = "e4m3 tensor f32/exact delayed"
+GROUPED = "bias | groups 2 keep 1 by top2sum fill -inf | top2 unsorted | sum + 1e-20 | x 2.5 | per-expert"
 # Ops of training graphs, which have no gradient: they write codes and scales, or dtypes that they are told.
 TRAINING = (
     "quantize",
@@ -85,6 +86,8 @@ def calls(r: Routing, dtype: torch.dtype = torch.float32) -> dict[str, Call]:
     maps = r.token, r.order, r.slot
     ends, clamp = r.offsets, "interleaved clamp(7,1.702)"
     codes, columns = encoded(y, ROW, ends), encoded(y, COLUMN, ends)
+    f = route.NAMES[dtype]
+    correction, per_expert = randn(4, seed=12) / 4, 1 + randn(4, dtype=dtype, seed=13) / 8
     gptoss = [up.mT.contiguous(), up_bias, down.mT.contiguous(), bias]
     found = {
         "plan": Call("plan", (r.idx, E, r.align)),
@@ -106,6 +109,10 @@ def calls(r: Routing, dtype: torch.dtype = torch.float32) -> dict[str, Call]:
         "glu_backward_weighted": Call("glu_backward", (da, h, rows, "gelu"), (0, 1, 2)),
         "experts": Call("experts", (x, r.idx, w, [up, down], "silu | nk"), (0, 2, 3)),
         "experts_gptoss": Call("experts", (x, r.idx, w, gptoss, "interleaved clamp(7,1.702) | kn bias"), (0, 2, 3)),
+        "route": Call("route", (randn(T, 4, dtype=dtype, seed=11), None, None, f"softmax {f} | top2 | sum"), (0,)),
+        "route_deepseek": Call(
+            "route", (randn(T, 4, dtype=dtype, seed=11), correction, per_expert, f"sigmoid {f} | {GROUPED}"), (0, 2)
+        ),
         "dispatch": Call("dispatch", (x,), (0,)),
         "combine": Call("combine", (x,), (0,)),
         "quantize": Call("quantize", (y, ends, [PAIRS, COLUMN_PAIRS, SQUARE])),

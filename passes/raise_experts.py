@@ -26,7 +26,7 @@ from moefx.dialect.glu import GluKind, glu_reference
 from moefx.errors import InputError
 from moefx.raising.block import Raising
 from moefx.raising.find import Outcome, chains, raise_all
-from moefx.raising.probe import Seen, observed
+from moefx.raising.probe import Seen, observed, undisturbed
 from moefx.raising.replay import Assembly
 
 Tensor = torch.Tensor
@@ -95,13 +95,14 @@ def raised(
     if calls is None:
         with observed({p: model.get_submodule(p) for chain in tries for p in chain}) as calls:
             if tries and (args or kwargs):
-                _run_once(model, args, kwargs or {})
+                with undisturbed(model), torch.no_grad():
+                    model(*args, **(kwargs or {}))
     outcomes = raise_all(model, tries, calls)
     blocks += [_row(o) for o in outcomes]
     inside = [b.path for b in blocks]
     for path, module in model.named_modules():
         near = any(path == p or path.startswith(f"{p}.") or p.startswith(f"{path}.") or not path for p in inside)
-        if not near and (reason := _look_alike(module)) is not None:
+        if not near and (reason := _look_alike(module) or _selects(module)) is not None:
             blocks.append(Block(path, type(module).__qualname__, False, reason=reason))
     with _interface(model, blocks), _replaced(outcomes, live=live):
         yield blocks
@@ -113,15 +114,6 @@ def _row(o: Outcome) -> Block:
         return Block(o.path, cls, False, reason=o.reason)
     proof = o.raising.certificate
     return Block(o.path, cls, True, o.raising.idiom, proof.error, None, proof.to_dict(), o.raising)
-
-
-def _run_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    devices = {t.device for t in model.parameters() if t.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
-        model(*args, **kwargs)
-        for b, kept in buffers:
-            b.copy_(kept)
 
 
 @contextlib.contextmanager
@@ -313,6 +305,16 @@ def _look_alike(module: nn.Module) -> str | None:
                 continue  # a list of MoE layers, not of experts
             return f"{len(child)} experts in {type(child).__name__} {child_name!r}: a hand-written loop is not raised"
     return None
+
+
+def _selects(module: nn.Module) -> str | None:
+    """What a module chooses with top-k, where it holds no experts."""
+    code = getattr(type(module).forward, "__code__", None)
+    if code is None or "topk" not in code.co_names:
+        return None
+    if any(isinstance(m, nn.Embedding | nn.EmbeddingBag) for m in module.modules()):
+        return "nearest to gathered weights, but what it looks up are rows of an embedding, not experts' matrices"
+    return "nearest to expert choice, but top-k picks tokens for one network: there are no experts to choose among"
 
 
 def _flat(name: str, p: Tensor, experts: int) -> bool:

@@ -71,16 +71,17 @@ def explain(record: Record, fit: Fit) -> list[Weights]:
                 scaled.append(Weights(s, gates, ratio))
     if exact:
         return sorted(exact, key=_likely)
+    even = float(f"{float(fit.c[kept].median()):.6g}")
+    ones = _close(kept * even, fit.c)  # weights that are all the same number
     if bool(kept.all()):
-        if _close(torch.ones_like(fit.c), fit.c):
-            return [Weights(None)]
+        if ones:
+            return [Weights(None, False, even)]
         if scaled:
             return sorted(scaled, key=_likely)
-    ones = _close(kept.float(), fit.c)
     if masked or ones:
         found = capacities(fit, kept)
         plain = [Weights(s, gates, 1.0, c) for c in found for s, gates in masked]
-        options = sorted(plain, key=_likely) + [Weights(None, False, 1.0, c) for c in found if ones]
+        options = sorted(plain, key=_likely) + [Weights(None, False, even, c) for c in found if ones]
         if options:
             return options
         raise NoFit("choices are dropped by a rule that is no capacity in order of tokens")

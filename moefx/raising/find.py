@@ -12,7 +12,7 @@ from torch import nn
 
 from .bank import find_banks
 from .block import NotRaised, Raising, certify_like, likeness, raise_block
-from .probe import Seen
+from .probe import Seen, undisturbed
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _SMALL = 1 << 22  # elements below which threads cost more than they bring
@@ -76,7 +76,7 @@ def _raise(module: nn.Module, seen: Seen, known: dict[Any, Raising | NotRaised])
     first = known.get(key)
     if isinstance(first, NotRaised):
         raise first
-    with _threads(module):
+    with _threads(module), undisturbed():
         try:
             made = raise_block(module, seen) if first is None else certify_like(module, seen, first)
         except NotRaised as e:

@@ -7,6 +7,8 @@ are drawn anew because those of a fresh model may be zeros, or the same for all 
 from __future__ import annotations
 
 import copy
+import random
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,6 +53,44 @@ def observed(modules: dict[str, nn.Module]) -> Iterator[dict[str, Seen]]:
             module.__dict__.pop("forward", None)
             if forward is not None:
                 module.__dict__["forward"] = forward
+
+
+@contextmanager
+def undisturbed(model: nn.Module | None = None) -> Iterator[None]:
+    """Random states of torch, Python and numpy, and the model's buffers and plain attributes, are as before at the end.
+
+    Plain attributes are numbers, strings and None, and the contents of lists and dicts.
+    """
+    numpy: Any = sys.modules.get("numpy")
+    others = (random.getstate(), numpy.random.get_state() if numpy else None)
+    modules = list(model.modules()) if model is not None else []
+    devices = {t.device for m in modules for t in m._parameters.values() if t is not None and t.device.type == "cuda"}
+    buffers = [(b, b.detach().clone()) for m in modules for b in m._buffers.values() if b is not None]
+    plain = [(m, k, v, copy.copy(v)) for m in modules for k, v in m.__dict__.items() if _is_plain(k, v)]
+    try:
+        with torch.random.fork_rng(devices=list(devices)):
+            yield
+    finally:
+        random.setstate(others[0])
+        if numpy:
+            numpy.random.set_state(others[1])
+        with torch.no_grad():
+            for b, kept in buffers:
+                b.copy_(kept)
+        for m, k, v, kept in plain:
+            if m.__dict__.get(k) is not v:
+                m.__dict__[k] = v
+            if isinstance(v, list):
+                v[:] = kept
+            elif isinstance(v, dict) and v != kept:
+                v.clear()
+                v.update(kept)
+
+
+def _is_plain(key: str, v: Any) -> bool:
+    if key.startswith("_") and isinstance(v, dict):
+        return False  # registries of torch.nn.Module
+    return v is None or type(v) in (bool, int, float, str, list, dict)
 
 
 def _copied(v: Any) -> Any:

@@ -115,10 +115,9 @@ def test_a_look_alike_is_never_raised(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DEGENERATE)
-def test_a_degenerate_layer_is_refused(name: str) -> None:
+def test_a_degenerate_layer_is_refused_or_raised_rightly(name: str) -> None:
     got = outcome(name)
     assert got.found == [], "raised, and wrongly"
-    assert [b for b in got.rows if b.raised] == [], CASES[name].in_form
     assert got.left == []
 
 
@@ -132,12 +131,26 @@ def test_an_ordinary_layer_in_the_same_harness_is_raised(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_look_alike_has_a_reason(name: str) -> None:
-    rows = [b for b in outcome(name).rows if not b.raised]
+    rows = outcome(name).rows
     assert rows, "nothing about it in the report"
-    assert all(b.reason and len(b.reason.split()) > 2 for b in rows), rows
+    assert all(b.raised or (b.reason and len(b.reason.split()) > 2) for b in rows), rows
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_reason_names_what_differs(name: str) -> None:
     reasons = " / ".join(b.reason or "" for b in outcome(name).rows)
+    if CASES[name].in_form and any(b.raised for b in outcome(name).rows):
+        pytest.skip("raised, and rightly")
     assert re.search(CASES[name].differs, reasons, re.IGNORECASE), reasons
+
+
+def test_a_state_in_a_buffer_goes_on_alike() -> None:
+    """Five calls, of which each changes what the next one chooses."""
+    look = CASES["EmaLoads"]
+    model, wanted = look.model().train(), look.model().train()
+    with raised(model, look.args(), {}) as blocks:
+        assert any(b.raised for b in blocks)
+        for seed in range(5):
+            assert differences(step(model, look.args(), seed), step(wanted, look.args(), seed)) == []
+    for now, want in zip(model.buffers(), wanted.buffers(), strict=True):
+        assert (now - want).abs().max() < 1e-5

@@ -1,5 +1,7 @@
 """One program out of several runs: numbers that follow the sizes of the inputs become expressions of them.
 
+Dtypes that follow the block's own are told from fixed ones by a run in another dtype.
+
 A block that was run on inputs of three sizes gives three programs. They must agree in every operation; where an integer
 differs, it has to be the same expression of input sizes in all of them (`2 * size(0) * size(1) + 1`), or the block is
 not raised.
@@ -15,7 +17,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from .explain import Capacity, CapacityRule, capacity_rule
+import torch
+
+from .explain import Capacity, CapacityRule, capacity_rules
 from .fit import NoFit
 from .slice import NoSlice, Op, Program
 
@@ -28,12 +32,14 @@ class Size:
     """`ratio * product of sizes + offset`, or `min(product, max(1, floor(ratio * product)))` where `floored`.
 
     The second is how many tokens an expert chooses: a share of them, at least one, and not more than there are.
+    `guarded`: at least one in any case, as `max(1, n)` guards a division when there are no tokens.
     """
 
     factors: tuple[Var, ...]
     ratio: Fraction = Fraction(1)
     offset: int = 0
     floored: bool = False
+    guarded: bool = False
 
     def value(self, shapes: Shapes) -> int:
         """The number for inputs of these shapes."""
@@ -41,7 +47,13 @@ class Size:
         for leaf, axis in self.factors:
             product *= shapes[leaf][axis]
         scaled = self.ratio * product
-        return min(product, max(1, math.floor(scaled))) if self.floored else int(scaled) + self.offset
+        found = min(product, max(1, math.floor(scaled))) if self.floored else int(scaled) + self.offset
+        return max(1, found) if self.guarded else found
+
+
+@dataclass(frozen=True)
+class InputDtype:
+    """The dtype that the block is run in."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +67,8 @@ class Dropping:
 
 
 class _Solver:
-    def __init__(self, shapes: Sequence[Shapes]) -> None:
-        self.shapes = shapes
+    def __init__(self, shapes: Sequence[Shapes], dtypes: Sequence[torch.dtype]) -> None:
+        self.shapes, self.dtypes = shapes, list(dtypes)
         vectors: dict[tuple[int, ...], Var] = {}
         for leaf, first in enumerate(shapes[0]):
             for axis in range(len(first)):
@@ -99,17 +111,28 @@ def _shown(shapes: Shapes) -> str:
     return "x".join(map(str, shapes[0])) if shapes else "()"
 
 
-def align(programs: Sequence[Program], shapes: Sequence[Shapes], numbers: Sequence[float]) -> Program:
+def align(
+    programs: Sequence[Program],
+    shapes: Sequence[Shapes],
+    dtypes: Sequence[torch.dtype],
+    numbers: Sequence[float],
+    option: int = 0,
+    guarded: bool = False,
+) -> Program | None:
     """The program that all of `programs` are cases of.
 
     Args:
         shapes: for each program the shapes of the block's tensor arguments.
+        dtypes: for each program the dtype that the block was run in.
         numbers: what the block's modules carry, of which a capacity may be made.
+        option: which of several capacity rules to take.
+        guarded: whether divisors that follow sizes are at least one. The result is None where an option does not exist.
 
     Raises:
         NoSlice: they differ in more than sizes.
     """
-    solve = _Solver(shapes)
+    solve = _Solver(shapes, dtypes)
+    divisors = 0
     for i, ops in enumerate(itertools.zip_longest(*(p.ops for p in programs))):
         if any(o is None for o in ops) or len({(o.kind, o.target if o.kind != "experts" else 0) for o in ops}) > 1:
             names = [_name(o) for o in ops]
@@ -118,13 +141,23 @@ def align(programs: Sequence[Program], shapes: Sequence[Shapes], numbers: Sequen
     for ops in zip(*(p.ops for p in programs), strict=True):
         first = ops[0]
         if first.kind == "experts":
-            merged.append(_experts(ops, solve, numbers))
+            op = _experts(ops, solve, numbers, option)
+            if op is None:
+                return None
+            merged.append(op)
             continue
         if len({o.grad for o in ops}) > 1:
             raise NoSlice("gradients are switched on and off depending on the input")
         args, kwargs = _merge([(o.args, o.kwargs) for o in ops], solve)
+        if guarded and _name(first) in _DIVISIONS and isinstance(args[-1], Size):
+            args, divisors = (*args[:-1], dataclasses.replace(args[-1], guarded=True)), divisors + 1
         merged.append(Op(first.kind, first.target, args, kwargs, first.grad))
+    if guarded and not divisors:
+        return None
     return Program(merged, _merge([p.out for p in programs], solve))
+
+
+_DIVISIONS = ("div", "div_", "__truediv__", "__itruediv__", "true_divide")
 
 
 def _name(op: Op | None) -> str:
@@ -149,11 +182,13 @@ def _merge(values: Sequence[Any], solve: _Solver) -> Any:
     if type(first) is int:
         return solve(list(values))
     if any(v != first for v in values):
+        if all(isinstance(v, torch.dtype) for v in values) and list(values) == solve.dtypes:
+            return InputDtype()
         raise NoSlice(f"a value in it depends on the input: {', '.join(map(str, values))}")
     return first
 
 
-def _experts(ops: Sequence[Op], solve: _Solver, numbers: Sequence[float]) -> Op:
+def _experts(ops: Sequence[Op], solve: _Solver, numbers: Sequence[float], option: int) -> Op | None:
     if any(o.target != ops[0].target for o in ops):
         raise NoSlice("the experts were read in different ways for different inputs")
     details = [dict(o.kwargs) for o in ops]
@@ -161,43 +196,28 @@ def _experts(ops: Sequence[Op], solve: _Solver, numbers: Sequence[float]) -> Op:
     # Rows of the routed sum are a layout matter: `shape` follows sizes like any other number.
     tokens = [d.pop("tokens") for d in details]
     merged = _merge(details, solve)
-    merged["capacity"] = _dropping(capacities, tokens, solve, details[0], numbers)
+    options = _dropping(capacities, tokens, solve, details[0], numbers)
+    if option >= len(options):
+        return None
+    merged["capacity"] = options[option]
     return Op("experts", ops[0].target, (), merged)
 
 
 def _dropping(
     seen: Sequence[Capacity | None], tokens: Sequence[int], solve: _Solver, detail: dict[str, Any], numbers: Sequence[float]
-) -> Dropping | None:
+) -> list[Dropping | None]:
     cases = [c for c in seen if c is not None]
     if not cases:
-        return None
+        return [None]
     if len(cases) < len(seen):
         raise NoSlice("choices are dropped for some inputs and not for others of more tokens")
     if len({c.order for c in cases}) > 1:
         raise NoSlice("choices are dropped in different orders for different inputs")
     per_group = [t // c.groups for t, c in zip(tokens, cases, strict=True)]
     try:
-        rule = capacity_rule(
+        rules = capacity_rules(
             [(t, c.rows) for t, c in zip(per_group, cases, strict=True)], detail["experts"], detail["k"], numbers
         )
     except NoFit as e:
         raise NoSlice(str(e)) from e
-    return Dropping(cases[0].order, solve([c.groups for c in cases]), solve(per_group), rule)
-
-
-def evaluated(program: Program, shapes: Shapes) -> Program:
-    """The program with all expressions replaced by their numbers for inputs of these shapes."""
-
-    def numbers(v: Any) -> Any:
-        if isinstance(v, Size):
-            return v.value(shapes)
-        if isinstance(v, tuple | list):
-            return type(v)(map(numbers, v))
-        if isinstance(v, dict):
-            return {k: numbers(x) for k, x in v.items()}
-        if isinstance(v, slice):
-            return slice(*map(numbers, (v.start, v.stop, v.step)))
-        return v
-
-    ops = [dataclasses.replace(o, args=numbers(o.args), kwargs=numbers(o.kwargs)) for o in program.ops]
-    return Program(ops, numbers(program.out))
+    return [Dropping(cases[0].order, solve([c.groups for c in cases]), solve(per_group), rule) for rule in rules]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import nn
 
 from .align import align
 from .bank import Bank, find_banks
-from .certify import FULL, SHORT, Certificate, Refuted, certify
+from .certify import FULL, SHORT, Certificate, Refuted, certify, own_cases
 from .explain import explain
 from .fit import NoFit, fit
 from .probe import Inputs, Seen, copy_of
@@ -60,16 +61,17 @@ def raise_block(block: nn.Module, seen: Seen) -> Raising:
     if not banks:
         raise NotRaised("no parameters that come once per expert")
     _refuse_hooks(block, banks)
+    own = next((p.dtype for p in block.parameters() if p.is_floating_point()), torch.float32)
     inputs = Inputs(seen)
     try:
         copied = copy_of(block)
     except Exception as e:
         raise NotRaised(f"it cannot be copied: {type(e).__name__}: {e}") from e
-    records, calls = _records(copied, inputs)
+    runs = _runs(copied, inputs)
     worst = NotRaised("no bank of experts explains what it computes")
     for bank in banks:
         try:
-            return _raise_bank(copied, inputs, bank, records, calls)
+            return _raise_bank(copied, inputs, bank, runs, own)
         except NotRaised as e:
             worst = max(worst, e, key=lambda e: e.stage)
     raise worst
@@ -84,37 +86,56 @@ def certify_like(block: nn.Module, seen: Seen, first: Raising) -> Raising:
     return Raising(first.idiom, first.replay, proof)
 
 
-def _records(copied: nn.Module, inputs: Inputs) -> tuple[list[Record], list[tuple[Any, Any]]]:
-    """Runs of three sizes; the first is repeated, and has to give the same."""
-    records, calls = [], []
+@dataclass
+class _Run:
+    record: Record
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    dtype: torch.dtype
+
+
+def _runs(copied: nn.Module, inputs: Inputs) -> list[_Run]:
+    """Runs of three sizes, one of them in float64 if the block can; the first is repeated, and has to give the same."""
+    runs = []
     before = attributes(copied)
     buffers = {n: b.clone() for n, b in copied.named_buffers()}
-    for i, (rows, inner) in enumerate((RUNS[0], *RUNS)):
+    plan = [(RUNS[0], torch.float32), (RUNS[0], torch.float32), (RUNS[1], torch.float64), (RUNS[2], torch.float32)]
+    for i, ((rows, inner), dtype) in enumerate(plan):
         seed = max(0, i - 1)
-        args, kwargs = inputs.make(inputs.sizes(rows, inner), seed)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            try:
-                records.append(record(copied, args, kwargs))
-            except Exception as e:
-                line = next(iter(str(e).splitlines()), "")
-                raise NotRaised(f"it fails on random inputs in float32: {type(e).__name__}: {line}", 1) from e
-        with torch.no_grad():
-            for n, b in copied.named_buffers():
-                b.copy_(buffers[n])
-        calls.append((args, kwargs))
+        try:
+            runs.append(_run(copied, inputs, inputs.sizes(rows, inner), seed, dtype))
+        except Exception as e:
+            if dtype == torch.float64:
+                runs.append(_run(copied, inputs, inputs.sizes(rows, inner), seed, torch.float32))
+                continue
+            line = next(iter(str(e).splitlines()), "")
+            raise NotRaised(f"it fails on random inputs in float32: {type(e).__name__}: {line}", 1) from e
+        finally:
+            copied.float()
+            with torch.no_grad():
+                for n, b in copied.named_buffers():
+                    b.copy_(buffers[n])
         now = attributes(copied)
         changed = sorted(k for k in before if now.get(k) != before[k])
         if changed:
             raise NotRaised(f"its forward changes the Python state {changed[0]}, and a second call may differ", 3)
-    once, again = ([s.value for s in r.snaps] for r in records[:2])
+    # Outputs alone: values in between may be memory that was not written yet.
+    once, again = ([o.tensor.detach() for o in objects(r.record.out)] for r in runs[:2])
     if len(once) != len(again) or not all(torch.equal(a, b) for a, b in zip(once, again, strict=True)):
         raise NotRaised("two runs on the same input with the same seed differ: random numbers or a state of its own", 3)
-    return records[1:], calls[1:]
+    return runs[1:]
+
+
+def _run(copied: nn.Module, inputs: Inputs, sizes: Any, seed: int, dtype: torch.dtype) -> _Run:
+    copied.to(dtype)
+    args, kwargs = inputs.make(sizes, seed, dtype=dtype)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return _Run(record(copied, args, kwargs), args, kwargs, dtype)
 
 
 def _raise_bank(
-    copied: nn.Module, inputs: Inputs, bank: Bank, records: list[Record], calls: list[tuple[Any, Any]]
+    copied: nn.Module, inputs: Inputs, bank: Bank, runs: list[_Run], own: torch.dtype
 ) -> Raising:
     paths = {
         p: frozenset(f"{p}.{n}" for n, _ in m.named_parameters(remove_duplicate=False))
@@ -122,15 +143,20 @@ def _raise_bank(
         if p
     }
     limits, numbers = carried(copied)
-    options = [list(_programs(copied, r, bank, paths, limits)) for r in records]
-    shapes = [[tuple(t.tensor.shape) for t in r.inputs] for r in records]
+    options = [list(_programs(copied, r.record, bank, paths, limits)) for r in runs]
+    shapes = [[tuple(t.tensor.shape) for t in r.record.inputs] for r in runs]
+    dtypes = [r.dtype for r in runs]
+    first = runs[0].record
     worst: NotRaised | None = None
-    for variant in range(min(_VARIANTS, *map(len, options))):
+    variants = range(min(_VARIANTS, *map(len, options)))
+    for variant, rule, guarded in itertools.product(variants, range(_VARIANTS), (False, True)):
         try:
-            program = align([o[variant] for o in options], shapes, numbers)
-            replay = emit(program, *calls[0], copied, records[0].out_type)
-            proof = certify(copied, replay.forward(copied, live=True), inputs, FULL)
-            return Raising(f"{idiom(records[0], bank, program)}: {replay.spec}", replay, proof)
+            program = align([o[variant] for o in options], shapes, dtypes, numbers, rule, guarded)
+            if program is None:
+                continue
+            replay = emit(program, runs[0].args, runs[0].kwargs, copied, first.out_type)
+            proof = certify(copied, replay.forward(copied, live=True), inputs, FULL + own_cases(own))
+            return Raising(f"{idiom(first, bank, program)}: {replay.spec}", replay, proof)
         except NoSlice as e:
             worst = max(worst or NotRaised(str(e), 3), NotRaised(str(e), 3), key=lambda e: e.stage)
         except Refuted as e:

@@ -48,8 +48,6 @@ def explain(record: Record, fit: Fit) -> list[Weights]:
     if fit.choice is not None:
         return [Weights(fit.choice)]
     tokens, k = fit.c.shape
-    if fit.scaled is not None and not _close(torch.ones_like(fit.c), fit.c):
-        raise NoFit("experts whose inputs are weighted have outputs that are weighted again")
     kept = fit.c.abs() > 1e-4 * fit.c.abs().max()
     exact: list[Weights] = []
     masked: list[tuple[Snap, bool]] = []
@@ -159,17 +157,23 @@ class CapacityRule:
         return max(self.least, math.ceil(raw) if self.rounding == "ceil" else int(raw))
 
 
-def capacity_rule(seen: Sequence[tuple[int, int]], experts: int, k: int, numbers: Iterable[float]) -> CapacityRule:
-    """The rule behind (tokens, rows) pairs, made of numbers that the module carries; `NoFit` if there is none."""
+def capacity_rules(
+    seen: Sequence[tuple[int, int]], experts: int, k: int, numbers: Iterable[float]
+) -> list[CapacityRule]:
+    """Rules behind (tokens, rows) pairs, made of numbers that the module carries; `NoFit` if there is none.
+
+    Several may agree on what was seen: with or without a least number of rows, rounded up or down.
+    """
     rows = {c for _, c in seen}
     if len(rows) == 1:
-        return CapacityRule(fixed=rows.pop())
+        return [CapacityRule(fixed=rows.pop())]
     factors = sorted({float(n) for n in numbers if 0 < n < 1e4} | {1.0, 1.25, 1.5, 2.0})
-    shares = [f * m / experts for f in factors for m in (k, 1)] + factors
-    for share, rounding in itertools.product(shares, ("floor", "ceil")):
-        least = min(rows)
-        for bound in (0, 1, least):
-            rule = CapacityRule(share, rounding, bound)
-            if all(rule(t) == c for t, c in seen):
-                return rule
-    raise NoFit(f"the capacity of an expert is {sorted(seen)} (tokens, rows), which no rule explains")
+    shares = dict.fromkeys([f * m / experts for f in factors for m in (k, 1)] + factors)
+    rules = [
+        rule
+        for share, rounding, least in itertools.product(shares, ("floor", "ceil"), (1, 0, *range(2, min(rows) + 1)))
+        if all((rule := CapacityRule(share, rounding, least))(t) == c for t, c in seen)
+    ]
+    if not rules:
+        raise NoFit(f"the capacity of an expert is {sorted(seen)} (tokens, rows), which no rule explains")
+    return rules

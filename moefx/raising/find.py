@@ -82,6 +82,8 @@ def _raise(module: nn.Module, seen: Seen, known: dict[Any, Raising | NotRaised])
         except NotRaised as e:
             known.setdefault(key, e)
             raise
+        except Exception as e:  # a block that trips the recogniser is left alone like any other that is not understood
+            raise NotRaised(f"the recogniser failed on it: {type(e).__name__}: {e}", 5) from e
     known.setdefault(key, made)
     return made
 

@@ -150,6 +150,9 @@ class _Recorder(TorchFunctionMode):
         before = self.refs((tuple(args), kwargs))
         versions = [(o, o.tensor._version) for o in dict.fromkeys(objects(before))]
         out = func(*args, **kwargs)
+        if isinstance(out, Tensor) and id(out) in self.known and all(o.tensor._version == v for o, v in versions):
+            # A cast or copy that had nothing to do in this run, and may have in another: its result is another object.
+            out = out.view_as(out)
         if name in READS:
             self.record.reads.append(name)
         self.note(func, before, versions, out)

@@ -19,7 +19,8 @@ from torch import fx, nn
 
 from moefx.dialect.experts import ExpertsSpec
 
-from .align import Dropping, Size
+from .align import Dropping, InputDtype, Size
+from .bank import Stack
 from .fit import Reading, Role
 from .record import function_name
 from .slice import Op, Program, Ref
@@ -55,24 +56,30 @@ class Assembly:
     @property
     def names(self) -> tuple[str, ...]:
         """The parameters, in the order in which `build` reads them."""
-        return tuple(n for r in self.roles for n in self._stack(r).names)
+        return tuple(n for r in self.roles if (s := self._stack(r)) is not None for n in s.names)
 
-    def _stack(self, role: Role) -> Any:
+    def _stack(self, role: Role) -> Stack | None:
         return role.stack if self.part == "weight" else role.bias
+
+    def _whole(self, role: Role, get: Callable[[str], Tensor]) -> Tensor:
+        """One role [E, out, in] or [E, out]; a bias that is missing beside one that is there is zero."""
+        stack = self._stack(role)
+        if stack is None:
+            known = next(s for r in self.roles if (s := self._stack(r)) is not None)
+            return get(known.names[0]).new_zeros(role.stack.shape[0], role.stack.shape[2 if role.turned else 1])
+        whole = stack.gather(get)
+        return whole.transpose(1, 2) if self.part == "weight" and role.turned else whole
 
     def build(self, get: Callable[[str], Tensor]) -> Tensor:
         """The tensor, differentiable with respect to the parameters that `get` finds by name."""
         turned = self.part == "weight" and any(r.turned for r in self.roles)
-        stacks = [self._stack(r) for r in self.roles]
-        if len(stacks) == 2 and all(len(s.names) > 1 for s in stacks) and not turned and not self.swapped:
+        stacks = [s for r in self.roles if (s := self._stack(r)) is not None and len(s.names) > 1]
+        if len(stacks) == 2 and not turned and not self.swapped:
             # One copy instead of two: experts side by side, each with its gate and its up.
             pairs = itertools.chain.from_iterable(zip(*(s.names for s in stacks), strict=True))
             joined = torch.stack([get(n) for n in pairs])
             return joined.view(stacks[0].shape[0], 2 * stacks[0].shape[1], *stacks[0].shape[2:])
-        parts = [
-            t.transpose(1, 2) if self.part == "weight" and r.turned else t
-            for r, t in zip(self.roles, (s.gather(get) for s in stacks), strict=True)
-        ]
+        parts = [self._whole(r, get) for r in self.roles]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         if not self.swapped:
             return whole
@@ -137,6 +144,8 @@ class _Emitter:
         self.spec = ""
         self.sizes: dict[Size, Any] = {}
         self.values: list[Any] = []
+        self.floating: fx.Node | None = None
+        self.parameter = ""
         for i, v in enumerate(args):
             self._leaf(v, self.graph.placeholder(f"arg{i}"))
         for name, v in kwargs.items():
@@ -145,6 +154,8 @@ class _Emitter:
     def _leaf(self, value: Any, node: fx.Node) -> None:
         if isinstance(value, Tensor):
             self.leaves.append(node)
+            if value.is_floating_point() and self.floating is None:
+                self.floating = node
         elif isinstance(value, tuple | list):
             for i, v in enumerate(value):
                 self._leaf(v, self.graph.call_function(operator.getitem, (node, i)))
@@ -171,6 +182,8 @@ class _Emitter:
                 out = self.graph.call_function(torch.sym_min, (whole, out))
             if size.offset:
                 out = self.graph.call_function(operator.add, (out, size.offset))
+            if size.guarded:
+                out = self.graph.call_function(torch.sym_max, (1, out))
             self.sizes[size] = out
         return self.sizes[size]
 
@@ -183,6 +196,8 @@ class _Emitter:
             return node
         if isinstance(tree, Size):
             return self.number(tree)
+        if isinstance(tree, InputDtype):
+            return self.graph.call_function(getattr, (self.dtype_of(), "dtype"))
         if isinstance(tree, tuple | list):
             return type(tree)(map(self.read, tree))
         if isinstance(tree, dict):
@@ -203,6 +218,10 @@ class _Emitter:
         if func == "view" or getattr(Tensor, name, None) is func:
             return self.graph.call_method(func if isinstance(func, str) else name, args, kwargs)
         return self.graph.call_function(func, args, kwargs)
+
+    def dtype_of(self) -> fx.Node:
+        """A tensor that has the dtype in which the block is run: its first floating input, or one of its parameters."""
+        return self.floating if self.floating is not None else self.graph.get_attr(self.parameter)
 
     def op(self, op: Op) -> Any:
         if op.kind == "input":
@@ -230,14 +249,15 @@ class _Emitter:
         interleaved = reading.kind.interleaved
         for label, roles, swapped in (("up", reading.up, reading.swapped), ("down", (reading.down,), False)):
             for part in ("weight", "bias") if reading.bias else ("weight",):
-                if part == "bias" and any(r.bias is None for r in roles):
-                    raise NotImplementedError
-                stack = roles[0].stack if part == "weight" else roles[0].bias
-                assert stack is not None
-                if len(roles) == 1 and len(stack.names) == 1 and not swapped:
-                    node = self.graph.get_attr(stack.names[0])
-                    if stack.shape[0] and part == "weight" and self.flat(stack.names[0]):
-                        node = self.graph.call_method("view", (node, *stack.shape))
+                stacks = [r.stack if part == "weight" else r.bias for r in roles]
+                first = stacks[0]
+                if not any(stacks):
+                    rows = sum(r.stack.shape[2 if r.turned else 1] for r in roles)
+                    node = self.graph.call_method("new_zeros", (nodes[-1], (roles[0].stack.shape[0], rows)))
+                elif len(stacks) == 1 and first is not None and len(first.names) == 1 and not swapped:
+                    node = self.graph.get_attr(first.names[0])
+                    if part == "weight" and self.dims(first.names[0]) == 2:
+                        node = self.graph.call_method("view", (node, *first.shape))
                     if part == "weight" and roles[0].turned:
                         node = self.graph.call_method("transpose", (node, 1, 2))
                 else:
@@ -246,9 +266,6 @@ class _Emitter:
                     node = self.graph.get_attr(name)
                 nodes.append(node)
         return nodes
-
-    def flat(self, name: str) -> bool:
-        return self.dims(name) == 2
 
     dims: Callable[[str], int]
 
@@ -324,6 +341,7 @@ def emit(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], block:
     """The graph of a program; `args` and `kwargs` show how the block is called."""
     emitter = _Emitter(args, kwargs)
     params = dict(block.named_parameters(remove_duplicate=False))
+    emitter.parameter = next(iter(params))
     emitter.dims = lambda name: params[name].dim()
     for op in program.ops:
         emitter.values.append(emitter.op(op))

@@ -101,6 +101,7 @@ def outcome(name: str) -> Outcome:
             want = step(look.model().train(training), args)
             # What was not raised may have a state: it runs as a copy.
             inside = model if was_raised else copy.deepcopy(model)
+            inside.load_state_dict(look.model().state_dict())
             found += differences(step(inside.train(training), args), want)
         model.train(True)
     return Outcome(list(blocks), found, [] if was_raised and name in CASES else changed(before, snapshot(model)))

@@ -131,7 +131,7 @@ def _flat(block: nn.Module, params: dict[str, Tensor]) -> list[Bank]:
     counts |= {v for m in block.modules() if (v := getattr(m, "out_features", 0)) > 1}
     owners: dict[str, list[str]] = {}
     for name, p in params.items():
-        if p.dim() == 2:
+        if p.dim() == 2 and not name.rpartition(".")[2].isdigit():
             owners.setdefault(name.rpartition(".")[0], []).append(name)
     banks = []
     for names in owners.values():

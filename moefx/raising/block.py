@@ -211,7 +211,8 @@ def carried(block: nn.Module) -> tuple[tuple[tuple[float, float], ...], list[flo
                     numbers.add(float(v))
     limit = next((v for k, v in values.items() if "limit" in k and v > 0), 0.0)
     alpha = next((v for k, v in values.items() if "alpha" in k and v > 0), 0.0)
-    return (((limit, alpha),) if limit and alpha else ()), sorted(numbers)
+    likely = [v for k, v in values.items() if "cap" in k]
+    return (((limit, alpha),) if limit and alpha else ()), [*likely, *sorted(numbers)]
 
 
 _TENSORS = ("_parameters", "_buffers", "_modules", "forward")

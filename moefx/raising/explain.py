@@ -167,8 +167,8 @@ def capacity_rules(
     rows = {c for _, c in seen}
     if len(rows) == 1:
         return [CapacityRule(fixed=rows.pop())]
-    factors = sorted({float(n) for n in numbers if 0 < n < 1e4} | {1.0, 1.25, 1.5, 2.0})
-    shares = dict.fromkeys([f * m / experts for f in factors for m in (k, 1)] + factors)
+    factors = dict.fromkeys([*(float(n) for n in numbers if 0 < n < 1e4), 1.0, 1.25, 1.5, 2.0])
+    shares = dict.fromkeys([f * m / experts for f in factors for m in (k, 1)] + [*factors])
     rules = [
         rule
         for share, rounding, least in itertools.product(shares, ("floor", "ceil"), (1, 0, *range(2, min(rows) + 1)))

@@ -35,12 +35,11 @@ def chains(model: nn.Module, taken: set[str]) -> list[list[str]]:
     """
     modules = dict(model.named_modules())
     blocked = {p for t in taken for p in modules if _within(p, t) or _within(t, p)}
-    able = [p for p, m in modules.items() if p not in blocked and find_banks(m)]
+    able = [p for p, m in modules.items() if p not in blocked and not isinstance(m, _CONTAINERS) and find_banks(m)]
     inner = [p for p in able if not any(q != p and _within(q, p) for q in able)]
     found = []
     for start in inner:
         around = [p for p in able if _within(start, p) and sum(_within(q, p) for q in inner) == 1]
-        around = [p for p in around if not isinstance(modules[p], _CONTAINERS)]
         found.append(sorted(around, key=len, reverse=True))
     return [c for c in found if c]
 
@@ -67,7 +66,8 @@ def raise_all(model: nn.Module, tries: list[list[str]], calls: dict[str, Seen]) 
                     best = (path, e)
         else:
             assert best is not None
-            found.append(Outcome(best[0], model.get_submodule(best[0]), None, str(best[1])))
+            where = "" if best[0] == chain[0] else f"{best[0] or 'the model'}: "
+            found.append(Outcome(chain[0], model.get_submodule(chain[0]), None, where + str(best[1])))
     return found
 
 

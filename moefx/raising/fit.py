@@ -172,8 +172,6 @@ def choices(record: Record, tokens: int, E: int) -> Iterator[tuple[tuple[Snap, .
             rows = v.reshape(tokens, k)
             if k > 1 and not (rows.sort(-1).values.diff(dim=-1) > 0).all():
                 continue
-            if k == E:
-                continue
             whole.append((s, rows))
         elif v.is_floating_point() and v.dim() >= 2 and v.shape[-1] == E and v.numel() == tokens * E:
             count = (v != 0).reshape(tokens, E).sum(-1)

@@ -141,7 +141,7 @@ class Inputs:
             noise = torch.randn(shape, generator=gen)
             common = torch.randn(shape[-1:], generator=gen)
             value = {
-                "random": noise + 0.7 * common,
+                "random": noise + common,
                 "alike": 0.05 * noise + common,
                 "ties": noise * (torch.arange(max(1, noise.shape[-2]))[: noise.shape[-2], None] % 2),
                 "large": noise * (200 / max(1, shape[-1]) ** 0.5) + 3 * common,

@@ -129,7 +129,7 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
         with stage("raise"):  # stage 1; what it installs stays until the joint graph is there
             blocks = undo.enter_context(raised(model, calls=calls, live=False))
             report.blocks = [b.to_dict() for b in blocks]
-            if not any(b.raised for b in blocks) or (o.strict and not all(b.raised for b in blocks)):
+            if not blocks or (o.strict and not all(b.raised for b in blocks)):
                 raise _not_raised(model, blocks)
         with stage("capture") as done:  # stage 2
             captured = done(capture(model, args, kwargs, o.dynamic))

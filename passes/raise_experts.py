@@ -25,7 +25,7 @@ from moefx.dialect.experts import ExpertsSpec
 from moefx.dialect.glu import GluKind, glu_reference
 from moefx.errors import InputError
 from moefx.raising.block import Raising
-from moefx.raising.find import Outcome, chains, raise_all
+from moefx.raising.find import Outcome, chains, raise_all, within
 from moefx.raising.probe import Seen, observed, undisturbed
 from moefx.raising.replay import Assembly
 
@@ -63,13 +63,23 @@ class Block:
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
-    """All expert banks with transformers' interface, and why one cannot be raised."""
+    """What can be said of a model without running it: experts with transformers' interface, and look-alikes."""
+    blocks = _with_interface(model)
+    inside = [b.path for b in blocks if b.raised]
+    for path, module in model.named_modules():
+        if not _is_interface(module) and (reason := _look_alike(module)) is not None:
+            if not any(within(path, p) for p in inside):
+                blocks.append(Block(path, type(module).__qualname__, False, reason=reason))
+    return blocks
+
+
+def _with_interface(model: nn.Module) -> list[Block]:
     return [_inspect(path, module) for path, module in model.named_modules() if _is_interface(module)]
 
 
 def to_observe(model: nn.Module) -> dict[str, nn.Module]:
     """Modules of hand-written blocks whose calls must be seen (`raising.probe.observed`) before they can be raised."""
-    tries = chains(model, {b.path for b in find_blocks(model)})
+    tries = chains(model, {b.path for b in _with_interface(model)})
     return {path: model.get_submodule(path) for chain in tries for path in chain}
 
 
@@ -90,7 +100,8 @@ def raised(
         live: expert tensors made of several parameters are put together at every call. Otherwise, for a capture, they
             are parameters of the block for the time being (`Block.assemblies`).
     """
-    blocks = find_blocks(model)
+    looks = find_blocks(model)
+    blocks = [b for b in looks if _is_interface(model.get_submodule(b.path))]
     tries = chains(model, {b.path for b in blocks})
     if calls is None:
         with observed({p: model.get_submodule(p) for chain in tries for p in chain}) as calls:
@@ -99,10 +110,11 @@ def raised(
                     model(*args, **(kwargs or {}))
     outcomes = raise_all(model, tries, calls)
     blocks += [_row(o) for o in outcomes]
-    inside = [b.path for b in blocks]
+    near = [b.path for b in blocks]
+    blocks += [b for b in looks if not any(within(b.path, p) or within(p, b.path) for p in near)]
+    homes = {b.path.rpartition(".")[0] for b in blocks}  # where experts are, and their routers
     for path, module in model.named_modules():
-        near = any(path == p or path.startswith(f"{p}.") or p.startswith(f"{path}.") or not path for p in inside)
-        if not near and (reason := _look_alike(module) or _selects(module)) is not None:
+        if not any(within(path, home) or within(home, path) for home in homes) and (reason := _selects(module)):
             blocks.append(Block(path, type(module).__qualname__, False, reason=reason))
     with _interface(model, blocks), _replaced(outcomes, live=live):
         yield blocks

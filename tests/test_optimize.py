@@ -149,7 +149,8 @@ def test_stages_are_timed_and_counted(opt: moefx.OptimizedModule) -> None:
     opt.zero_grad()
     rows = opt.report.stages
     assert list(rows) == [
-        "warm-up", "capture", "model passes", "joint", "training passes", "partition", "codegen", "codegen backward"
+        "warm-up", "raise", "capture", "model passes", "joint", "training passes", "partition", "codegen",
+        "codegen backward",
     ]  # fmt: skip
     assert all(r["seconds"] >= 0 for r in rows.values())
     assert rows["joint"]["nodes"] > rows["capture"]["nodes"] > 20

@@ -37,6 +37,7 @@ LAYERS = (
         "moefx.view",
         "moefx.ledger",
         "moefx.delayed",
+        "moefx.raising",
     ),
     ("moefx.dialect",),
     ("moefx.kernels",),

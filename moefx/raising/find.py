@@ -34,17 +34,18 @@ def chains(model: nn.Module, taken: set[str]) -> list[list[str]]:
     `taken` are paths that are dealt with otherwise; nothing inside or around them is tried.
     """
     modules = dict(model.named_modules())
-    blocked = {p for t in taken for p in modules if _within(p, t) or _within(t, p)}
+    blocked = {p for t in taken for p in modules if within(p, t) or within(t, p)}
     able = [p for p, m in modules.items() if p not in blocked and not isinstance(m, _CONTAINERS) and find_banks(m)]
-    inner = [p for p in able if not any(q != p and _within(q, p) for q in able)]
+    inner = [p for p in able if not any(q != p and within(q, p) for q in able)]
     found = []
     for start in inner:
-        around = [p for p in able if _within(start, p) and sum(_within(q, p) for q in inner) == 1]
+        around = [p for p in able if within(start, p) and sum(within(q, p) for q in inner) == 1]
         found.append(sorted(around, key=len, reverse=True))
     return [c for c in found if c]
 
 
-def _within(path: str, outer: str) -> bool:
+def within(path: str, outer: str) -> bool:
+    """Whether a module path is `outer` or lies in it."""
     return path == outer or outer == "" or path.startswith(f"{outer}.")
 
 

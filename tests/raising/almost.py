@@ -41,7 +41,11 @@ def alike() -> Tensor:
 # --- a state between calls
 
 
-@case("A1", r"state|buffer|call|differ.* (run|time, in_form="its state is a buffer, and the raised block updates it alike")|repeat", in_form="its state is a buffer, and the raised block updates it alike")
+@case(
+    "A1",
+    r"state|buffer|call|differ.* (run|time)|repeat",
+    in_form="its state is a buffer, and the raised block updates it alike",
+)
 class EmaLoads(Ordinary):
     """The choice is corrected by a running mean of the loads, which every call moves, in training and evaluation."""
 
@@ -184,7 +188,12 @@ class ScaledGradient(Ordinary):
         return Scaled.apply(self.experts[e](x))
 
 
-@case("A1", r"evaluation|eval|mode|training", trigger=Trigger(training=False, in_form="in training it is one; in evaluation its own code runs")
+@case(
+    "A1",
+    r"evaluation|eval|mode|training",
+    trigger=Trigger(training=False),
+    in_form="in training it is one; in evaluation its own code runs",
+)
 class DenseInEvaluation(Ordinary):
     """Ordinary in training; in evaluation every expert counts."""
 

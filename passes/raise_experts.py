@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +25,7 @@ from moefx.dialect.glu import GluKind, glu_reference
 from moefx.errors import InputError
 from moefx.raising.block import Raising
 from moefx.raising.find import Outcome, chains, raise_all
+from moefx.raising.outline import EXPERT_NAME, outline
 from moefx.raising.probe import Seen, observed, undisturbed
 from moefx.raising.replay import Assembly
 
@@ -289,18 +289,18 @@ def _emit(module: Any, x_TH: Tensor, idx_Tk: Tensor, w_Tk: Tensor) -> Tensor:
 # --- look-alikes
 # ------------------------------------------------------------------------------------------------------------------
 
-_MOE_NAME = re.compile(r"expert|moe", re.IGNORECASE)
-
-
 def _look_alike(module: nn.Module) -> str | None:
     """Why a module that looks like an expert bank is not raised, or None when it does not look like one."""
     name = type(module).__name__
     experts = next((n for a in ("num_experts", "moe_num_experts") if type(n := getattr(module, a, None)) is int), 0)
     stacked = [n for n, p in module._parameters.items() if p is not None and (p.dim() == 3 or _flat(name, p, experts))]
-    if stacked and _MOE_NAME.search(name):
+    reason = outline(module, stacked if EXPERT_NAME.search(name) else [])
+    if reason is not None:
+        return reason
+    if stacked and EXPERT_NAME.search(name):
         return f"stacked parameters {', '.join(stacked)}, but not called through transformers' experts interface"
     for child_name, child in module._modules.items():
-        if isinstance(child, nn.ModuleList | nn.ModuleDict) and _MOE_NAME.search(child_name) and len(child) > 1:
+        if isinstance(child, nn.ModuleList | nn.ModuleDict) and EXPERT_NAME.search(child_name) and len(child) > 1:
             if any(_is_interface(m) for m in child.modules()):
                 continue  # a list of MoE layers, not of experts
             return f"{len(child)} experts in {type(child).__name__} {child_name!r}: a hand-written loop is not raised"

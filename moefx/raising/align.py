@@ -112,8 +112,11 @@ def align(programs: Sequence[Program], shapes: Sequence[Shapes], numbers: Sequen
     solve = _Solver(shapes)
     for i, ops in enumerate(itertools.zip_longest(*(p.ops for p in programs))):
         if any(o is None for o in ops) or len({(o.kind, o.target if o.kind != "experts" else 0) for o in ops}) > 1:
-            names = [_name(o) for o in ops]
-            raise NoSlice(f"it takes different steps for different inputs: step {i} is {' or '.join(dict.fromkeys(names))}")
+            at: dict[str, list[str]] = {}
+            for o, s in zip(ops, shapes, strict=True):
+                at.setdefault(_name(o), []).append(_shown(s))
+            which = ", but ".join(f"{n} for inputs of shape {' and '.join(s)}" for n, s in at.items())
+            raise NoSlice(f"it takes different steps for different numbers of tokens: step {i} is {which}")
     merged = []
     for ops in zip(*(p.ops for p in programs), strict=True):
         first = ops[0]

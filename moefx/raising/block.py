@@ -15,6 +15,7 @@ from .bank import Bank, find_banks
 from .certify import FULL, SHORT, Certificate, Refuted, certify
 from .explain import explain
 from .fit import NoFit, fit
+from .nearest import difference, weights_differ
 from .probe import Inputs, Seen, copy_of
 from .record import Record, objects, record
 from .replay import Assembly, Replay, emit
@@ -122,7 +123,12 @@ def _raise_bank(
         if p
     }
     limits, numbers = carried(copied)
-    options = [list(_programs(copied, r, bank, paths, limits)) for r in records]
+    try:
+        options = [list(_programs(copied, r, bank, paths, limits)) for r in records]
+    except NotRaised as e:
+        found = difference(copied, records, bank, limits) if e.stage == 1 else None
+        name, what = found or (None, str(e))
+        raise NotRaised(f"{nearest_to(name or idiom(records[0], bank))}, but {what}", e.stage) from e
     shapes = [[tuple(t.tensor.shape) for t in r.inputs] for r in records]
     worst: NotRaised | None = None
     for variant in range(min(_VARIANTS, *map(len, options))):
@@ -137,7 +143,9 @@ def _raise_bank(
             worst = NotRaised(str(e), 4)
         finally:
             copied.float()
-    raise worst or NotRaised("nothing was found")
+    why = worst or NotRaised("nothing was found")
+    case = "for " if str(why)[:1].isdigit() else ""  # a case of the certificate: "34 tokens, random, float32: .."
+    raise NotRaised(f"{nearest_to(idiom(records[0], bank))}, but {case}{why}", why.stage)
 
 
 def _programs(
@@ -158,7 +166,8 @@ def _programs(
                     if count == _VARIANTS:
                         return
             except NoFit as e:
-                worst = max(worst, NotRaised(str(e), 2), key=lambda e: e.stage)
+                if worst.stage < 2:
+                    worst = NotRaised(weights_differ(seen, found) or str(e), 2)
     except NoFit as e:
         worst = max(worst, NotRaised(str(e), 1), key=lambda e: e.stage)
     if not count:
@@ -228,11 +237,17 @@ def likeness(block: nn.Module) -> Any:
     return (tuple(tensors), tuple(kinds), tuple(sorted(index.items())))
 
 
-def idiom(seen: Record, bank: Bank, program: Program) -> str:
-    """A name for how the block moved rows about, for people."""
+def nearest_to(name: str) -> str:
+    """The beginning of a reason."""
+    return f"nearest to {'a ' if name in ('loop over experts', 'padded buffer') else ''}{name}"
+
+
+def idiom(seen: Record, bank: Bank, program: Program | None = None) -> str:
+    """A name for how the block moved rows about, for people; without a program, the one that it looks most like."""
     names = {s.name for s in seen.steps}
-    op = next(o for o in program.ops if o.kind == "experts")
-    tokens = op.kwargs
+    ops = program.ops if program else ()
+    # Whether choices were dropped is known of a raised block alone.
+    tokens = next((o.kwargs for o in ops if o.kind == "experts"), {"expert_choice": False, "capacity": True})
     if tokens["expert_choice"]:
         return "expert choice"
     calls = [s for s in seen.steps if s.name in ("__getitem__", "index_select", "embedding")]

@@ -15,7 +15,9 @@ from .bank import Bank, find_banks
 from .certify import FULL, SHORT, Certificate, Refuted, certify
 from .explain import explain
 from .fit import NoFit, fit
-from .nearest import difference, weights_differ
+from .nearest import difference
+from .outline import nearest_in_code
+from .pattern import weights_differ
 from .probe import Inputs, Seen, copy_of
 from .record import Record, objects, record
 from .replay import Assembly, Replay, emit
@@ -66,14 +68,18 @@ def raise_block(block: nn.Module, seen: Seen) -> Raising:
         copied = copy_of(block)
     except Exception as e:
         raise NotRaised(f"it cannot be copied: {type(e).__name__}: {e}") from e
-    records, calls = _records(copied, inputs)
-    worst = NotRaised("no bank of experts explains what it computes")
+    records, calls = _records(copied, inputs, banks[0])
+    worst, nearest = NotRaised("no bank of experts explains what it computes", -1), banks[0]
     for bank in banks:
         try:
             return _raise_bank(copied, inputs, bank, records, calls)
         except NotRaised as e:
-            worst = max(worst, e, key=lambda e: e.stage)
-    raise worst
+            if e.stage > worst.stage:
+                worst, nearest = e, bank
+    # No routed sum, or one that may be a part of a larger one (stage 2): what there is instead is looked for once.
+    seen_instead = difference(copied, records, nearest, carried(copied)[0]) if worst.stage in (1, 2) else None
+    name, what = seen_instead or (None, str(worst))
+    raise NotRaised(f"{nearest_to(name or idiom(records[0], nearest))}, but {what}", worst.stage) from worst
 
 
 def certify_like(block: nn.Module, seen: Seen, first: Raising) -> Raising:
@@ -81,11 +87,12 @@ def certify_like(block: nn.Module, seen: Seen, first: Raising) -> Raising:
     try:
         proof = certify(copied := copy_of(block, 1), first.replay.forward(copied, live=True), Inputs(seen), SHORT)
     except Refuted as e:
-        raise NotRaised(str(e), 4) from e
+        near = nearest_to(first.idiom.partition(":")[0])
+        raise NotRaised(f"{near} like one that was raised, but {_for_case(e)}", 4) from e
     return Raising(first.idiom, first.replay, proof)
 
 
-def _records(copied: nn.Module, inputs: Inputs) -> tuple[list[Record], list[tuple[Any, Any]]]:
+def _records(copied: nn.Module, inputs: Inputs, bank: Bank) -> tuple[list[Record], list[tuple[Any, Any]]]:
     """Runs of three sizes; the first is repeated, and has to give the same."""
     records, calls = [], []
     before = attributes(copied)
@@ -107,10 +114,14 @@ def _records(copied: nn.Module, inputs: Inputs) -> tuple[list[Record], list[tupl
         now = attributes(copied)
         changed = sorted(k for k in before if now.get(k) != before[k])
         if changed:
-            raise NotRaised(f"its forward changes the Python state {changed[0]}, and a second call may differ", 3)
+            near = nearest_to(idiom(records[0], bank))
+            what = f"its forward changes the Python state {changed[0]}, and a second call may differ"
+            raise NotRaised(f"{near}, but {what}", 3)
     once, again = ([s.value for s in r.snaps] for r in records[:2])
     if len(once) != len(again) or not all(torch.equal(a, b) for a, b in zip(once, again, strict=True)):
-        raise NotRaised("two runs on the same input with the same seed differ: random numbers or a state of its own", 3)
+        near = nearest_to(idiom(records[0], bank))
+        what = "two runs on the same input with the same seed differ: random numbers or a state of its own"
+        raise NotRaised(f"{near}, but {what}", 3)
     return records[1:], calls[1:]
 
 
@@ -123,12 +134,7 @@ def _raise_bank(
         if p
     }
     limits, numbers = carried(copied)
-    try:
-        options = [list(_programs(copied, r, bank, paths, limits)) for r in records]
-    except NotRaised as e:
-        found = difference(copied, records, bank, limits) if e.stage == 1 else None
-        name, what = found or (None, str(e))
-        raise NotRaised(f"{nearest_to(name or idiom(records[0], bank))}, but {what}", e.stage) from e
+    options = [list(_programs(copied, r, bank, paths, limits)) for r in records]
     shapes = [[tuple(t.tensor.shape) for t in r.inputs] for r in records]
     worst: NotRaised | None = None
     for variant in range(min(_VARIANTS, *map(len, options))):
@@ -140,12 +146,15 @@ def _raise_bank(
         except NoSlice as e:
             worst = max(worst or NotRaised(str(e), 3), NotRaised(str(e), 3), key=lambda e: e.stage)
         except Refuted as e:
-            worst = NotRaised(str(e), 4)
+            worst = NotRaised(_for_case(e), 4)
         finally:
             copied.float()
-    why = worst or NotRaised("nothing was found")
-    case = "for " if str(why)[:1].isdigit() else ""  # a case of the certificate: "34 tokens, random, float32: .."
-    raise NotRaised(f"{nearest_to(idiom(records[0], bank))}, but {case}{why}", why.stage)
+    raise worst or NotRaised("nothing was found")
+
+
+def _for_case(e: Refuted) -> str:
+    """The text of a refutation, which begins with the case ("34 tokens, random, float32: ..") where there is one."""
+    return f"for {e}" if str(e)[:1].isdigit() else str(e)
 
 
 def _programs(
@@ -179,7 +188,7 @@ def _refuse_hooks(block: nn.Module, banks: list[Bank]) -> None:
     for path, module in block.named_modules():
         inside = any(n.startswith(f"{path}.") for n in names) if path else False
         if inside and (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks):
-            raise NotRaised(f"{path} has hooks, which would no longer run")
+            raise NotRaised(f"{nearest_in_code(block)}, but {path} has hooks, which would no longer run")
 
 
 def carried(block: nn.Module) -> tuple[tuple[tuple[float, float], ...], list[float]]:

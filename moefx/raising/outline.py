@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 Tensor = torch.Tensor
 EXPERT_NAME = re.compile(r"expert|moe", re.IGNORECASE)
 _LOOPS = frozenset({"where", "nonzero", "any", "index_add", "index_add_", "unique"})
+_CHOICES = frozenset({"topk", "argmax", "max", "sort", "argsort"})
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
@@ -35,13 +36,18 @@ def outline(module: nn.Module, stacked: list[str]) -> str | None:
         )
     if stacked:
         what = _stacks(module, stacked, code)
-        near = "gathered weights" if code & {"topk", "argmax", "max", "sort", "argsort"} else _EVERY
+        near = "gathered weights" if code & _CHOICES else _EVERY
         return f"nearest to {near}, but {what}" if what else None
     for name, experts in _lists(module):
         what = _experts(name, experts)
         if what is not None:
-            return f"nearest to {'a loop over experts' if code & _LOOPS else _EVERY}, but {what}"
+            return f"{nearest_in_code(module)}, but {what}"
     return None
+
+
+def nearest_in_code(module: nn.Module) -> str:
+    """The nearest idiom of a module that holds its experts in a list and was not run, from its code."""
+    return f"nearest to {'a loop over experts' if _code(module) & _LOOPS else _EVERY}"
 
 
 _EVERY = "every expert on every token"
@@ -56,7 +62,7 @@ def _code(module: nn.Module) -> frozenset[str]:
 def _lists(module: nn.Module) -> Iterator[tuple[str, dict[str, nn.Module]]]:
     for name, child in module._modules.items():
         if isinstance(child, nn.ModuleList | nn.ModuleDict) and EXPERT_NAME.search(name) and len(child) > 1:
-            yield name, {k: m for k, m in child._modules.items() if m is not None}
+            yield name, dict(child.named_children())
 
 
 def _shape(t: Tensor) -> str:
@@ -65,16 +71,17 @@ def _shape(t: Tensor) -> str:
 
 def _stacks(module: nn.Module, names: list[str], code: frozenset[str]) -> str | None:
     """Parameters [E, a, b] that are no two or three matrices per expert."""
-    if "scaled_dot_product_attention" in code:
+    if "scaled_dot_product_attention" in code and len(names) > 3:
         return (
-            f"it calls scaled_dot_product_attention, in which tokens read other tokens: {', '.join(names)} are the "
-            "matrices of attention heads"
+            f"it calls scaled_dot_product_attention, in which tokens read other tokens, and has {len(names)} stacked "
+            f"parameters ({', '.join(names)}), where an expert has two or three matrices"
         )
     shapes = [tuple(module.get_parameter(n).shape[1:]) for n in names if module.get_parameter(n).dim() == 3]
     listed = ", ".join(names)
     small = {min(s) for s in shapes}
-    if len(shapes) > 1 and len(shapes) % 2 == 0 and len(small) == 1 and all(3 * min(s) <= max(s) for s in shapes):
-        return f"its experts are pairs of low-rank factors, of rank {small.pop()} ({listed}), not two or three matrices"
+    if len(shapes) > 3 and len(shapes) % 2 == 0 and len(small) == 1 and all(3 * min(s) <= max(s) for s in shapes):
+        rank = f"each with one side of {small.pop()} only, as low-rank factors have it"
+        return f"it has {len(shapes)} matrices per expert ({listed}), {rank}, where an expert has two or three"
     if len(shapes) == 1:
         return f"it has one matrix per expert ({listed}), where an expert has two or three"
     if len(shapes) > 3:
@@ -102,7 +109,7 @@ def _experts(name: str, experts: dict[str, nn.Module]) -> str | None:
     for inside, m in kinds[0].named_modules():
         if isinstance(m, nn.modules.conv._ConvNd):
             size = "x".join(map(str, m.kernel_size))
-            see = ", which mix neighbouring tokens" if max(m.kernel_size) > 1 else ""
+            see = ", which mix neighbouring positions" if max(m.kernel_size) > 1 else ""
             return f"its experts are convolutions{see} ({path}.{inside}, {type(m).__name__}, kernel {size})"
     if len(matrices) == 1:
         return f"an expert is a single matrix ({path}, {_shape(matrices[0])}): there are no two products in it"
@@ -131,10 +138,10 @@ def _differing(name: str, experts: dict[str, Any]) -> str | None:
             return f"its experts have different parameters: {name}.{has} has {lone}, {name}.{lacks} has not"
         for n, shape in first.items():
             if other[n] != shape:
-                axis = [a != b for a, b in zip(shape.split("x"), other[n].split("x"), strict=False)]
-                last = n in list(first)[-2:] and axis[0]
+                alone = sum("x" in s for s in first.values()) == 1 and "x" in shape
+                outputs = alone and shape.split("x")[0] != other[n].split("x")[0]
                 return (
-                    f"its experts differ in {'the width of their outputs' if last else 'width'}: "
+                    f"its experts differ in {'the width of their outputs' if outputs else 'width'}: "
                     f"{name}.{items[0][0]}.{n} is {shape}, {name}.{key}.{n} {other[n]}"
                 )
     return None

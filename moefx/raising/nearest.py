@@ -10,6 +10,7 @@ records, and nothing that was not looked for.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from torch import nn
 from moefx.dialect.glu import glu_reference
 
 from .bank import Bank, Stack
-from .fit import ACTS, TOLERANCE, Evaluator, Role, _residues, rows_of
+from .fit import ACTS, TOLERANCE, Role, _residues, rows_of
 from .parts import MOVES, PRODUCTS, Pool, Run, Table, TooLargeError, directions, mix, roles_of, solved_tokens, sound
 from .pattern import missing
 from .record import Obj, Record, objects
@@ -33,11 +34,12 @@ def difference(
 
     None where it is too large to be looked at, or nothing specific was found.
     """
-    evaluate = Evaluator(block)
+    params: dict[str, Tensor] = dict(block.named_parameters(remove_duplicate=False))
     device = next((s.value.device for s in records[0].snaps), torch.device("cpu"))
     try:
-        with torch.no_grad(), torch.device(device):
-            return _diagnosis([Run(r, bank, limits, evaluate) for r in records])
+        # Where new tensors are on the CPU by themselves, the context would only slow every call down.
+        with torch.no_grad(), nullcontext() if device.type == "cpu" else torch.device(device):
+            return _diagnosis([Run(r, bank, limits, params) for r in records])
     except TooLargeError:
         return None
 

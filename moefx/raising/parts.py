@@ -13,13 +13,13 @@ import torch
 
 from moefx.dialect.glu import glu_reference
 
-from .bank import Bank
-from .fit import TOLERANCE, Evaluator, Reading, Role, _distinct, _sizes, choices, first_use, readings, rows_of
+from .bank import Bank, Stack
+from .fit import TOLERANCE, Reading, Role, _distinct, _sizes, choices, first_use, readings, rows_of
 from .record import Obj, Record, Snap, objects
 
 Tensor = torch.Tensor
 _LARGEST = 1 << 25  # elements of rows to search
-_WORK = 2e10  # operations for the products of one run
+_WORK = 5e9  # operations for the products of one run
 _NARROW = 4  # rows of fewer features have the direction of another one too easily
 PRODUCTS = frozenset(
     {
@@ -171,7 +171,7 @@ class Run:
     record: Record
     bank: Bank
     limits: tuple[tuple[float, float], ...]
-    evaluate: Evaluator
+    params: dict[str, Tensor]
     tables: list[Table] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -191,6 +191,12 @@ class Run:
                 self.tables = [t for t in self.tables if not t.dense]
                 self.work = 0.0
 
+    def matrix(self, stack: Stack, e: int) -> Tensor:
+        """The parameter of one expert."""
+        if len(stack.names) == 1:
+            return self.params[stack.names[0]].detach().view(stack.shape)[e].float()
+        return self.params[stack.names[e]].detach().float()
+
     def product(self, role: Role, x: Tensor, experts: Tensor) -> Tensor:
         """Rows [R, in] times the matrices of their experts, one expert at a time: large ones are never gathered."""
         self.work += 2.0 * len(x) * math.prod(role.stack.shape[1:])
@@ -199,10 +205,10 @@ class Run:
         out = x.new_zeros(len(x), role.stack.shape[2 if role.turned else 1])
         for e in experts.unique():
             own = experts == e
-            w = self.evaluate._rows(role.stack, e[None])[0]
+            w = self.matrix(role.stack, int(e))
             out[own] = x[own] @ (w if role.turned else w.T)
             if role.bias is not None:
-                out[own] += self.evaluate._rows(role.bias, e[None])[0]
+                out[own] += self.matrix(role.bias, int(e))
         return out
 
     def _look(self, x: Snap, rows: Tensor, width: int, dense: bool) -> Iterator[Table]:

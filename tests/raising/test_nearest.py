@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 
@@ -170,17 +171,17 @@ class Mixed(Ordinary):
     [
         (
             UnknownActivation,
-            "ordinary up to their first product, but what follows is no activation that the",
+            "ordinary up to their first product, but what follows is no activation",
             "expert 0",
         ),
         (
             NormBetween,
-            "up to their activation (silu), but the second product is another one; .* made by layer_norm",
+            "up to their activation .silu., but the second .* made by layer_norm",
             "random",
         ),
         (
             NormedInput,
-            "no matrix of the experts is multiplied with a token's row .* made by .*(layer_norm|add)",
+            "multiplied with a token's row .* made by .*(layer_norm|add)",
             "mixture",
         ),
         (Mixed, "mixtures of several tokens of a sequence", "norm"),
@@ -191,10 +192,8 @@ class Mixed(Ordinary):
     ],
 )
 def test_the_first_part_that_is_missing_is_named(cls: type[nn.Module], says: str, not_said: str) -> None:
-    import re
-
     got = reason(cls)
-    assert re.search(says.replace("(silu)", r"\(silu\)"), got), got
+    assert re.search(says, got), got
     assert not_said not in got
 
 
@@ -293,7 +292,7 @@ def listed(make: Callable[[int], nn.Module]) -> Callable[[], nn.Module]:
         (lambda e: nn.Linear(H, H), "an expert is a single matrix (experts.0, 16x16)"),
         (
             lambda e: FFN(width=8 + e),
-            "differ in width: experts.0.up_proj.weight is 8x16, experts.1.up_proj.weight 9x16",
+            "width: experts.0.up_proj.weight is 8x16, experts.1.up_proj.weight 9x16",
         ),
         (lambda e: nn.Linear(H, H, bias=e > 0), "different parameters: experts.1 has bias, experts.0 has not"),
         (lambda e: nn.Sequential(*(nn.Linear(H, H) for _ in range(4))), "an expert has 4 matrices"),

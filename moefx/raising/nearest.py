@@ -45,12 +45,14 @@ def difference(
 
 
 def _diagnosis(runs: Sequence[Run]) -> tuple[str | None, str] | None:
-    chosen = [r.best(dense=False) for r in runs]
+    chosen = [r.best(False) for r in runs]
     known = all(chosen)
-    top = max((t for t in chosen if t), key=lambda t: t.score, default=None) if known else runs[0].best(dense=True)
+    top = max((t for t in chosen if t), key=lambda t: t.score, default=None) if known else runs[0].best(True)
     if top is None:
         return None
-    tables = [t for r in runs if (t := r.best(dense=not known, reading=top.reading)) is not None]
+    tables = [t for r in runs if (t := r.best(not known, top.reading) or r.best(not known, None)) is not None]
+    if len(tables) < len(runs):
+        return None
     if known and all(bool(t.outputs.all()) for t in tables) and _made_of_outputs(runs[0], tables[0], known) is None:
         return None
     # Tensors that look like a choice may be none: a sum over all experts says more.

@@ -257,9 +257,9 @@ class Run:
                     return True
         return False
 
-    def best(self, *, dense: bool, reading: Reading | None = None) -> Table | None:
-        """The table of which most was computed."""
-        some = [t for t in self.tables if t.dense == dense and (reading is None or t.reading == reading)]
+    def best(self, dense: bool, reading: Reading | str | None = "any") -> Table | None:
+        """The table of which most was computed; with reading None, of first products alone."""
+        some = [t for t in self.tables if t.dense == dense and reading in ("any", t.reading)]
         return max(some, key=lambda t: t.score, default=None)
 
 

@@ -1,4 +1,7 @@
-"""`experts` and `expert_choice` markers become dialect ops: dispatch, plan, permute, product, activation, product, unpermute, combine."""
+"""`experts` and `expert_choice` markers become dialect ops.
+
+These are dispatch, plan, permute, product, activation, product, unpermute and combine.
+"""
 
 from __future__ import annotations
 

@@ -1,19 +1,18 @@
 """Stage 1: let the MoE blocks of a model emit `moefx.experts` while it is captured, and put everything back afterwards.
 
-Two kinds of blocks are raised. Hand-written ones are recognised by what they compute and proven by running both forms
-(`moefx.raising`); for the length of a capture the proven forward stands in for their own. Experts classes of transformers
-have an interface: transformers looks the implementation of an experts class up by name at call time. moefx registers its own for the
-length of a capture: it reads the layout from the flags that the class carries, and the activation by running the
-module's own gate on random numbers and comparing with the dialect's kinds. Nothing is raised on looks: a gate that
-matches no kind stays the module's own code between dialect ops, and a module whose layout cannot be read is left alone
-and reported.
+Two kinds of blocks are raised. Hand-written ones are recognised by what they compute and proven by running both
+forms (`moefx.raising`); for the length of a capture the proven forward stands in for their own. Experts classes of
+transformers have an interface: transformers looks the implementation of an experts class up by name at call time.
+moefx registers its own for the length of a capture: it reads the layout from the flags that the class carries, and the
+activation by running the module's own gate on random numbers and comparing with the dialect's kinds. Nothing is raised
+on looks: a gate that matches no kind stays the module's own code between dialect ops, and a module whose layout cannot
+be read is left alone and reported.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +25,7 @@ from moefx.dialect.glu import GluKind, glu_reference
 from moefx.errors import InputError
 from moefx.raising.block import Raising
 from moefx.raising.find import Outcome, chains, raise_all, within
+from moefx.raising.outline import EXPERT_NAME, outline
 from moefx.raising.probe import Seen, observed, undisturbed
 from moefx.raising.replay import Assembly
 
@@ -57,7 +57,7 @@ class Block:
 
     @property
     def assemblies(self) -> dict[str, tuple[str, Assembly]]:
-        """Dotted names of tensors that a capture of the raised block reads -> (path of the block, how they are made)."""
+        """Dotted names of tensors that a capture of the raised block reads -> (path of the block, how made)."""
         made = self.raising.assemblies if self.raising else {}
         return {f"{self.path}.{name}".lstrip("."): (self.path, a) for name, a in made.items()}
 
@@ -67,9 +67,10 @@ def find_blocks(model: nn.Module) -> list[Block]:
     blocks = _with_interface(model)
     inside = [b.path for b in blocks if b.raised]
     for path, module in model.named_modules():
-        if not _is_interface(module) and (reason := _look_alike(module)) is not None:
-            if not any(within(path, p) for p in inside):
-                blocks.append(Block(path, type(module).__qualname__, False, reason=reason))
+        if _is_interface(module) or any(within(path, p) for p in inside):
+            continue
+        if (reason := _look_alike(module)) is not None:
+            blocks.append(Block(path, type(module).__qualname__, False, reason=reason))
     return blocks
 
 
@@ -123,7 +124,7 @@ def raised(
 def _row(o: Outcome) -> Block:
     cls = type(o.module).__qualname__
     if o.raising is None:
-        return Block(o.path, cls, False, reason=o.reason)
+        return Block(o.path, cls, False, reason=outline(o.module, []) or o.reason)
     proof = o.raising.certificate
     return Block(o.path, cls, True, o.raising.idiom, proof.error, None, proof.to_dict(), o.raising)
 
@@ -301,18 +302,19 @@ def _emit(module: Any, x_TH: Tensor, idx_Tk: Tensor, w_Tk: Tensor) -> Tensor:
 # --- look-alikes
 # ------------------------------------------------------------------------------------------------------------------
 
-_MOE_NAME = re.compile(r"expert|moe", re.IGNORECASE)
-
 
 def _look_alike(module: nn.Module) -> str | None:
     """Why a module that looks like an expert bank is not raised, or None when it does not look like one."""
     name = type(module).__name__
     experts = next((n for a in ("num_experts", "moe_num_experts") if type(n := getattr(module, a, None)) is int), 0)
     stacked = [n for n, p in module._parameters.items() if p is not None and (p.dim() == 3 or _flat(name, p, experts))]
-    if stacked and _MOE_NAME.search(name):
+    reason = outline(module, stacked if EXPERT_NAME.search(name) else [])
+    if reason is not None:
+        return reason
+    if stacked and EXPERT_NAME.search(name):
         return f"stacked parameters {', '.join(stacked)}, but not called through transformers' experts interface"
     for child_name, child in module._modules.items():
-        if isinstance(child, nn.ModuleList | nn.ModuleDict) and _MOE_NAME.search(child_name) and len(child) > 1:
+        if isinstance(child, nn.ModuleList | nn.ModuleDict) and EXPERT_NAME.search(child_name) and len(child) > 1:
             if any(_is_interface(m) for m in child.modules()):
                 continue  # a list of MoE layers, not of experts
             return f"{len(child)} experts in {type(child).__name__} {child_name!r}: a hand-written loop is not raised"

@@ -98,7 +98,7 @@ def test_a_bank_of_experts_that_is_not_raised_is_named_in_the_report() -> None:
     opt = ref.optimize(Loop(), (ref.hidden(),))
     (row,) = opt.report.to_dict()["blocks"]
     assert row["raised"] is False
-    assert "hand-written loop" in row["reason"]
+    assert "an expert is a single matrix" in row["reason"]
     assert "0 raised, 1 left alone" in str(opt.report)
     ref.assert_same(ref.step(opt, (ref.hidden(),)), ref.step(opt.original, (ref.hidden(),)))
 

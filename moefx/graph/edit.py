@@ -42,6 +42,7 @@ def module_path(node: fx.Node) -> str:
         return ""
     path = str(list(stack.values())[-1][0])
     path = path.replace("L['self']", "").replace("L['fn']", "").replace("L['s']", "")
+    path = path.replace(".forward.__self__", "")  # a proven forward that stands in for the block's own
     for junk in ("._modules['", "']", "['"):
         path = path.replace(junk, ".")
     return path.strip(".").replace("..", ".").removeprefix("_orig_mod.")

@@ -83,9 +83,7 @@ class _Solver:
             return values[0]
         for factors in self.products:
             base = [Size(factors).value(s) for s in self.shapes]
-            steps = {
-                Fraction(v - values[0], b - base[0]) for v, b in zip(values, base, strict=True) if b != base[0]
-            }
+            steps = {Fraction(v - values[0], b - base[0]) for v, b in zip(values, base, strict=True) if b != base[0]}
             if len(steps) != 1:
                 continue
             ratio = steps.pop()
@@ -135,8 +133,11 @@ def align(
     divisors = 0
     for i, ops in enumerate(itertools.zip_longest(*(p.ops for p in programs))):
         if any(o is None for o in ops) or len({(o.kind, o.target if o.kind != "experts" else 0) for o in ops}) > 1:
-            names = [_name(o) for o in ops]
-            raise NoSlice(f"it takes different steps for different inputs: step {i} is {' or '.join(dict.fromkeys(names))}")
+            at: dict[str, list[str]] = {}
+            for o, s in zip(ops, shapes, strict=True):
+                at.setdefault(_name(o), []).append(_shown(s))
+            which = ", but ".join(f"{n} for inputs of shape {' and '.join(s)}" for n, s in at.items())
+            raise NoSlice(f"it takes different steps for different numbers of tokens: step {i} is {which}")
     merged = []
     for ops in zip(*(p.ops for p in programs), strict=True):
         first = ops[0]
@@ -204,7 +205,11 @@ def _experts(ops: Sequence[Op], solve: _Solver, numbers: Sequence[float], option
 
 
 def _dropping(
-    seen: Sequence[Capacity | None], tokens: Sequence[int], solve: _Solver, detail: dict[str, Any], numbers: Sequence[float]
+    seen: Sequence[Capacity | None],
+    tokens: Sequence[int],
+    solve: _Solver,
+    detail: dict[str, Any],
+    numbers: Sequence[float],
 ) -> list[Dropping | None]:
     cases = [c for c in seen if c is not None]
     if not cases:

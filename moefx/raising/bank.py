@@ -57,7 +57,9 @@ class Bank:
 
 def find_banks(block: nn.Module) -> list[Bank]:
     """All groups of parameters in a module that could be its experts, larger groups first."""
-    params = {n: p for n, p in block.named_parameters(remove_duplicate=False) if p.dtype in _FLOATS}
+    # Parametrized matrices are functions of their parameters, which are no matrices that experts multiply with.
+    named = ((n, p) for n, p in block.named_parameters(remove_duplicate=False) if ".parametrizations." not in f".{n}")
+    params: dict[str, Tensor] = {n: p for n, p in named if p.dtype in _FLOATS}
     banks = [*_listed(params), *_stacked(params), *_flat(block, params)]
     unique = {b.names: b for b in banks if 2 <= len(b.matrices) <= 3 and len(b.vectors) <= 3}
     return sorted(unique.values(), key=lambda b: -sum(_size(s) for s in b.matrices))

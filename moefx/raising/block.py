@@ -16,6 +16,9 @@ from .bank import Bank, find_banks
 from .certify import FULL, SHORT, Certificate, Refuted, certify, own_cases
 from .explain import explain
 from .fit import NoFit, fit
+from .nearest import difference
+from .outline import nearest_in_code
+from .pattern import weights_differ
 from .probe import Inputs, Seen, copy_of
 from .record import Record, objects, record
 from .replay import Assembly, Replay, emit
@@ -25,7 +28,7 @@ RUNS = ((2, 12), (3, 7), (5, 10))
 _VARIANTS = 4  # ways to read a record that are tried before giving up
 
 
-class NotRaised(Exception):
+class NotRaised(Exception):  # noqa: N818  an answer, not a fault
     """Why a module is left as it is. `stage` counts how far it came, for choosing among reasons."""
 
     def __init__(self, why: str, stage: int = 0) -> None:
@@ -67,14 +70,19 @@ def raise_block(block: nn.Module, seen: Seen) -> Raising:
         copied = copy_of(block)
     except Exception as e:
         raise NotRaised(f"it cannot be copied: {type(e).__name__}: {e}") from e
-    runs = _runs(copied, inputs)
-    worst = NotRaised("no bank of experts explains what it computes")
+    runs = _runs(copied, inputs, banks[0])
+    records = [r.record for r in runs]
+    worst, nearest = NotRaised("no bank of experts explains what it computes", -1), banks[0]
     for bank in banks:
         try:
             return _raise_bank(copied, inputs, bank, runs, own)
         except NotRaised as e:
-            worst = max(worst, e, key=lambda e: e.stage)
-    raise worst
+            if e.stage > worst.stage:
+                worst, nearest = e, bank
+    # No routed sum, or one that may be a part of a larger one (stage 2): what there is instead is looked for once.
+    seen_instead = difference(copied, records, nearest, carried(copied)[0]) if worst.stage in (1, 2) else None
+    name, what = seen_instead or (None, str(worst))
+    raise NotRaised(f"{nearest_to(name or idiom(records[0], nearest))}, but {what}", worst.stage) from worst
 
 
 def certify_like(block: nn.Module, seen: Seen, first: Raising) -> Raising:
@@ -82,7 +90,8 @@ def certify_like(block: nn.Module, seen: Seen, first: Raising) -> Raising:
     try:
         proof = certify(copied := copy_of(block, 1), first.replay.forward(copied, live=True), Inputs(seen), SHORT)
     except Refuted as e:
-        raise NotRaised(str(e), 4) from e
+        near = nearest_to(first.idiom.partition(":")[0])
+        raise NotRaised(f"{near} like one that was raised, but {_for_case(e)}", 4) from e
     return Raising(first.idiom, first.replay, proof)
 
 
@@ -94,7 +103,7 @@ class _Run:
     dtype: torch.dtype
 
 
-def _runs(copied: nn.Module, inputs: Inputs) -> list[_Run]:
+def _runs(copied: nn.Module, inputs: Inputs, bank: Bank) -> list[_Run]:
     """Runs of three sizes, one of them in float64 if the block can; the first is repeated, and has to give the same."""
     runs = []
     before = attributes(copied)
@@ -118,11 +127,13 @@ def _runs(copied: nn.Module, inputs: Inputs) -> list[_Run]:
         now = attributes(copied)
         changed = sorted(k for k in before if now.get(k) != before[k])
         if changed:
-            raise NotRaised(f"its forward changes the Python state {changed[0]}, and a second call may differ", 3)
+            what = f"its forward changes the Python state {changed[0]}, and a second call may differ"
+            raise NotRaised(f"{nearest_to(idiom(runs[0].record, bank))}, but {what}", 3)
     # Outputs alone: values in between may be memory that was not written yet.
     once, again = ([o.tensor.detach() for o in objects(r.record.out)] for r in runs[:2])
     if len(once) != len(again) or not all(torch.equal(a, b) for a, b in zip(once, again, strict=True)):
-        raise NotRaised("two runs on the same input with the same seed differ: random numbers or a state of its own", 3)
+        what = "two runs on the same input with the same seed differ: random numbers or a state of its own"
+        raise NotRaised(f"{nearest_to(idiom(runs[0].record, bank))}, but {what}", 3)
     return runs[1:]
 
 
@@ -134,9 +145,7 @@ def _run(copied: nn.Module, inputs: Inputs, sizes: Any, seed: int, dtype: torch.
         return _Run(record(copied, args, kwargs), args, kwargs, dtype)
 
 
-def _raise_bank(
-    copied: nn.Module, inputs: Inputs, bank: Bank, runs: list[_Run], own: torch.dtype
-) -> Raising:
+def _raise_bank(copied: nn.Module, inputs: Inputs, bank: Bank, runs: list[_Run], own: torch.dtype) -> Raising:
     paths = {
         p: frozenset(f"{p}.{n}" for n, _ in m.named_parameters(remove_duplicate=False))
         for p, m in copied.named_modules()
@@ -160,10 +169,15 @@ def _raise_bank(
         except NoSlice as e:
             worst = max(worst or NotRaised(str(e), 3), NotRaised(str(e), 3), key=lambda e: e.stage)
         except Refuted as e:
-            worst = NotRaised(str(e), 4)
+            worst = NotRaised(_for_case(e), 4)
         finally:
             copied.float()
     raise worst or NotRaised("nothing was found")
+
+
+def _for_case(e: Refuted) -> str:
+    """The text of a refutation, which begins with the case ("34 tokens, random, float32: ..") where there is one."""
+    return f"for {e}" if str(e)[:1].isdigit() else str(e)
 
 
 def _programs(
@@ -184,7 +198,8 @@ def _programs(
                     if count == _VARIANTS:
                         return
             except NoFit as e:
-                worst = max(worst, NotRaised(str(e), 2), key=lambda e: e.stage)
+                if worst.stage < 2:
+                    worst = NotRaised(weights_differ(seen, found) or str(e), 2)
     except NoFit as e:
         worst = max(worst, NotRaised(str(e), 1), key=lambda e: e.stage)
     if not count:
@@ -196,7 +211,7 @@ def _refuse_hooks(block: nn.Module, banks: list[Bank]) -> None:
     for path, module in block.named_modules():
         inside = any(n.startswith(f"{path}.") for n in names) if path else False
         if inside and (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks):
-            raise NotRaised(f"{path} has hooks, which would no longer run")
+            raise NotRaised(f"{nearest_in_code(block)}, but {path} has hooks, which would no longer run")
 
 
 def carried(block: nn.Module) -> tuple[tuple[tuple[float, float], ...], list[float]]:
@@ -251,15 +266,23 @@ def likeness(block: nn.Module) -> Any:
         (n, tuple(t.shape), t.dtype, t.requires_grad) for n, t in (*block.named_parameters(), *block.named_buffers())
     ]
     kinds = [(n, type(m), m.training) for n, m in block.named_modules()]
-    index = {k: v for k, v in attributes(block).items() if not re.search(r"(^|\.)(layer_idx|layer_id|layer_number)$", k)}
+    index = {
+        k: v for k, v in attributes(block).items() if not re.search(r"(^|\.)(layer_idx|layer_id|layer_number)$", k)
+    }
     return (tuple(tensors), tuple(kinds), tuple(sorted(index.items())))
 
 
-def idiom(seen: Record, bank: Bank, program: Program) -> str:
-    """A name for how the block moved rows about, for people."""
+def nearest_to(name: str) -> str:
+    """The beginning of a reason."""
+    return f"nearest to {'a ' if name in ('loop over experts', 'padded buffer') else ''}{name}"
+
+
+def idiom(seen: Record, bank: Bank, program: Program | None = None) -> str:
+    """A name for how the block moved rows about, for people; without a program, the one that it looks most like."""
     names = {s.name for s in seen.steps}
-    op = next(o for o in program.ops if o.kind == "experts")
-    tokens = op.kwargs
+    ops = program.ops if program else ()
+    # Whether choices were dropped is known of a raised block alone.
+    tokens = next((o.kwargs for o in ops if o.kind == "experts"), {"expert_choice": False, "capacity": True})
     if tokens["expert_choice"]:
         return "expert choice"
     calls = [s for s in seen.steps if s.name in ("__getitem__", "index_select", "embedding")]
@@ -282,4 +305,3 @@ def idiom(seen: Record, bank: Bank, program: Program) -> str:
     if "einsum" in names and "one_hot" in names:
         return "one-hot dispatch"
     return "every expert on every token"
-

@@ -1,8 +1,8 @@
 """The proof of a raise: the block and its raised form side by side on inputs that MoE code is known to trip over.
 
-Same weights, same inputs, same random state; outputs, the gradients of all inputs and parameters, buffers and the random
-state afterwards are compared. Sizes go from no token at all to many; rows that all want the same experts leave others
-empty and fill capacities; equal logits make ties; large values pass clamps.
+Same weights, same inputs, same random state; outputs, the gradients of all inputs and parameters, buffers and the
+random state afterwards are compared. Sizes go from no token at all to many; rows that all want the same experts leave
+others empty and fill capacities; equal logits make ties; large values pass clamps.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def own_cases(dtype: torch.dtype) -> tuple[Case, ...]:
 SHORT = (Case(3, 19), Case(3, 13, dtype=torch.bfloat16))
 
 
-class Refuted(Exception):
+class Refuted(Exception):  # noqa: N818  an answer, not a fault
     """Original and raised block differ; the text says in what, and by how much."""
 
 

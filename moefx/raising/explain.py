@@ -23,7 +23,7 @@ ORDERS = ("token", "choice", "row", "row choice")
 
 @dataclass(frozen=True)
 class Capacity:
-    """Expert e keeps rows of rank < `rows`; ranks count in `order`, for each of `groups` equal parts of the tokens anew.
+    """Expert e keeps rows of rank < `rows`; ranks count in `order`, in each of `groups` equal parts of the tokens anew.
 
     Orders: `token` (t, j), `choice` (j, t); with `row` in front, per batch row.
     """

@@ -1,7 +1,7 @@
 """What the experts compute, and with which weights: found by value among the numbers that a block left behind.
 
-For a few tokens each way of reading a bank's parameters (which is gate, up and down, their layout, the activation) gives
-the outputs f_e(x_t) of the experts. A tensor y of the record is the routed sum if some coefficients c solve
+For a few tokens each way of reading a bank's parameters (which is gate, up and down, their layout, the activation)
+gives the outputs f_e(x_t) of the experts. A tensor y of the record is the routed sum if some coefficients c solve
 y_t = sum_j c_tj f_{e_tj}(x_t) without residue. Random weights make an accident as good as impossible, and the block's
 own way of moving rows about (loops, masks, sorts, one-hot products) does not matter at all. `explain` then finds the
 coefficients among the recorded values; certification (`certify`) decides.
@@ -69,10 +69,12 @@ class Fit:
     c: Tensor
     chosen: Tensor
     scaled: Snap | None = None  # weights [.., k] that multiply the experts' inputs
-    choice: Snap | None = None  # expert choice: weights [E, C]; idx is then tokens [E, C], and k, c, chosen mean nothing
+    choice: Snap | None = (
+        None  # expert choice: weights [E, C]; idx is then tokens [E, C], and k, c, chosen mean nothing
+    )
 
 
-class NoFit(Exception):
+class NoFit(Exception):  # noqa: N818  an answer, not a fault
     """Nothing fitted; the text says what was seen instead."""
 
 
@@ -193,8 +195,14 @@ def choices(record: Record, tokens: int, E: int) -> Iterator[tuple[tuple[Snap, .
 def _distinct(snaps: list[Snap]) -> list[Snap]:
     """Snaps of different values; of equal ones the first."""
     kept: list[Snap] = []
+    sizes: dict[tuple[int, bool], list[tuple[float, Snap]]] = {}  # those that could be equal at all
     for s in snaps:
-        if not any(same(s.value, o.value) for o in kept):
+        v = s.value
+        alike = sizes.setdefault((v.numel(), v.is_floating_point()), [])
+        first = float(v.reshape(-1)[0]) if v.numel() and not v.dtype.is_complex else 0.0
+        # The first number tells most apart; NaN is left to `same`.
+        if not any(not abs(first - f) > 1e-5 * abs(f) + 1e-6 and same(v, o.value) for f, o in alike):
+            alike.append((first, s))
             kept.append(s)
     return kept
 
@@ -225,14 +233,21 @@ def fit(block: nn.Module, record: Record, bank: Bank, limits: tuple[tuple[float,
     start = first_use(record, bank)
     sizes = _sizes(record, bank)
     # What the experts read exists before any of their parameters is touched, and their sum afterwards.
-    inputs = {n: [s for s in _distinct(rows_of(record, *n)) if s.time < start and bool(s.value.isfinite().all())] for n in sizes}
+    inputs = {
+        n: [s for s in _distinct(rows_of(record, *n)) if s.time < start and bool(s.value.isfinite().all())]
+        for n in sizes
+    }
     for weighted in (False, True):
         for n in [n for n in sizes if inputs[n]]:
             stage = max(stage, "no tensor chooses experts for tokens", key=_STAGES.index)
             for source, rows in choices(record, n[0], bank.experts):
                 stage = _STAGES[2]
                 pick = _probe(rows)
-                pairs = _scaled(record, inputs[n], rows, bank.experts, start) if weighted else [(x, None) for x in inputs[n]]
+                pairs = (
+                    _scaled(record, inputs[n], rows, bank.experts, start)
+                    if weighted
+                    else [(x, None) for x in inputs[n]]
+                )
                 for x, scaled in pairs:
                     x_rows = _inputs(x, scaled, rows, bank.experts)
                     for reading in readings(bank, n[1], limits):
@@ -261,9 +276,15 @@ def first_use(record: Record, bank: Bank) -> int:
     """The first step that reads a parameter of the bank."""
     names = bank.names
     uses = (
-        s.index for s in record.steps if any(o.source == "state" and o.name in names for o in objects((s.args, s.kwargs)))
+        s.index
+        for s in record.steps
+        if any(o.source == "state" and o.name in names for o in objects((s.args, s.kwargs)))
     )
     return next(uses, len(record.steps))
+
+
+def _finite(s: Snap) -> bool:
+    return bool(s.value.isfinite().all())
 
 
 def _inputs(x: Snap, scaled: Snap | None, rows: Tensor, E: int) -> Tensor:
@@ -286,7 +307,9 @@ def _scaled(record: Record, inputs: list[Snap], rows: Tensor, E: int, start: int
     tokens, k = rows.shape
     for s in reversed(_distinct(record.snaps)):
         v = s.value
-        fits = v.numel() == tokens * k and (v.shape[-1] == k or k == 1) or (v.numel() == tokens * E and v.shape[-1] == E)
+        fits = (v.numel() == tokens * k and (v.shape[-1] == k or k == 1)) or (
+            v.numel() == tokens * E and v.shape[-1] == E
+        )
         if s.time < start and v.is_floating_point() and fits and bool(v.isfinite().all()) and not bool((v == 1).all()):
             for x in inputs:
                 yield x, s
@@ -307,7 +330,9 @@ def _chosen_tokens(evaluate: Evaluator, reading: Reading, record: Record, bank: 
         for w in reversed(record.snaps):
             if not w.value.is_floating_point() or w.value.shape != v.shape:
                 continue
-            y = torch.zeros(len(rows), z.shape[1], device=v.device).index_add_(0, flat, z * w.value.reshape(-1, 1).float())
+            y = torch.zeros(len(rows), z.shape[1], device=v.device).index_add_(
+                0, flat, z * w.value.reshape(-1, 1).float()
+            )
             sums = rows_of(record, len(rows), z.shape[1])
             match = [o for o in sums if o.time >= 0 and _near(o.value.reshape(y.shape).float(), y)]
             if match:
@@ -324,7 +349,8 @@ def _near(a: Tensor, b: Tensor) -> bool:
 def _sizes(record: Record, bank: Bank) -> list[tuple[int, int]]:
     """(tokens, features) that the block's inputs and the bank allow."""
     widths = {d for s in bank.matrices for d in s.shape[1:]}
-    counts = {s.value.numel() // max(1, s.value.shape[-1]) for s in record.snaps[: 4 * len(record.inputs) + 40] if s.obj.source == "input" and s.value.dim() > 1}
+    given = [s.value for s in record.snaps if s.obj.source == "input" and s.time < 0]
+    counts = {v.numel() // max(1, v.shape[-1]) for v in given if v.dim() > 1}
     counts |= {o.tensor.numel() for o in record.inputs if not o.tensor.is_floating_point()}
     return [(n, d) for n in sorted(counts, reverse=True) for d in sorted(widths) if n > 0]
 
@@ -357,7 +383,7 @@ def _sums(
     tokens, k = rows.shape
     z = evaluate(reading, x_rows, rows, pick)
     width = z.shape[-1]
-    ys = [s for s in rows_of(record, tokens, width) if s.time >= start and bool(s.value.isfinite().all())]
+    ys = [s for s in rows_of(record, tokens, width) if s.time >= start and _finite(s)]
     if not ys or width <= k:
         return []
     b = torch.stack([s.value.reshape(tokens, width)[pick].float() for s in ys], -1)

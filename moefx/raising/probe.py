@@ -162,7 +162,7 @@ class Inputs:
 
 
 def copy_of(block: nn.Module, seed: int = 0) -> nn.Module:
-    """A copy with random weights in float32 (float64 stays). `frozen` parameters stay frozen; buffers of one number per expert are random.
+    """A copy with random weights in float32. Frozen ones stay frozen; buffers of zeros are drawn, too.
 
     Raises whatever `copy.deepcopy` raises for modules that cannot be copied.
     """

@@ -168,9 +168,7 @@ class _Recorder(TorchFunctionMode):
         fx.node.map_aggregate(out, lambda v: made.append(v) if isinstance(v, Tensor) else None)
         if not made and not writes:
             return
-        step = Step(
-            index, func, *before, None, writes, tuple(self.calls), torch.is_grad_enabled(), self.autocast > 0
-        )
+        step = Step(index, func, *before, None, writes, tuple(self.calls), torch.is_grad_enabled(), self.autocast > 0)
         self.record.steps.append(step)
         for leaf, t in enumerate(made):
             if id(t) not in self.known:  # in-place functions return what they wrote

@@ -6,9 +6,11 @@ were kept whole, and runs `moefx.experts` in the place of the experts' code.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import linecache
 import operator
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,11 +29,13 @@ from .slice import Op, Program, Ref
 
 Tensor = torch.Tensor
 ops = torch.ops.moefx
-_OPERATORS = {
-    f"__{name}__": getattr(operator, name)
-    for name in "add sub mul truediv floordiv mod pow matmul neg eq ne lt le gt ge iadd isub imul itruediv ifloordiv "
-    "getitem setitem invert lshift rshift iand ior ixor".split()
-} | {"__and__": operator.and_, "__or__": operator.or_, "__xor__": operator.xor}
+_NAMES = """add sub mul truediv floordiv mod pow matmul neg eq ne lt le gt ge iadd isub imul itruediv ifloordiv
+getitem setitem invert lshift rshift iand ior ixor"""
+_OPERATORS = {f"__{name}__": getattr(operator, name) for name in _NAMES.split()} | {
+    "__and__": operator.and_,
+    "__or__": operator.or_,
+    "__xor__": operator.xor,
+}
 _REFLECTED = {
     "__radd__": operator.add,
     "__rsub__": operator.sub,
@@ -95,7 +99,6 @@ class Replay:
     graph: fx.Graph
     assemblies: dict[str, Assembly]
     spec: str
-    out_type: type | None
 
     def forward(self, block: nn.Module, *, live: bool) -> Callable[..., Any]:
         """The forward for `block`.
@@ -117,13 +120,7 @@ class Replay:
         name = f"<moefx forward of {type(block).__name__} {next(_count)}>"
         linecache.cache[name] = (len(code.src), None, code.src.splitlines(True), name)
         exec(compile(code.src, name, "exec"), scope)  # what fx.GraphModule does, without a module of its own
-        run, out_type = scope["forward"], self.out_type
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            out = run(block, *args, **kwargs)
-            return out if out_type is None else out_type(**out)
-
-        return forward
+        return types.MethodType(scope["forward"], block)
 
 
 _count = itertools.count()
@@ -137,7 +134,7 @@ def _builder(assembly: Assembly, block: nn.Module) -> Callable[[], Tensor]:
 
 
 class _Emitter:
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str]) -> None:
         self.graph = fx.Graph()
         self.leaves: list[fx.Node] = []
         self.assemblies: dict[str, Assembly] = {}
@@ -146,8 +143,8 @@ class _Emitter:
         self.values: list[Any] = []
         self.floating: fx.Node | None = None
         self.parameter = ""
-        for i, v in enumerate(args):
-            self._leaf(v, self.graph.placeholder(f"arg{i}"))
+        for name, v in zip(names, args, strict=True):
+            self._leaf(v, self.graph.placeholder(name))
         for name, v in kwargs.items():
             self._leaf(v, self.graph.placeholder(name, default_value=None))
 
@@ -236,7 +233,9 @@ class _Emitter:
             before = self.graph.call_function(torch.is_grad_enabled, ())
             self.graph.call_function(torch._C._set_grad_enabled, (False,))
         node = (
-            self.graph.call_module(op.target, args, kwargs) if op.kind == "module" else self.call(op.target, args, kwargs)
+            self.graph.call_module(op.target, args, kwargs)
+            if op.kind == "module"
+            else self.call(op.target, args, kwargs)
         )
         if before is not None:
             self.graph.call_function(torch._C._set_grad_enabled, (before,))
@@ -337,13 +336,25 @@ def _ceil(x: float) -> int:
     return int(-(-x // 1))
 
 
-def emit(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], block: nn.Module, out_type: type | None) -> Replay:
+def emit(
+    program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], block: nn.Module, out_type: type | None
+) -> Replay:
     """The graph of a program; `args` and `kwargs` show how the block is called."""
-    emitter = _Emitter(args, kwargs)
+    emitter = _Emitter(args, kwargs, _names(block, args, kwargs))
     params = dict(block.named_parameters(remove_duplicate=False))
     emitter.parameter = next(iter(params))
     emitter.dims = lambda name: params[name].dim()
     for op in program.ops:
         emitter.values.append(emitter.op(op))
-    emitter.graph.output(emitter.read(program.out))
-    return Replay(emitter.graph, emitter.assemblies, emitter.spec, out_type)
+    out = emitter.read(program.out)
+    if out_type is not None:
+        out = emitter.graph.call_function(out_type, (), out)
+    emitter.graph.output(out)
+    return Replay(emitter.graph, emitter.assemblies, emitter.spec)
+
+
+def _names(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """What the block's own forward calls its positional arguments: graphs show them under these names."""
+    names = [n for n, p in inspect.signature(block.forward).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    known = len(names) >= len(args) and not set(names[: len(args)]) & set(kwargs)
+    return names[: len(args)] if known else [f"arg{i}" for i in range(len(args))]

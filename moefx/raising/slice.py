@@ -16,13 +16,12 @@ from .explain import Capacity, Weights
 from .fit import Fit
 from .record import Call, Obj, Record, Snap, Step, objects
 
-RANDOM = frozenset(
-    "rand randn randint randperm rand_like randn_like randint_like bernoulli bernoulli_ multinomial normal normal_ "
-    "uniform_ exponential_ log_normal_ cauchy_ geometric_ random_ dropout gumbel_softmax poisson rrelu".split()
-)
+_DRAWING = """rand randn randint randperm rand_like randn_like randint_like bernoulli bernoulli_ multinomial normal
+normal_ uniform_ exponential_ log_normal_ cauchy_ geometric_ random_ dropout gumbel_softmax poisson rrelu"""
+RANDOM = frozenset(_DRAWING.split())
 
 
-class NoSlice(Exception):
+class NoSlice(Exception):  # noqa: N818  an answer, not a fault
     """The block cannot be run without its own code for the experts; the text says why."""
 
 

@@ -99,7 +99,8 @@ def outcome(name: str) -> Outcome:
         was_raised = any(b.raised for b in blocks)
         for training in (True, False):
             want = step(look.model().train(training), args)
-            # What was not raised may have a state: it runs as a copy.
+            # What was not raised may have a state: it runs as a copy. A raised one has it in buffers.
+            model.load_state_dict(look.model().state_dict())
             inside = model if was_raised else copy.deepcopy(model)
             inside.load_state_dict(look.model().state_dict())
             found += differences(step(inside.train(training), args), want)

@@ -24,6 +24,7 @@ from .merge_routers import MergeRouters
 from .orient_wgrad import OrientWgrad
 from .propagate_scales import PropagateScales
 from .quantize import Quantize
+from .raise_idioms import RaiseIdioms
 from .share_plans import SharePlans
 from .store_low_precision import StoreLowPrecision
 from .transpose_scales import TransposeScales
@@ -46,6 +47,7 @@ def register_pass(factory: Factory) -> Factory:
 
 
 for _factory in (
+    RaiseIdioms,
     MergeRouters,
     ExpandExperts,
     SharePlans,
@@ -130,6 +132,7 @@ __all__ = [
     "OrientWgrad",
     "PropagateScales",
     "Quantize",
+    "RaiseIdioms",
     "SharePlans",
     "StoreLowPrecision",
     "TransposeScales",

@@ -1,0 +1,336 @@
+"""Banks of experts in a model graph, found by isomorphism: names of parameters and modules are not looked at.
+
+The parameters of E unrolled experts have neighbourhoods that are equal but for an integer. Colours of nodes (function,
+shape of a parameter, colours of what they read and of who reads them) are refined round by round, Weisfeiler-Lehman
+style, for as long as the classes of parameters still come in multiples of E: one round too many would tell the first
+expert of a chain of additions from the second. Where an expert stands is read off the integer in which it differs
+(`eq(idx, e)`, `split[e]`, a place in a list): its neighbourhood and its brothers' are walked in step.
+
+A tensor [E, out, in], or [E * out, in] that is viewed so, is a stack by itself.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from moefx.graph.edit import module_path, value
+from moefx.graph.effects import name_of
+
+from .bank import Bank, Stack
+
+ROUNDS = 4
+_WALK = 60  # tuples of nodes that are looked at for an order of experts
+_ROUTERS = frozenset({"topk", "argmax", "max", "sort", "argsort"})
+# What rearranges a parameter without computing with it.
+LAYOUT = frozenset(
+    "transpose t permute view reshape unflatten flatten contiguous to float bfloat16 half double type_as detach T mT "
+    "stack cat unbind getitem select chunk split squeeze unsqueeze flip expand narrow movedim swapaxes".split()
+)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A bank of experts in a graph: readings of its order to try, and where it is used."""
+
+    banks: tuple[Bank, ...]
+    router: fx.Node
+    uses: tuple[fx.Node, ...]
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of the nodes that hold its parameters."""
+        return self.banks[0].names
+
+
+def tensor(node: fx.Node) -> torch.Tensor | None:
+    """The (fake) tensor of a node; that of a `get_attr` node may have to be looked up in the module."""
+    found = value(node)
+    if found is None and node.op == "get_attr":
+        found = node.graph.owning_module
+        for part in str(node.target).split("."):
+            found = getattr(found, part, None)
+    return found if isinstance(found, torch.Tensor) else None
+
+
+def layout(node: fx.Node) -> bool:
+    """Whether a node only rearranges its inputs; their memory, a copy, or another precision."""
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] in LAYOUT
+    return node.op in ("call_function", "call_method") and name_of(node) in LAYOUT
+
+
+def readers(node: fx.Node) -> list[fx.Node]:
+    """Nodes that compute with a parameter, as it is or rearranged."""
+    found: dict[fx.Node, None] = {}
+    todo, seen = [node], {node}
+    while todo:
+        for user in todo.pop().users:
+            if user in seen:
+                continue
+            seen.add(user)
+            indexed = name_of(user) == "getitem" and not all(map(_plain, user.args[1:]))
+            if layout(user) and not indexed:
+                todo.append(user)
+            elif user.op != "output":
+                found[user] = None
+    return list(found)
+
+
+def _plain(index: Any) -> bool:
+    """Whether an index takes parts that are known beforehand."""
+    found: list[fx.Node] = []
+    fx.map_arg((index,), found.append)
+    return not found
+
+
+def routers(graph: fx.Graph) -> list[fx.Node]:
+    """Nodes that choose among floating values along an axis, and comparisons of integers with a constant."""
+    found = []
+    for n in graph.nodes:
+        if n.op not in ("call_function", "call_method") or not n.args or not isinstance(n.args[0], fx.Node):
+            continue
+        t, name = value(n.args[0]), name_of(n)
+        if not isinstance(t, torch.Tensor) or not t.dim():
+            continue
+        if name in _ROUTERS and t.is_floating_point() and t.dim() > 1 or (name == "one_hot"):
+            found.append(n)
+    return found
+
+
+def _counts(router: fx.Node) -> set[int]:
+    """Numbers of experts that a router may choose from."""
+    if name_of(router) == "one_hot":
+        E = router.args[1] if len(router.args) > 1 else router.kwargs.get("num_classes")
+        return {E} if type(E) is int and E > 1 else set()
+    scores = value(router.args[0])  # type: ignore[arg-type]
+    return {s for s in scores.shape if type(s) is int and s > 1}
+
+
+def sites(graph: fx.Graph) -> list[Site]:
+    """All banks of experts of a graph that are not in the dialect yet, in the order of their use."""
+    choosers = routers(graph)
+    numbers = set().union(*map(_counts, choosers))
+    if not numbers:
+        return []
+    free = [n for n in graph.nodes if n.op in ("placeholder", "get_attr") and _free(n)]
+    if not free:
+        return []
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    uses = {n: sorted(readers(n), key=order.__getitem__) for n in free}
+    free = [n for n in free if uses[n] and not any("moefx" in str(u.target) for u in uses[n])]
+    groups: dict[tuple[fx.Node, int, bool, str], list[_Placed]] = {}
+    for p in (*_listed(free, uses, order, numbers), *_whole(free, uses, numbers)):
+        E = p.stack.shape[0]
+        fitting = [r for r in choosers if E in _counts(r) and "one_hot" not in name_of(r)]
+        fitting = fitting or [r for r in choosers if E in _counts(r)]
+        last = max(order[u] for m in p.members for u in uses[m])
+        before = [r for r in fitting if order[r] < last]
+        router = before[-1] if before else fitting[0]
+        if len(p.stack.shape) == 2 and all(order[u] < order[router] for m in p.members for u in uses[m]):
+            continue  # the router's own weight
+        groups.setdefault((router, E, len(p.members) > 1, ""), []).append(p)
+    found = [s for key, placed in groups.items() for s in _sites(key[0], placed, uses, order)]
+    return sorted(found, key=lambda s: order[s.uses[0]])
+
+
+@dataclass
+class _Placed:
+    stack: Stack
+    members: tuple[fx.Node, ...]
+    orders: list[tuple[int, ...]]  # permutations of the members
+
+    def ordered(self, i: int) -> Stack:
+        """The stack in its i-th order, the last one if there are fewer."""
+        if not self.orders:
+            return self.stack
+        order = self.orders[min(i, len(self.orders) - 1)]
+        return Stack(tuple(self.stack.names[j] for j in order), self.stack.shape, self.stack.dtype)
+
+
+def _free(node: fx.Node) -> bool:
+    t = tensor(node)
+    return t is not None and t.is_floating_point() and 0 < t.dim() < 4 and all(type(s) is int for s in t.shape)
+
+
+def _sites(
+    router: fx.Node, placed: list[_Placed], uses: dict[fx.Node, list[fx.Node]], order: dict[fx.Node, int]
+) -> Iterator[Site]:
+    def span(p: _Placed) -> list[fx.Node]:
+        return sorted({u for m in p.members for u in uses[m]}, key=order.__getitem__)
+
+    parts = [placed]
+    if sum(len(p.stack.shape) == 3 for p in placed) > 3:
+        by_path: dict[str, list[_Placed]] = {}
+        for p in placed:
+            path = module_path(span(p)[0])
+            by_path.setdefault(path if len(p.members) == 1 else path.rpartition(".")[0].rpartition(".")[0], []).append(p)
+        parts = list(by_path.values())
+    for part in parts:
+        part = sorted(part, key=lambda p: order[span(p)[0]])
+        matrices = sum(len(p.stack.shape) == 3 for p in part)
+        if not 2 <= matrices <= 3 or len(part) - matrices > 3:
+            continue
+        banks = []
+        for i in range(max(1, *(len(p.orders) for p in part))):
+            stacks = [p.ordered(i) for p in part]
+            three = tuple(s for s in stacks if len(s.shape) == 3)
+            banks.append(Bank(stacks[0].shape[0], three, tuple(s for s in stacks if len(s.shape) == 2)))
+        nodes = sorted({u for p in part for u in span(p)}, key=order.__getitem__)
+        yield Site(tuple(dict.fromkeys(banks)), router, tuple(nodes))
+
+
+def _whole(free: list[fx.Node], uses: dict[fx.Node, list[fx.Node]], numbers: set[int]) -> Iterator[_Placed]:
+    """Tensors that hold all experts."""
+    for n in free:
+        t = tensor(n)
+        assert t is not None
+        shapes = [tuple(t.shape)] if t.dim() == 3 or (t.dim() == 2 and t.shape[0] in numbers) else []
+        if t.dim() == 2:
+            views = [value(u) for u in n.users if name_of(u) in ("view", "reshape", "unflatten")]
+            shapes += [tuple(v.shape) for v in views if isinstance(v, torch.Tensor) and v.dim() == 3]
+        for shape in shapes[-1:]:
+            if shape[0] in numbers:
+                yield _Placed(Stack((n.name,), shape, t.dtype), (n,), [])
+
+
+def _listed(
+    free: list[fx.Node], uses: dict[fx.Node, list[fx.Node]], order: dict[fx.Node, int], numbers: set[int]
+) -> Iterator[_Placed]:
+    """Stacks of one parameter per expert."""
+    small = [n for n in free if (t := tensor(n)) is not None and t.dim() < 3]
+    shapes: dict[Any, list[fx.Node]] = {}
+    for n in small:
+        t = tensor(n)
+        assert t is not None
+        shapes.setdefault((tuple(t.shape), t.dtype), []).append(n)
+    if not any(len(c) >= E for c in shapes.values() for E in numbers):
+        return
+    colours = list(refined(small[0].graph, ROUNDS))
+    taken: set[fx.Node] = set()
+    for E in sorted(numbers, reverse=True):
+        classes = [c for c in shapes.values() if len(c) >= E]
+        for colour in colours:
+            finer = [(c, _split(c, colour)) for c in classes]
+            classes = [part for c, parts in finer for part in (parts if _multiples(parts, E) else [c])]
+        for c in classes:
+            if len(c) % E or taken.intersection(c):
+                continue
+            c = sorted(c, key=lambda n: (order[uses[n][0]], order[n]))
+            for i in range(0, len(c), E):
+                members = tuple(c[i : i + E])
+                t = tensor(members[0])
+                assert t is not None
+                stack = Stack(tuple(n.name for n in members), (E, *t.shape), t.dtype)
+                yield _Placed(stack, members, list(orders(members, colours[0])))
+            taken.update(c)
+
+
+def _multiples(parts: list[list[fx.Node]], E: int) -> bool:
+    """Whether classes are multiples of E, but for such as are no experts at all (fewer than E)."""
+    return any(len(p) % E == 0 for p in parts) and all(len(p) % E == 0 or len(p) < E // 2 for p in parts)
+
+
+def _split(nodes: Iterable[fx.Node], colour: dict[fx.Node, int]) -> list[list[fx.Node]]:
+    parts: dict[int, list[fx.Node]] = {}
+    for n in nodes:
+        parts.setdefault(colour[n], []).append(n)
+    return list(parts.values())
+
+
+def refined(graph: fx.Graph, rounds: int) -> Iterator[dict[fx.Node, int]]:
+    """Colours of all nodes after one round of refinement, two rounds, and so on. Linear in the size of the graph."""
+    ids: dict[Any, int] = {}
+
+    def code(key: Any) -> int:
+        return ids.setdefault(key, len(ids))
+
+    reads: dict[fx.Node, list[tuple[int, fx.Node]]] = {n: [] for n in graph.nodes}
+    colour: dict[fx.Node, int] = {}
+    for n in graph.nodes:
+        for i, arg in enumerate((*n.args, *n.kwargs.values())):
+            fx.map_arg((arg,), lambda m, n=n, i=i: reads[n].append((i, m)))  # type: ignore[misc]
+        t = tensor(n) if n.op in ("placeholder", "get_attr") else None
+        label = name_of(n) if t is None else (tuple(t.shape), str(t.dtype))
+        colour[n] = code((n.op if t is None else "tensor", label, len(n.args)))
+    read_by: dict[fx.Node, list[tuple[int, fx.Node]]] = {n: [] for n in graph.nodes}
+    for n, inputs in reads.items():
+        for i, m in inputs:
+            read_by[m].append((i, n))
+    for _ in range(rounds):
+        before = colour
+        # A set of readers: a value that all experts read looks the same whatever their number.
+        colour = {
+            n: code(
+                (
+                    before[n],
+                    tuple(sorted({(i, before[m]) for i, m in reads[n]})),
+                    tuple(sorted({(i, before[m]) for i, m in read_by[n]})),
+                )
+            )
+            for n in graph.nodes
+        }
+        yield colour
+
+
+def orders(members: Sequence[fx.Node], colour: dict[fx.Node, int]) -> Iterator[tuple[int, ...]]:
+    """Orders of experts: by the integer in which their neighbourhoods differ, nearest first, and as they come.
+
+    Members stand in the order of their use. An order lists positions in `members`.
+    """
+    E = len(members)
+    found: dict[tuple[int, ...], None] = {}
+
+    def note(numbers: list[int]) -> None:
+        if sorted(numbers) == list(range(E)):
+            at = {number: i for i, number in enumerate(numbers)}
+            found[tuple(at[e] for e in range(E))] = None
+
+    start = tuple(members)
+    todo, seen = deque([start]), {start}
+
+    def visit(nodes: tuple[fx.Node, ...]) -> None:
+        if nodes not in seen and len(set(nodes)) == E:
+            seen.add(nodes)
+            todo.append(nodes)
+
+    for _ in range(_WALK):
+        if not todo:
+            break
+        nodes = todo.popleft()
+        if len({n.target if n.op not in ("placeholder", "get_attr") else "" for n in nodes}) > 1:
+            continue
+        leaves = [_leaves((n.args, n.kwargs)) for n in nodes]
+        if len(set(map(len, leaves))) == 1:
+            for column in zip(*leaves, strict=True):
+                if all(type(v) is int for v in column):
+                    note(list(column))
+                elif all(isinstance(v, fx.Node) for v in column):
+                    visit(column)
+        users = [sorted(n.users, key=lambda u: colour[u]) for n in nodes]
+        if len(set(map(len, users))) == 1:
+            for column in zip(*users, strict=True):
+                if len(set(column)) == 1:
+                    inputs = [v for v in _leaves(column[0].args) if isinstance(v, fx.Node)]
+                    places = [inputs.index(n) for n in nodes]
+                    note([sorted(places).index(p) for p in places] if len(set(places)) == E else [])
+                else:
+                    visit(column)
+    plain = tuple(range(E))
+    yield from found
+    if plain not in found:
+        yield plain
+
+
+def _leaves(tree: Any) -> list[Any]:
+    found: list[Any] = []
+    fx.node.map_aggregate(tree, lambda v: found.append(v))
+    return found
+
+
+__all__ = ["LAYOUT", "Site", "layout", "orders", "readers", "refined", "routers", "sites", "tensor"]

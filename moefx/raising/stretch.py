@@ -92,7 +92,7 @@ class Stretch:
         """One run, the values that it left, and the experts' parameters; a node that fails behind the experts ends it."""
         values = self.values(seed, kind, torch.float32)
         found, objs = Record(), dict[fx.Node, Obj]()
-        rearranged: set[fx.Node] = {n for n in self.inputs if n.name in self.experts}
+        rearranged: dict[fx.Node, fx.Node] = {n: n for n in self.inputs if n.name in self.experts}
         for n, v in values.items():
             if isinstance(v, Tensor):
                 state = self.is_state(n)
@@ -111,9 +111,10 @@ class Stretch:
                 found.snaps.append(Snap(o, i, o.tensor.detach().clone(), o.tensor.requires_grad))
 
         def after(i: int, n: fx.Node, out: Any) -> None:
-            if layout(n) and n.all_input_nodes and rearranged.issuperset(n.all_input_nodes):
-                rearranged.add(n)
-            reads = [objs[m] for m in n.all_input_nodes if m in objs] if n not in rearranged else []
+            if layout(n) and n.all_input_nodes and all(m in rearranged for m in n.all_input_nodes):
+                rearranged[n] = rearranged[n.all_input_nodes[0]]
+            # A rearranged parameter is used where somebody computes with it.
+            reads = [objs[rearranged.get(m, m)] for m in n.all_input_nodes if m in objs] if n not in rearranged else []
             written = list(dict.fromkeys(b for m in mutated(n) for b in (m, base(m)) if b in objs))
             if isinstance(out, Tensor):
                 objs[n] = Obj(out, "step", i)

@@ -39,16 +39,24 @@ class RaiseIdioms(Pass):
     numerics: ClassVar[str] = "rounding"
 
     def run(self, graph: fx.Graph, ctx: Context) -> None:
+        raised: set[str] = set()
+        refused: dict[fx.Node, tuple[Site, str]] = {}
         for site in sites(graph):
+            if raised & site.names:
+                continue
             ctx.node = site.uses[0]
             order = list(graph.nodes)
             try:
                 stretch = around(site, order, {n: i for i, n in enumerate(order)})
                 new = splice(graph, stretch, _recognised(stretch, site))
             except (NoStretch, NoFit, NoSlice, NotProved) as e:
-                ctx.rejected(site.uses[0], str(e))
+                refused.setdefault(site.uses[0], (site, str(e)))
                 continue
+            raised |= site.names
             ctx.matched(new)
+        for node, (site, why) in refused.items():
+            if not raised & site.names:
+                ctx.rejected(node, why)
         ctx.node = None
 
 

@@ -134,7 +134,7 @@ def _in_one_dtype(graph: fx.Graph, dtype: torch.dtype, inputs: dict[fx.Node, fx.
             graph.erase_node(node)
         elif node.op == "call_method" and node.target in _VIEWS and node.args[0] in inputs:
             t = tensor(inputs[node.args[0]])
-            if t is not None and t.dim() == 2 and _keeps(node, t):
+            if t is not None and _keeps(node, t):
                 node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)
     final: Any = graph.output_node().args[0]
@@ -158,10 +158,13 @@ def _in_one_dtype(graph: fx.Graph, dtype: torch.dtype, inputs: dict[fx.Node, fx.
 
 
 def _keeps(node: fx.Node, t: Tensor) -> bool:
-    if node.target == "flatten":
-        return True
+    """Whether a view has the shape of its input, for all sizes."""
+    if node.target == "view":
+        return node.args[1] == tuple(t.shape)
+    if t.dim() != 2:
+        return False
     last = node.args[-1]
-    return node.args[1:] == (-1, last) and bool(t.shape[-1] == last)
+    return node.target == "flatten" or (node.args[1:] == (-1, last) and bool(t.shape[-1] == last))
 
 
 def prove(stretch: Stretch, patch: Patch, fit: Fit) -> dict[str, float]:

@@ -103,19 +103,29 @@ def routers(graph: fx.Graph) -> list[fx.Node]:
     return found
 
 
-def _counts(router: fx.Node) -> set[int]:
-    """Numbers of experts that a router may choose from."""
+def _counts(router: fx.Node, across: bool) -> set[int]:
+    """Numbers of experts that a router may choose from; `across`: or that may choose, by the other axes."""
     if name_of(router) == "one_hot":
         E = router.args[1] if len(router.args) > 1 else router.kwargs.get("num_classes")
-        return {E} if type(E) is int and E > 1 else set()
-    scores = value(router.args[0])  # type: ignore[arg-type]
-    return {s for s in scores.shape if type(s) is int and s > 1}
+        return {E} if type(E) is int and E > 1 and not across else set()
+    scores: torch.Tensor = value(router.args[0])  # type: ignore[arg-type]
+    at = 2 if name_of(router) == "topk" else 1
+    dim = router.kwargs.get("dim", router.args[at] if len(router.args) > at else -1)
+    axis = dim % scores.dim() if type(dim) is int else scores.dim() - 1
+    found = [s for i, s in enumerate(scores.shape) if (i != axis) == across]
+    return {s for s in found if type(s) is int and s > 1}
 
 
 def sites(graph: fx.Graph) -> list[Site]:
-    """All banks of experts of a graph that are not in the dialect yet, in the order of their use."""
+    """Banks of experts of a graph that are not in the dialect yet, in the order of their use. First those of as many
+    experts as a router chooses from, then those of as many as choose, so that a parameter may be in several.
+    """
     choosers = routers(graph)
-    numbers = set().union(*map(_counts, choosers))
+    return [s for across in (False, True) for s in _sites_of(graph, choosers, across)] if choosers else []
+
+
+def _sites_of(graph: fx.Graph, choosers: list[fx.Node], across: bool) -> list[Site]:
+    numbers: set[int] = set().union(*(_counts(r, across) for r in choosers))
     if not numbers:
         return []
     free = [n for n in graph.nodes if n.op in ("placeholder", "get_attr") and _free(n)]
@@ -127,8 +137,8 @@ def sites(graph: fx.Graph) -> list[Site]:
     groups: dict[tuple[fx.Node, int, bool, str], list[_Placed]] = {}
     for p in (*_listed(free, uses, order, numbers), *_whole(free, uses, numbers)):
         E = p.stack.shape[0]
-        fitting = [r for r in choosers if E in _counts(r) and "one_hot" not in name_of(r)]
-        fitting = fitting or [r for r in choosers if E in _counts(r)]
+        fitting = [r for r in choosers if E in _counts(r, across) and "one_hot" not in name_of(r)]
+        fitting = fitting or [r for r in choosers if E in _counts(r, across)]
         last = max(order[u] for m in p.members for u in uses[m])
         before = [r for r in fitting if order[r] < last]
         router = before[-1] if before else fitting[0]
@@ -256,7 +266,7 @@ def refined(graph: fx.Graph, rounds: int) -> Iterator[dict[fx.Node, int]]:
         for i, arg in enumerate((*n.args, *n.kwargs.values())):
             fx.map_arg((arg,), lambda m, n=n, i=i: reads[n].append((i, m)))  # type: ignore[misc]
         t = tensor(n) if n.op in ("placeholder", "get_attr") else None
-        label = name_of(n) if t is None else (tuple(t.shape), str(t.dtype))
+        label = name_of(n) if t is None else (str(tuple(t.shape)), str(t.dtype))
         colour[n] = code((n.op if t is None else "tensor", label, len(n.args)))
     read_by: dict[fx.Node, list[tuple[int, fx.Node]]] = {n: [] for n in graph.nodes}
     for n, inputs in reads.items():

@@ -28,6 +28,7 @@ from .raise_idioms import RaiseIdioms
 from .share_plans import SharePlans
 from .store_low_precision import StoreLowPrecision
 from .transpose_scales import TransposeScales
+from .unbind_experts import UnbindExperts
 
 Factory = TypeVar("Factory", bound=Callable[[], Pass])
 _REGISTRY: dict[str, Callable[[], Pass]] = {}
@@ -48,6 +49,7 @@ def register_pass(factory: Factory) -> Factory:
 
 for _factory in (
     RaiseIdioms,
+    UnbindExperts,
     MergeRouters,
     ExpandExperts,
     SharePlans,
@@ -136,6 +138,7 @@ __all__ = [
     "SharePlans",
     "StoreLowPrecision",
     "TransposeScales",
+    "UnbindExperts",
     "as_pipeline",
     "get_pass",
     "pass_names",

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from moefx import compat
 from moefx.graph.edit import inheriting, origin, value
 from moefx.graph.effects import modes, name_of, writers
 from moefx.manager import Context, Pass
@@ -26,21 +27,23 @@ class UnbindExperts(Pass):
     provides: ClassVar[set[str]] = {"experts_unbound"}
 
     def run(self, graph: fx.Graph, ctx: Context) -> None:
-        found: dict[tuple[fx.Node, Any], list[fx.Node]] = {}
+        found: dict[fx.Node, list[fx.Node]] = {}
         for node in graph.nodes:
             source = _indexed(node)
             if source is not None:
-                found.setdefault((source, None), []).append(node)
+                found.setdefault(source, []).append(node)
         if not found:
             return
         written, mode = writers(graph), modes(graph)
-        for (source, _), nodes in found.items():
+        for source, nodes in found.items():
             ctx.node, whole = nodes[0], value(source)
             taken = {_index(n) % whole.shape[0] for n in nodes}
             if len(nodes) < 2 or whole.dim() < 2 or not whole.requires_grad:
                 continue
             if len(taken) < whole.shape[0]:
-                ctx.rejected(nodes[0], f"{len(taken)} of {whole.shape[0]} are taken, so the others have zeros as gradients")
+                ctx.rejected(
+                    nodes[0], f"{len(taken)} of {whole.shape[0]} are taken, so the others have zeros as gradients"
+                )
             elif written(source):
                 ctx.rejected(nodes[0], "the tensor, or a part of it, is written in place")
             elif len({mode[n] for n in nodes}) > 1:
@@ -55,13 +58,10 @@ class UnbindExperts(Pass):
             parts = call(torch.unbind, source, 0)
         for node in nodes:
             with graph.inserting_before(node):
-                part = graph.call_function(_getitem, (parts, _index(node) % count))
+                part = graph.call_function(compat.getitem, (parts, _index(node) % count))
             part.meta = origin(node)
             node.replace_all_uses_with(part)
             graph.erase_node(node)
-
-
-_getitem = __import__("operator").getitem
 
 
 def _indexed(node: fx.Node) -> fx.Node | None:
@@ -71,7 +71,7 @@ def _indexed(node: fx.Node) -> fx.Node | None:
     held = value(node.args[0])
     if not isinstance(held, torch.Tensor) or held.dim() < 2 or type(held.shape[0]) is not int:
         return None
-    if node.target is _getitem and type(_index(node)) is int:
+    if node.target is compat.getitem and type(_index(node)) is int:
         return node.args[0]
     if name_of(node) == "select" and _arg(node, 1) == 0 and type(_arg(node, 2)) is int:
         return node.args[0]
@@ -83,7 +83,7 @@ def _arg(node: fx.Node, i: int) -> Any:
 
 
 def _index(node: fx.Node) -> Any:
-    if node.target is _getitem:
+    if node.target is compat.getitem:
         index = node.args[1]
         return index[0] if isinstance(index, tuple) and len(index) == 1 else index
     return _arg(node, 2)

@@ -179,7 +179,9 @@ def _sites(
         by_path: dict[str, list[_Placed]] = {}
         for p in placed:
             path = module_path(span(p)[0])
-            by_path.setdefault(path if len(p.members) == 1 else path.rpartition(".")[0].rpartition(".")[0], []).append(p)
+            by_path.setdefault(path if len(p.members) == 1 else path.rpartition(".")[0].rpartition(".")[0], []).append(
+                p
+            )
         parts = list(by_path.values())
     for part in parts:
         part = sorted(part, key=lambda p: order[span(p)[0]])

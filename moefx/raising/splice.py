@@ -72,7 +72,11 @@ def _copied(graph: fx.Graph, patch: Patch, after: fx.Node, meta: dict[str, Any])
 
 
 def _dead(
-    span: list[fx.Node], aliases: set[fx.Node], late: dict[fx.Node, list[fx.Node]], place: dict[fx.Node, int], kept: list[fx.Node]
+    span: list[fx.Node],
+    aliases: set[fx.Node],
+    late: dict[fx.Node, list[fx.Node]],
+    place: dict[fx.Node, int],
+    kept: list[fx.Node],
 ) -> set[fx.Node]:
     """Nodes of a span that nobody needs once the users of `aliases` behind it read something else."""
     inside = set(span)
@@ -100,9 +104,11 @@ def _dead(
 
     checks = []
     for n in span:
-        outside = [u for u in n.users if u not in inside and u not in late.get(n, ())] if n in aliases else [
-            u for u in n.users if u not in inside
-        ]
+        outside = (
+            [u for u in n.users if u not in inside and u not in late.get(n, ())]
+            if n in aliases
+            else [u for u in n.users if u not in inside]
+        )
         written = mutated(n)
         if outside or n in kept:
             need(n)

@@ -66,17 +66,33 @@ class Stretch:
 
     def _integers(self, n: fx.Node, shape: list[int], gen: torch.Generator) -> Tensor:
         """Different numbers in every row, as of experts; where there are no rows, none but zeros."""
-        E = max((len(self.experts), *(t.shape[0] for m in self.inputs if m.name in self.experts and (t := tensor(m)) is not None and t.dim() == 3)))
+        E = max(
+            (
+                len(self.experts),
+                *(
+                    t.shape[0]
+                    for m in self.inputs
+                    if m.name in self.experts and (t := tensor(m)) is not None and t.dim() == 3
+                ),
+            )
+        )
         if not shape or shape[-1] > E:
             return torch.zeros(shape, dtype=torch.long)
         return torch.rand(*shape[:-1], E, generator=gen).argsort(-1)[..., : shape[-1]]
 
     def is_state(self, n: fx.Node) -> bool:
         """Whether an input is a parameter."""
-        return n.op == "get_attr" or n.name in self.experts or n.type is nn.Parameter or isinstance(value(n), nn.Parameter)
+        return (
+            n.op == "get_attr" or n.name in self.experts or n.type is nn.Parameter or isinstance(value(n), nn.Parameter)
+        )
 
     def run(
-        self, values: dict[fx.Node, Any], *, wide: bool, after: Callable[[int, fx.Node, Any], None] | None = None, upto: int | None = None
+        self,
+        values: dict[fx.Node, Any],
+        *,
+        wide: bool,
+        after: Callable[[int, fx.Node, Any], None] | None = None,
+        upto: int | None = None,
     ) -> dict[fx.Node, Any]:
         """Values of all nodes; those that are written in place as they are at the end."""
         env = dict(values)
@@ -115,16 +131,21 @@ class Stretch:
                 rearranged[n] = rearranged[n.all_input_nodes[0]]
             # A rearranged parameter is used where somebody computes with it.
             reads = [objs[rearranged.get(m, m)] for m in n.all_input_nodes if m in objs] if n not in rearranged else []
-            written = list(dict.fromkeys(b for m in mutated(n) for b in (m, base(m)) if b in objs))
+            written = list({id(objs[b].tensor): b for m in mutated(n) for b in (m, base(m)) if b in objs}.values())
             if isinstance(out, Tensor):
                 objs[n] = Obj(out, "step", i)
-                snap(n, i)
+                if not any(objs[m].tensor is out for m in written):
+                    snap(n, i)
             for m in written:
                 snap(m, i)
-            step = Step(i, n.target, reads, {}, objs.get(n), [objs[m] for m in written], (), torch.is_grad_enabled(), False)
+            step = Step(
+                i, n.target, reads, {}, objs.get(n), [objs[m] for m in written], (), torch.is_grad_enabled(), False
+            )
             found.steps.append(step)
 
-        last = max((i for i, n in enumerate(self.nodes) if any(m.name in self.experts for m in n.all_input_nodes)), default=0)
+        last = max(
+            (i for i, n in enumerate(self.nodes) if any(m.name in self.experts for m in n.all_input_nodes)), default=0
+        )
         try:
             self.run(values, wide=True, after=after)
         except Exception as e:
@@ -143,6 +164,10 @@ def _backed(size: Any) -> bool:
     """Whether a symbolic size belongs to an input, not to data."""
     node = size.node
     return bool(node.has_hint())
+
+
+def _widened(v: Any) -> Any:
+    return torch.float32 if isinstance(v, torch.dtype) and v in _LOW else v
 
 
 def _number(v: Any) -> Any:
@@ -169,7 +194,7 @@ def _call(n: fx.Node, env: dict[fx.Node, Any], wide: bool) -> Any:
     args, kwargs = fx.map_arg((n.args, n.kwargs), env.__getitem__)  # type: ignore[misc]
     target: Any = n.target
     if wide:
-        args, kwargs = fx.node.map_aggregate((args, kwargs), lambda v: torch.float32 if v in _LOW else v) if True else (args, kwargs)  # type: ignore[misc]
+        args, kwargs = fx.node.map_aggregate((args, kwargs), _widened)  # type: ignore[misc]
         if n.op == "call_method" and target in ("bfloat16", "half"):
             target = "float"
         if name_of(n) in ("_grouped_mm", "grouped_mm") and args[0].dtype == torch.float32 and len(args) == 2:

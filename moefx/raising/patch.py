@@ -174,13 +174,8 @@ def prove(stretch: Stretch, patch: Patch, fit: Fit) -> dict[str, float]:
     errors: dict[str, float] = {}
     left = set(range(fit.experts)) if fit.choice is None else set()
     idx = [stretch.node_of(s.obj) for s in fit.idx]
-    cases = [
-        (torch.float32, "random"),
-        (torch.float32, "skewed"),
-        (torch.float32, "alike"),
-        (None, "random"),
-        (None, "alike"),
-    ]
+    kinds = ("random", "skewed", "alike", "large", "zeros")
+    cases = [*((torch.float32, kind) for kind in kinds), *((None, kind) for kind in ("random", "alike"))]
     number = 0
     while cases:
         dtype, kind = cases.pop(0)

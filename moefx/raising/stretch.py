@@ -43,7 +43,9 @@ class Stretch:
     grad: bool
 
     def values(self, seed: int, kind: str, dtype: torch.dtype | None) -> dict[fx.Node, Any]:
-        """Values of the inputs. `kind`: random, skewed (rows resemble each other) or alike (rows are equal)."""
+        """Values of the inputs. `kind`: random, skewed (rows resemble each other), alike (rows are equal), large or
+        zeros (where all experts are tied).
+        """
         gen = torch.Generator().manual_seed(seed)
         found: dict[fx.Node, Any] = {}
         for n in self.inputs:
@@ -58,6 +60,8 @@ class Stretch:
             made = torch.randn(shape, generator=gen)
             if self.is_state(n):
                 made = made / max(1, shape[-1] if len(shape) > 1 else 1) ** 0.5
+            elif kind in ("large", "zeros"):
+                made = made * (30.0 if kind == "large" else 0.0)
             elif len(shape) > 1 and kind != "random":
                 made = made.reshape(-1, shape[-1])[:1] + (0.15 if kind == "skewed" else 0.0) * made
             wide = torch.float32 if dtype is not None and t.dtype in _LOW else t.dtype

@@ -53,6 +53,8 @@ class Stretch:
             if t is None:
                 found[n] = fx.node.map_aggregate(value(n), _number)
                 continue
+            if any(compat.is_symbol(s) and not _backed(s) for s in t.shape):
+                raise NoStretch(f"it reads {n.name} from above, whose number of rows depends on data")
             shape = [compat.size_hint(s) for s in t.shape]
             if not t.is_floating_point():
                 found[n] = self._integers(n, shape, gen).to(t.device, t.dtype)

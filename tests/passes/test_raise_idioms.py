@@ -97,7 +97,7 @@ def test_training_graph(idiom: str) -> None:
     layer = IDIOMS[idiom](H, I, E, 2)
     captured = capture(layer, (rand(2, 9, H),), {})
     training = trained(layer, captured, (RaiseIdioms(), ExpandExperts(), SharePlans()))
-    assert count(training.graph, "grouped_mm") == 4
+    assert count(training.graph, "grouped_mm") == 3  # x needs no gradient
     assert count(training.graph, "nonzero") + count(training.graph, "_local_scalar_dense") == 0
 
 
@@ -245,7 +245,10 @@ def test_a_sum_that_is_written_to_afterwards() -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_lookalikes(name: str) -> None:
-    """On the inputs for which it differs from an ordinary layer, if there are such, whatever is done must be right."""
+    """On the inputs for which it differs from an ordinary layer, if there are such, whatever is done must be right.
+
+    A state is no obstacle here: its update is in the graph, and stays.
+    """
     look = CASES[name]
     model, args = look.model().train(), look.args()
     if look.trigger is not None:
@@ -256,7 +259,7 @@ def test_lookalikes(name: str) -> None:
     except CaptureError:
         pytest.skip("cannot be captured")
     done = rewrite(RaiseIdioms(), as_subject(captured))  # compares outputs and gradients
-    assert look.in_form or look.trigger or not done.changed
+    assert look.in_form or look.trigger or "state" in look.differs or not done.changed
 
 
 def test_graphs_without_candidates_cost_a_look(monkeypatch: pytest.MonkeyPatch) -> None:

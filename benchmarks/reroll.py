@@ -2,9 +2,9 @@
 
     python benchmarks/reroll.py [--experts 8,16,32,64] [--layers 1,4]
 
-One layer is captured per number of experts, and its graph is chained to itself for more layers, each with parameters of
-its own: capturing 64 unrolled experts in 4 layers takes minutes and is not what is measured. The time is that of the
-pass in the pass manager, with all its checks and the proof, on one thread. Raw rows go to benchmarks/results/reroll.csv.
+One layer is captured per number of experts, and its graph is chained to itself for more layers, each with parameters
+of its own: capturing 64 unrolled experts in 4 layers takes minutes and is not what is measured. The time is that of the
+pass in the pass manager, with all its checks and the proof, on one thread. Rows go to benchmarks/results/reroll.csv.
 """
 
 from __future__ import annotations

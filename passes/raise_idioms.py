@@ -14,11 +14,11 @@ from moefx.graph.effects import name_of
 from moefx.manager import Context, Pass
 from moefx.raising.explain import explain
 from moefx.raising.fit import NoFit, fit
-from moefx.raising.patch import NotProved, Patch, make_patch, prove
+from moefx.raising.patch import NotProvedError, Patch, make_patch, prove
 from moefx.raising.refine import Site, sites
 from moefx.raising.slice import NoSlice
 from moefx.raising.splice import splice
-from moefx.raising.stretch import NoStretch, Stretch, around
+from moefx.raising.stretch import NoStretchError, Stretch, around
 
 _TRIES = 4  # explanations of one run that are tried
 
@@ -49,7 +49,7 @@ class RaiseIdioms(Pass):
             try:
                 stretch = around(site, order, {n: i for i, n in enumerate(order)})
                 new = splice(graph, stretch, _recognised(stretch, site))
-            except (NoStretch, NoFit, NoSlice, NotProved) as e:
+            except (NoStretchError, NoFit, NoSlice, NotProvedError) as e:
                 refused.setdefault(site.uses[0], (site, str(e)))
                 continue
             raised |= site.names
@@ -75,7 +75,7 @@ def _recognised(stretch: Stretch, site: Site) -> Patch:
                                 patch = make_patch(stretch, found, weights)
                                 prove(stretch, patch, found)
                                 return patch
-                            except (NoSlice, NotProved) as e:
+                            except (NoSlice, NotProvedError) as e:
                                 worst = max(worst, (3, e), key=lambda w: w[0])
                     except NoFit as e:
                         worst = max(worst, (2, e), key=lambda w: w[0])
@@ -100,7 +100,7 @@ def _limits(stretch: Stretch) -> tuple[tuple[float, float], ...]:
     clamps: set[float] = set()
     factors: set[float] = set()
     for n in stretch.nodes:
-        numbers = {float(v) for v in (*n.args, *n.kwargs.values()) if type(v) in (int, float)}
+        numbers = {float(v) for v in (*n.args, *n.kwargs.values()) if isinstance(v, int | float)}
         if "clamp" in name_of(n):
             clamps |= {v for v in numbers if v > 0}
         elif "mul" in name_of(n):

@@ -1,7 +1,7 @@
-"""A routed sum that was recognised in a model graph, as a few nodes in its place, and the proof that they give the same.
+"""A routed sum that was recognised in a model graph, as a few nodes in its place, and the proof that they do the same.
 
-The patch is a graph of its own. It is run beside the stretch that it replaces, on values that neither has seen, and then
-copied into the model graph node by node, so that what was proved is what is put in.
+The patch is a graph of its own. It is run beside the stretch that it replaces, on values that neither has seen, and
+then copied into the model graph node by node, so that what was proved is what is put in.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from .certify import LIMITS
 from .explain import CapacityRule, Weights
 from .fit import Fit
 from .record import Obj
+from .colour import tensor
 from .replay import _Emitter
 from .slice import NoSlice, Region, _experts
-from .stretch import Stretch, base, tensor
+from .stretch import Stretch, base
 
 Tensor = torch.Tensor
 _MOST = 40  # runs in which every expert should have had a token
 _VIEWS = ("flatten", "reshape", "view")
 
 
-class NotProved(Exception):
+class NotProvedError(Exception):
     """The patch computes something else; the text says in what, and by how much."""
 
 
@@ -69,7 +70,7 @@ def make_patch(stretch: Stretch, fit: Fit, weights: Weights) -> Patch:
     if capacity is not None:
         drop = Dropping(capacity.order, capacity.groups, detail["tokens"], CapacityRule(fixed=capacity.rows))
     y = stretch.node_of(fit.y.obj)
-    shape, shapes = tensor(y), [tensor(n) for n in objs.values()]
+    shape = tensor(y)
     assert shape is not None
     if any(map(compat.is_symbol, shape.shape)):
         detail["shape"] = _symbolic(shape.shape)
@@ -80,7 +81,7 @@ def make_patch(stretch: Stretch, fit: Fit, weights: Weights) -> Patch:
     emitter.graph.output(out)
     inputs = [*objs.values(), *_with_parameters(emitter, by_name)]
     x = tensor(stretch.node_of(fit.x.obj))
-    assert x is not None and len(shapes) == len(objs)
+    assert x is not None
     _in_one_dtype(emitter.graph, x.dtype, dict(zip(emitter.graph.find_nodes(op="placeholder"), inputs, strict=True)))
     return Patch(emitter.graph, inputs, y, fit.y.time, emitter.spec)
 
@@ -100,7 +101,7 @@ def _changed(stretch: Stretch, node: fx.Node, since: int, until: int) -> bool:
 
 def _with_parameters(emitter: _Emitter, by_name: dict[str, fx.Node]) -> list[fx.Node]:
     """Put placeholders and the assembling of stacks in the place of `get_attr` nodes; the placeholders' nodes."""
-    graph, made = emitter.graph, {}
+    graph, made = emitter.graph, dict[str, fx.Node]()
     tracer = fx.proxy.GraphAppendingTracer(graph)
     last = emitter.leaves[-1]
 
@@ -116,8 +117,9 @@ def _with_parameters(emitter: _Emitter, by_name: dict[str, fx.Node]) -> list[fx.
         for name in names:
             get(name)
         with graph.inserting_before(node):
-            new = get(names[0]) if assembly is None else assembly.build(get)  # type: ignore[arg-type]
-        node.replace_all_uses_with(new.node)  # type: ignore[attr-defined]
+            # Proxies pass for tensors: what is called on them is written into the graph.
+            new: Any = get(names[0]) if assembly is None else assembly.build(get)  # type: ignore[arg-type]
+        node.replace_all_uses_with(new.node)
         graph.erase_node(node)
     return [by_name[name] for name in made]
 
@@ -169,7 +171,7 @@ def _keeps(node: fx.Node, t: Tensor) -> bool:
 def prove(stretch: Stretch, patch: Patch, fit: Fit) -> dict[str, float]:
     """Run both on values of several kinds, in float32 and in the graph's own precision; the largest differences.
 
-    Runs go on until every expert has had tokens. Raises `NotProved`.
+    Runs go on until every expert has had tokens. Raises `NotProvedError`.
     """
     errors: dict[str, float] = {}
     left = set(range(fit.experts)) if fit.choice is None else set()
@@ -189,7 +191,7 @@ def prove(stretch: Stretch, patch: Patch, fit: Fit) -> dict[str, float]:
             left -= set(chosen.reshape(-1).tolist())
         if not cases and left:
             if number >= _MOST:
-                raise NotProved(f"expert {min(left)} was chosen for no token of {number} runs")
+                raise NotProvedError(f"expert {min(left)} was chosen for no token of {number} runs")
             cases.append((torch.float32, "random"))
     return errors
 
@@ -205,14 +207,14 @@ def _compare(
         env = stretch.run(held, wide=wide, upto=patch.end + 1)
     except Exception as e:
         if wide:
-            raise NotProved(f"{kind} values: the graph fails: {type(e).__name__}: {_line(e)}") from e
+            raise NotProvedError(f"{kind} values: the graph fails: {type(e).__name__}: {_line(e)}") from e
         return values
     want = env[patch.y]
     with torch.enable_grad():
         try:
             got = patch(env)
         except Exception as e:
-            raise NotProved(f"{kind} values: the rewritten graph fails: {type(e).__name__}: {_line(e)}") from e
+            raise NotProvedError(f"{kind} values: the rewritten graph fails: {type(e).__name__}: {_line(e)}") from e
     if not wide and got.dtype != want.dtype:
         final: Any = patch.graph.output_node().args[0]
         with patch.graph.inserting_before(patch.graph.output_node()):
@@ -234,38 +236,33 @@ def _compare(
     )
     if not want.requires_grad or not got.requires_grad:
         if want.requires_grad != got.requires_grad:
-            raise NotProved(f"{kind} values: gradients are switched off on one side")
+            raise NotProvedError(f"{kind} values: gradients are switched off on one side")
         return env
     g = torch.randn(want.shape, generator=torch.Generator().manual_seed(seed)).to(want)
     ends = list(leaves.values())
-    a = torch.autograd.grad([want], ends, [g], allow_unused=True, retain_graph=True)
-    b = torch.autograd.grad([got], ends, [g], allow_unused=True)
+    a: Any = torch.autograd.grad([want], ends, [g], allow_unused=True, retain_graph=True)
+    b: Any = torch.autograd.grad([got], ends, [g], allow_unused=True)
     scale = max(x.double().norm() for x in a if x is not None)
     for n, x, y in zip(leaves, a, b, strict=True):
-        if x is not None or y is not None:
-            x, y = (torch.zeros_like(leaves[n]) if v is None else v for v in (x, y))
-            _close(
-                f"{kind} values, {name}: the gradient of {n.name}",
-                x,
-                y,
-                scale,
-                for_gradients,
-                errors,
-                f"{name} gradient",
-            )
+        if x is None and y is None:
+            continue
+        # Of an expert without tokens a loop leaves no gradient, one product for all a gradient of zeros.
+        x, y = (torch.zeros_like(leaves[n]) if v is None else v for v in (x, y))
+        what = f"{kind} values, {name}: the gradient of {n.name}"
+        _close(what, x, y, scale, for_gradients, errors, f"{name} gradient")
     return env
 
 
 def _close(what: str, a: Tensor, b: Tensor, scale: Tensor, limit: float, errors: dict[str, float], key: str) -> None:
     if a.shape != b.shape or a.dtype != b.dtype:
-        raise NotProved(f"{what} is {b.dtype} {tuple(b.shape)}, not {a.dtype} {tuple(a.shape)}")
+        raise NotProvedError(f"{what} is {b.dtype} {tuple(b.shape)}, not {a.dtype} {tuple(a.shape)}")
     x, y = a.detach().double(), b.detach().double()
     # What vanishes by cancellation is compared on the scale of the largest gradient.
     noise = 0.1 if a.dtype in (torch.bfloat16, torch.float16) else 1e-3
     error = float((x - y).norm() / (x.norm() + noise * scale + 1e-12))
     errors[key] = max(errors.get(key, 0.0), error)
     if not error <= limit:
-        raise NotProved(f"{what} differs by {error:.1e} (limit {limit:.0e})")
+        raise NotProvedError(f"{what} differs by {error:.1e} (limit {limit:.0e})")
 
 
 def _line(e: Exception) -> str:

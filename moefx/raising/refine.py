@@ -1,17 +1,14 @@
 """Banks of experts in a model graph, found by isomorphism: names of parameters and modules are not looked at.
 
-The parameters of E unrolled experts have neighbourhoods that are equal but for an integer. Colours of nodes (function,
-shape of a parameter, colours of what they read and of who reads them) are refined round by round, Weisfeiler-Lehman
-style, for as long as the classes of parameters still come in multiples of E: one round too many would tell the first
-expert of a chain of additions from the second. Where an expert stands is read off the integer in which it differs
-(`eq(idx, e)`, `split[e]`, a place in a list): its neighbourhood and its brothers' are walked in step.
+The parameters of E unrolled experts have neighbourhoods that are equal but for an integer (`colour`). Colours are
+refined for as long as the classes of parameters still come in multiples of E: one round too many would tell the first
+expert of a chain of additions from the second.
 
 A tensor [E, out, in], or [E * out, in] that is viewed so, is a stack by itself.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,15 +20,18 @@ from moefx.graph.edit import module_path, value
 from moefx.graph.effects import name_of
 
 from .bank import Bank, Stack
+from .colour import orders, refined, tensor
 
 ROUNDS = 4
-_WALK = 60  # tuples of nodes that are looked at for an order of experts
 _ROUTERS = frozenset({"topk", "argmax", "max", "sort", "argsort"})
 # What rearranges a parameter without computing with it.
-LAYOUT = frozenset(
-    "transpose t permute view reshape unflatten flatten contiguous to float bfloat16 half double type_as detach T mT "
-    "stack cat unbind getitem select chunk split squeeze unsqueeze flip expand narrow movedim swapaxes".split()
-)
+# fmt: off
+LAYOUT = frozenset({
+    "transpose", "t", "permute", "view", "reshape", "unflatten", "flatten", "contiguous", "to", "float", "bfloat16",
+    "half", "double", "type_as", "detach", "T", "mT", "stack", "cat", "unbind", "getitem", "select", "chunk", "split",
+    "squeeze", "unsqueeze", "flip", "expand", "narrow", "movedim", "swapaxes",
+})
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,6 @@ class Site:
     def names(self) -> frozenset[str]:
         """Names of the nodes that hold its parameters."""
         return self.banks[0].names
-
-
-def tensor(node: fx.Node) -> torch.Tensor | None:
-    """The (fake) tensor of a node; that of a `get_attr` node may have to be looked up in the module."""
-    found = value(node)
-    if found is None and node.op == "get_attr":
-        found = node.graph.owning_module
-        for part in str(node.target).split("."):
-            found = getattr(found, part, None)
-    return found if isinstance(found, torch.Tensor) else None
 
 
 def layout(node: fx.Node) -> bool:
@@ -90,7 +80,7 @@ def _plain(index: Any) -> bool:
 
 
 def routers(graph: fx.Graph) -> list[fx.Node]:
-    """Nodes that choose among floating values along an axis, and comparisons of integers with a constant."""
+    """Nodes that choose among floating values along an axis, and those that tell experts apart as one-hot vectors."""
     found = []
     for n in graph.nodes:
         if n.op not in ("call_function", "call_method") or not n.args or not isinstance(n.args[0], fx.Node):
@@ -98,7 +88,7 @@ def routers(graph: fx.Graph) -> list[fx.Node]:
         t, name = value(n.args[0]), name_of(n)
         if not isinstance(t, torch.Tensor) or not t.dim():
             continue
-        if name in _ROUTERS and t.is_floating_point() and t.dim() > 1 or (name == "one_hot"):
+        if (name in _ROUTERS and t.is_floating_point() and t.dim() > 1) or name == "one_hot":
             found.append(n)
     return found
 
@@ -253,96 +243,3 @@ def _split(nodes: Iterable[fx.Node], colour: dict[fx.Node, int]) -> list[list[fx
     for n in nodes:
         parts.setdefault(colour[n], []).append(n)
     return list(parts.values())
-
-
-def refined(graph: fx.Graph, rounds: int) -> Iterator[dict[fx.Node, int]]:
-    """Colours of all nodes after one round of refinement, two rounds, and so on. Linear in the size of the graph."""
-    ids: dict[Any, int] = {}
-
-    def code(key: Any) -> int:
-        return ids.setdefault(key, len(ids))
-
-    reads: dict[fx.Node, list[tuple[int, fx.Node]]] = {n: [] for n in graph.nodes}
-    colour: dict[fx.Node, int] = {}
-    for n in graph.nodes:
-        for i, arg in enumerate((*n.args, *n.kwargs.values())):
-            fx.map_arg((arg,), lambda m, n=n, i=i: reads[n].append((i, m)))  # type: ignore[misc]
-        t = tensor(n) if n.op in ("placeholder", "get_attr") else None
-        label = name_of(n) if t is None else (str(tuple(t.shape)), str(t.dtype))
-        colour[n] = code((n.op if t is None else "tensor", label, len(n.args)))
-    read_by: dict[fx.Node, list[tuple[int, fx.Node]]] = {n: [] for n in graph.nodes}
-    for n, inputs in reads.items():
-        for i, m in inputs:
-            read_by[m].append((i, n))
-    for _ in range(rounds):
-        before = colour
-        # A set of readers: a value that all experts read looks the same whatever their number.
-        colour = {
-            n: code(
-                (
-                    before[n],
-                    tuple(sorted({(i, before[m]) for i, m in reads[n]})),
-                    tuple(sorted({(i, before[m]) for i, m in read_by[n]})),
-                )
-            )
-            for n in graph.nodes
-        }
-        yield colour
-
-
-def orders(members: Sequence[fx.Node], colour: dict[fx.Node, int]) -> Iterator[tuple[int, ...]]:
-    """Orders of experts: by the integer in which their neighbourhoods differ, nearest first, and as they come.
-
-    Members stand in the order of their use. An order lists positions in `members`.
-    """
-    E = len(members)
-    found: dict[tuple[int, ...], None] = {}
-
-    def note(numbers: list[int]) -> None:
-        if sorted(numbers) == list(range(E)):
-            at = {number: i for i, number in enumerate(numbers)}
-            found[tuple(at[e] for e in range(E))] = None
-
-    start = tuple(members)
-    todo, seen = deque([start]), {start}
-
-    def visit(nodes: tuple[fx.Node, ...]) -> None:
-        if nodes not in seen and len(set(nodes)) == E:
-            seen.add(nodes)
-            todo.append(nodes)
-
-    for _ in range(_WALK):
-        if not todo:
-            break
-        nodes = todo.popleft()
-        if len({n.target if n.op not in ("placeholder", "get_attr") else "" for n in nodes}) > 1:
-            continue
-        leaves = [_leaves((n.args, n.kwargs)) for n in nodes]
-        if len(set(map(len, leaves))) == 1:
-            for column in zip(*leaves, strict=True):
-                if all(type(v) is int for v in column):
-                    note(list(column))
-                elif all(isinstance(v, fx.Node) for v in column):
-                    visit(column)
-        users = [sorted(n.users, key=lambda u: colour[u]) for n in nodes]
-        if len(set(map(len, users))) == 1:
-            for column in zip(*users, strict=True):
-                if len(set(column)) == 1:
-                    inputs = [v for v in _leaves(column[0].args) if isinstance(v, fx.Node)]
-                    places = [inputs.index(n) for n in nodes]
-                    note([sorted(places).index(p) for p in places] if len(set(places)) == E else [])
-                else:
-                    visit(column)
-    plain = tuple(range(E))
-    yield from found
-    if plain not in found:
-        yield plain
-
-
-def _leaves(tree: Any) -> list[Any]:
-    found: list[Any] = []
-    fx.node.map_aggregate(tree, lambda v: found.append(v))
-    return found
-
-
-__all__ = ["LAYOUT", "Site", "layout", "orders", "readers", "refined", "routers", "sites", "tensor"]

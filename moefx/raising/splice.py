@@ -1,7 +1,7 @@
 """Putting a patch into a model graph, and taking out what nobody needs any more.
 
-Out go the experts' nodes, also those that write into memory which nobody reads now, and checks of sizes that depended on
-data and are gone. Random draws, other writes and switches of mode stay where they are.
+Out go the experts' nodes, also those that write into memory which nobody reads now, and checks of sizes that depended
+on data and are gone. Random draws, other writes and switches of mode stay where they are.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from moefx.graph.edit import ORIGIN_KEYS
 from moefx.graph.effects import is_effect, mutated, name_of
 
 from .patch import Patch
+from .colour import tensor
 from .slice import NoSlice
-from .stretch import Stretch, base, tensor
+from .stretch import Stretch, base
 
 
 def splice(graph: fx.Graph, stretch: Stretch, patch: Patch) -> fx.Node:
-    """Replace the routed sum; the node that holds it now. Raises `NoSlice`, with the graph as it was, where it cannot."""
+    """Replace the routed sum; the node that holds it now. Raises `NoSlice`, with the graph as it was, if it cannot."""
     span = stretch.nodes[: patch.end + 1]
     final = span[-1]
     place = {n: i for i, n in enumerate(graph.nodes)}
@@ -41,7 +42,8 @@ def splice(graph: fx.Graph, stretch: Stretch, patch: Patch) -> fx.Node:
     new = _copied(graph, patch, final, _meta(patch.y, span))
     for n in aliases:
         a, b = tensor(n), tensor(patch.y)
-        assert a is not None and b is not None
+        assert a is not None
+        assert b is not None
         source = new
         if a.shape != b.shape:
             with graph.inserting_after(new):
@@ -68,7 +70,8 @@ def _copied(graph: fx.Graph, patch: Patch, after: fx.Node, meta: dict[str, Any])
                 table[n] = graph.node_copy(n, table.__getitem__)
                 table[n].meta = dict(meta)
     out: Any = patch.graph.output_node().args[0]
-    return table[out]
+    made: fx.Node = table[out]
+    return made
 
 
 def _dead(

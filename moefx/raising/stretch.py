@@ -6,6 +6,7 @@ float32, whatever the graph says; for the proof in the graph's own precision, to
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from moefx.graph.edit import value
 from moefx.graph.effects import modes, mutated, name_of, view_source
 
 from .record import Obj, Record, Snap, Step
-from .refine import Site, layout, tensor
+from .colour import tensor
+from .refine import Site, layout
 
 Tensor = torch.Tensor
 _LOW = (torch.bfloat16, torch.float16)
@@ -29,7 +31,7 @@ _LARGEST = 1 << 24
 _MAKERS = ("zeros", "new_zeros", "full", "new_full", "empty", "new_empty", "ones", "new_ones")
 
 
-class NoStretch(Exception):
+class NoStretchError(Exception):
     """The part of the graph around the experts cannot be run by itself."""
 
 
@@ -54,7 +56,7 @@ class Stretch:
                 found[n] = fx.node.map_aggregate(value(n), _number)
                 continue
             if any(compat.is_symbol(s) and not _backed(s) for s in t.shape):
-                raise NoStretch(f"it reads {n.name} from above, whose number of rows depends on data")
+                raise NoStretchError(f"it reads {n.name} from above, whose number of rows depends on data")
             shape = [compat.size_hint(s) for s in t.shape]
             if not t.is_floating_point():
                 found[n] = self._integers(n, shape, gen).to(t.device, t.dtype)
@@ -111,7 +113,7 @@ class Stretch:
         return env
 
     def record(self, seed: int, kind: str) -> tuple[Record, dict[str, Tensor]]:
-        """One run, the values that it left, and the experts' parameters; a node that fails behind the experts ends it."""
+        """One run, the values that it left, and the experts' parameters. A node that fails behind them ends it."""
         values = self.values(seed, kind, torch.float32)
         found, objs = Record(), dict[fx.Node, Obj]()
         rearranged: dict[fx.Node, fx.Node] = {n: n for n in self.inputs if n.name in self.experts}
@@ -157,7 +159,7 @@ class Stretch:
         except Exception as e:
             if len(found.steps) <= last:
                 line = next(iter(str(e).splitlines()), "")
-                raise NoStretch(f"it fails on random values: {type(e).__name__}: {line}") from e
+                raise NoStretchError(f"it fails on random values: {type(e).__name__}: {line}") from e
             del self.nodes[len(found.steps) :]
         return found, params
 
@@ -197,10 +199,11 @@ def _switches(grad: bool) -> Iterator[None]:
 
 
 def _call(n: fx.Node, env: dict[fx.Node, Any], wide: bool) -> Any:
-    args, kwargs = fx.map_arg((n.args, n.kwargs), env.__getitem__)  # type: ignore[misc]
+    args: Any = fx.map_arg(n.args, env.__getitem__)
+    kwargs: Any = fx.map_arg(n.kwargs, env.__getitem__)
     target: Any = n.target
     if wide:
-        args, kwargs = fx.node.map_aggregate((args, kwargs), _widened)  # type: ignore[misc]
+        args, kwargs = fx.node.map_aggregate(args, _widened), fx.node.map_aggregate(kwargs, _widened)
         if n.op == "call_method" and target in ("bfloat16", "half"):
             target = "float"
         if name_of(n) in ("_grouped_mm", "grouped_mm") and args[0].dtype == torch.float32 and len(args) == 2:
@@ -221,7 +224,7 @@ def _grouped(x: Tensor, w: Tensor, offs: Tensor | None = None, **_: Any) -> Tens
     """Grouped products in a precision that the op may not have."""
     assert offs is not None
     ends = [0, *offs.tolist()]
-    return torch.cat([x[a:b] @ w[e] for e, (a, b) in enumerate(zip(ends, ends[1:], strict=False))])
+    return torch.cat([x[a:b] @ w[e] for e, (a, b) in enumerate(itertools.pairwise(ends))])
 
 
 def around(site: Site, order: list[fx.Node], at: dict[fx.Node, int]) -> Stretch:
@@ -254,7 +257,7 @@ def around(site: Site, order: list[fx.Node], at: dict[fx.Node, int]) -> Stretch:
     reads = dict.fromkeys(m for n in nodes for m in n.all_input_nodes if m not in chosen)
     state = modes(nodes[0].graph)[nodes[0]]
     if len(state) > 1:
-        raise NoStretch("it stands in an autocast region")
+        raise NoStretchError("it stands in an autocast region")
     return Stretch(nodes, sorted(reads, key=at.__getitem__), site.names, state[0] is not False)
 
 

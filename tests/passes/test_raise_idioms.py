@@ -48,7 +48,18 @@ def test_idioms(idiom: str, options: str, dtype: torch.dtype) -> None:
     layer = IDIOMS[idiom](H, I, E, 2, **OPTIONS[options]).to(dtype)
     done = rewrite(RaiseIdioms(), subject(layer, rand(2, 17, H, dtype=dtype)))
     raised(done, op="expert_choice" if idiom == "G" else "experts")
-    kept = ("linear", "where", "item", "_assert_scalar", "index_add_", "setitem", "bmm", "einsum", "sort", "scatter_add")
+    kept = (
+        "linear",
+        "where",
+        "item",
+        "_assert_scalar",
+        "index_add_",
+        "setitem",
+        "bmm",
+        "einsum",
+        "sort",
+        "scatter_add",
+    )
     assert sum(count(done.graph, name) for name in kept) == 1, "more is left than the router's product"
 
 
@@ -236,7 +247,9 @@ def test_a_sum_that_is_written_to_afterwards() -> None:
         flat = y.view(-1, H)
         for e in range(E):
             token, nth = torch.where(idx == e)
-            flat.index_add_(0, token, F.linear(torch.relu(F.linear(x[token], m.up[e])), m.down[e]) * w[token, nth, None])
+            flat.index_add_(
+                0, token, F.linear(torch.relu(F.linear(x[token], m.up[e])), m.down[e]) * w[token, nth, None]
+            )
         y += torch.tanh(x).view(2, 7, H)
         return y * 2
 

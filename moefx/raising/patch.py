@@ -17,10 +17,10 @@ from moefx.graph.effects import mutated
 
 from .align import Dropping
 from .certify import LIMITS
+from .colour import tensor
 from .explain import CapacityRule, Weights
 from .fit import Fit
 from .record import Obj
-from .colour import tensor
 from .replay import _Emitter
 from .slice import NoSlice, Region, _experts
 from .stretch import Stretch, base
@@ -128,7 +128,7 @@ def _in_one_dtype(graph: fx.Graph, dtype: torch.dtype, inputs: dict[fx.Node, fx.
     """Types as they are in the model graph: weights in that of x, sizes and types as constants."""
     for node in list(graph.nodes):
         if node.target is getattr and node.args[1] == "dtype":
-            node.replace_all_uses_with(None)  # type: ignore[arg-type]
+            node.replace_all_uses_with(None)
             for user in list(graph.nodes):
                 if user.kwargs.get("dtype", 0) is None:
                     user.kwargs = {**user.kwargs, "dtype": dtype}

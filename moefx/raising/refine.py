@@ -9,7 +9,7 @@ A tensor [E, out, in], or [E * out, in] that is viewed so, is a stack by itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 

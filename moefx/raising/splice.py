@@ -14,8 +14,8 @@ from torch import fx
 from moefx.graph.edit import ORIGIN_KEYS
 from moefx.graph.effects import is_effect, mutated, name_of
 
-from .patch import Patch
 from .colour import tensor
+from .patch import Patch
 from .slice import NoSlice
 from .stretch import Stretch, base
 

@@ -19,8 +19,8 @@ from moefx import compat
 from moefx.graph.edit import value
 from moefx.graph.effects import modes, mutated, name_of, view_source
 
-from .record import Obj, Record, Snap, Step
 from .colour import tensor
+from .record import Obj, Record, Snap, Step
 from .refine import Site, layout
 
 Tensor = torch.Tensor

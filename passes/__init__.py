@@ -25,10 +25,12 @@ from .merge_routers import MergeRouters
 from .orient_wgrad import OrientWgrad
 from .propagate_scales import PropagateScales
 from .quantize import Quantize
+from .raise_idioms import RaiseIdioms
 from .raise_routers import RaiseRouters
 from .share_plans import SharePlans
 from .store_low_precision import StoreLowPrecision
 from .transpose_scales import TransposeScales
+from .unbind_experts import UnbindExperts
 
 Factory = TypeVar("Factory", bound=Callable[[], Pass])
 _REGISTRY: dict[str, Callable[[], Pass]] = {}
@@ -48,6 +50,8 @@ def register_pass(factory: Factory) -> Factory:
 
 
 for _factory in (
+    RaiseIdioms,
+    UnbindExperts,
     RaiseRouters,
     ExpandRouters,
     MergeRouters,
@@ -135,10 +139,12 @@ __all__ = [
     "OrientWgrad",
     "PropagateScales",
     "Quantize",
+    "RaiseIdioms",
     "RaiseRouters",
     "SharePlans",
     "StoreLowPrecision",
     "TransposeScales",
+    "UnbindExperts",
     "as_pipeline",
     "get_pass",
     "pass_names",

@@ -96,9 +96,9 @@ class _Solver:
             low = max(Fraction(v, b) for v, b in zip(values, base, strict=True))
             high = min(Fraction(v + 1, b) for v, b in zip(values, base, strict=True))
             simple = (Fraction(math.ceil(low * q), q) for q in range(1, 129))
-            ratio = next((r for r in simple if low <= r < high and r < 1), None)
-            if ratio is not None:
-                return Size(factors, ratio, floored=True)
+            share = next((r for r in simple if low <= r < high and r < 1), None)
+            if share is not None:
+                return Size(factors, share, floored=True)
         raise NoSlice(
             f"a number in it is {', '.join(map(str, values))} for inputs of {', '.join(_shown(s) for s in self.shapes)}"
             ", which is no simple function of their sizes"

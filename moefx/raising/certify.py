@@ -188,8 +188,11 @@ def _compare(want: _Run, got: _Run, case: Case, done: Certificate) -> None:
         if g is None and h is None:
             continue
         # Of an expert without tokens a loop leaves no gradient, one product for all a gradient of zeros.
-        g, h = (torch.zeros_like(h) if g is None else g), (torch.zeros_like(g) if h is None else h)  # type: ignore
-        error = _close(f"the gradient of {key}", g, h, scale, for_gradients, case, scaled=True)
+        a = torch.zeros_like(h) if g is None and h is not None else g
+        b = torch.zeros_like(g) if h is None and g is not None else h
+        assert a is not None
+        assert b is not None
+        error = _close(f"the gradient of {key}", a, b, scale, for_gradients, case, scaled=True)
         worst["gradient"] = max(worst["gradient"], error)
     for key, b in want.buffers.items():
         _close(f"buffer {key}", b, got.buffers[key], b.float().norm(), for_outputs, case)

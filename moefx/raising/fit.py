@@ -23,6 +23,7 @@ from .record import Record, Snap, objects
 
 Tensor = torch.Tensor
 TOLERANCE = 5e-5  # relative; recorded in fp32. The two forms of GELU are nearest, some 2e-4 from each other
+_GATHERED = 512  # rows whose weights are gathered; of more, expert by expert
 ACTS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
 
@@ -130,6 +131,14 @@ class Evaluator:
         return torch.stack([self.params[stack.names[e]].detach().float() for e in experts.tolist()])
 
     def _linear(self, x: Tensor, role: Role, experts: Tensor) -> Tensor:
+        if experts.numel() > _GATHERED:
+            out = role.stack.shape[2 if role.turned else 1]
+            y = x.new_zeros(len(x), out, dtype=torch.float32)
+            for e in experts.unique():
+                mine = (experts == e).nonzero()[:, 0]
+                w = self._rows(role.stack, e[None])[0]
+                y[mine] = x[mine].float() @ (w if role.turned else w.t())
+            return y if role.bias is None else y + self._rows(role.bias, experts)
         w = self._rows(role.stack, experts)
         y = torch.einsum("ri,rio->ro", x, w) if role.turned else torch.einsum("ri,roi->ro", x, w)
         return y if role.bias is None else y + self._rows(role.bias, experts)
@@ -139,8 +148,8 @@ class Evaluator:
 
         Without a k: x [R, H] and experts [R] give [R, H].
         """
-        some = (lambda t: t) if pick is None else (lambda t: t[pick])
-        flat, experts = some(x).reshape(-1, x.shape[-1]), some(rows).reshape(-1)
+        xs, chosen = (x, rows) if pick is None else (x[pick], rows[pick])
+        flat, experts = xs.reshape(-1, x.shape[-1]), chosen.reshape(-1)
         parts = []
         for role in reading.up:  # shared by all activations, so kept
             key = (id(x), id(rows), pick is None, role)
@@ -155,7 +164,7 @@ class Evaluator:
             else:
                 h = torch.cat(h.chunk(2, -1)[::-1], -1)
         z = self._linear(glu_reference(h, None, str(reading.kind)), reading.down, experts)
-        return z.view(*some(rows).shape, z.shape[-1])
+        return z.view(*chosen.shape, z.shape[-1])
 
 
 def choices(record: Record, tokens: int, E: int) -> Iterator[tuple[tuple[Snap, ...], Tensor]]:
@@ -195,16 +204,19 @@ def choices(record: Record, tokens: int, E: int) -> Iterator[tuple[tuple[Snap, .
 def _distinct(snaps: list[Snap]) -> list[Snap]:
     """Snaps of different values; of equal ones the first."""
     kept: list[Snap] = []
-    sizes: dict[tuple[int, bool], list[tuple[float, Snap]]] = {}  # those that could be equal at all
+    alike: dict[tuple[int, bool], list[tuple[list[float], Snap]]] = {}
     for s in snaps:
-        v = s.value
-        alike = sizes.setdefault((v.numel(), v.is_floating_point()), [])
-        first = float(v.reshape(-1)[0]) if v.numel() and not v.dtype.is_complex else 0.0
-        # The first number tells most apart; NaN is left to `same`.
-        if not any(not abs(first - f) > 1e-5 * abs(f) + 1e-6 and same(v, o.value) for f, o in alike):
-            alike.append((first, s))
+        # A few numbers tell nearly all values apart, at a fraction of the cost of comparing them whole.
+        few = s.value.reshape(-1)[:3].tolist() if not s.value.dtype.is_complex else []
+        others = alike.setdefault((s.value.numel(), s.value.is_floating_point()), [])
+        if not any(_alike(few, f) and same(s.value, o.value) for f, o in others):
             kept.append(s)
+            others.append((few, s))
     return kept
+
+
+def _alike(a: list[float], b: list[float]) -> bool:
+    return not any(abs(x - y) > 1e-4 * abs(y) + 1e-4 for x, y in zip(a, b, strict=True))
 
 
 def same(a: Tensor, b: Tensor) -> bool:

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
+
+from .record import leaves, mapped
 
 Tensor = torch.Tensor
 
@@ -39,7 +41,7 @@ def observed(modules: dict[str, nn.Module]) -> Iterator[dict[str, Seen]]:
 
         def run(*args: Any, **kwargs: Any) -> Any:
             if path not in calls:
-                calls[path] = Seen(*fx.node.map_aggregate((args, kwargs), _copied))  # type: ignore[arg-type]
+                calls[path] = Seen(*mapped((args, kwargs), _copied))
             return forward(*args, **kwargs)
 
         module.__dict__["forward"] = run
@@ -106,8 +108,7 @@ class Inputs:
 
     def __init__(self, seen: Seen) -> None:
         self.seen = seen
-        tensors: list[Tensor] = []
-        fx.node.map_aggregate((seen.args, seen.kwargs), lambda v: tensors.append(v) if isinstance(v, Tensor) else None)
+        tensors = [v for v in leaves((seen.args, seen.kwargs)) if isinstance(v, Tensor)]
         self.tensors = tensors
         first = next((t for t in tensors if t.is_floating_point() and t.dim() > 1), tensors[0] if tensors else None)
         lead = 0 if first is None else first.dim() - (1 if first.is_floating_point() else 0)
@@ -148,7 +149,7 @@ class Inputs:
             }[kind]
             return value.to(v.device, dtype).requires_grad_()
 
-        made: Any = fx.node.map_aggregate((self.seen.args, self.seen.kwargs), one)
+        made = mapped((self.seen.args, self.seen.kwargs), one)
         return tuple(made[0]), dict(made[1])
 
     def _shape(self, v: Tensor, sizes: Sequence[int]) -> tuple[int, ...]:

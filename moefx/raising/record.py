@@ -7,7 +7,7 @@ numpy. What it saw then holds for these inputs alone; `replay` and `certify` fin
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,9 +103,20 @@ def function_name(func: Any) -> str:
 
 def objects(tree: Any) -> list[Obj]:
     """The tensor objects in an argument or output structure, in order."""
-    found: list[Obj] = []
-    fx.node.map_aggregate(tree, lambda v: found.append(v) if isinstance(v, Obj) else None)
+    return [v for v in leaves(tree) if isinstance(v, Obj)]
+
+
+def leaves(tree: Any) -> list[Any]:
+    """What an argument or output structure of tuples, lists, dicts and slices holds, in order."""
+    found: list[Any] = []
+    mapped(tree, found.append)
     return found
+
+
+def mapped(tree: Any, to: Callable[[Any], Any]) -> Any:
+    """The structure with `to` applied to everything in it."""
+    change: Any = to
+    return fx.node.map_aggregate(tree, change)
 
 
 class _Recorder(TorchFunctionMode):
@@ -140,7 +151,7 @@ class _Recorder(TorchFunctionMode):
         return found
 
     def refs(self, tree: Any) -> Any:
-        return fx.node.map_aggregate(tree, lambda v: self.obj(v) if isinstance(v, Tensor) else v)
+        return mapped(tree, lambda v: self.obj(v) if isinstance(v, Tensor) else v)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -164,11 +175,12 @@ class _Recorder(TorchFunctionMode):
     def note(self, func: Any, before: Any, versions: list[tuple[Obj, int]], out: Any) -> None:
         index = len(self.record.steps)
         writes = [o for o, v in versions if o.tensor._version != v]
-        made: list[Tensor] = []
-        fx.node.map_aggregate(out, lambda v: made.append(v) if isinstance(v, Tensor) else None)
+        made = [v for v in leaves(out) if isinstance(v, Tensor)]
         if not made and not writes:
             return
-        step = Step(index, func, *before, None, writes, tuple(self.calls), torch.is_grad_enabled(), self.autocast > 0)
+        args, kwargs = before
+        calls, grad = tuple(self.calls), torch.is_grad_enabled()
+        step = Step(index, func, args, kwargs, None, writes, calls, grad, self.autocast > 0)
         self.record.steps.append(step)
         for leaf, t in enumerate(made):
             if id(t) not in self.known:  # in-place functions return what they wrote
@@ -186,9 +198,8 @@ def record(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
     """
     named = {id(t): (n, t) for n, t in (*block.named_buffers(), *block.named_parameters())}
     mode = _Recorder(named)
-    leaves: list[Tensor] = []
-    fx.node.map_aggregate((args, kwargs), lambda v: leaves.append(v) if isinstance(v, Tensor) else None)
-    mode.record.inputs = [mode._enter(Obj(t, "input", leaf=i)) for i, t in enumerate(leaves)]
+    tensors = [v for v in leaves((args, kwargs)) if isinstance(v, Tensor)]
+    mode.record.inputs = [mode._enter(Obj(t, "input", leaf=i)) for i, t in enumerate(tensors)]
     with torch.enable_grad(), _wrapped(block, mode), _watched_autocast(mode), mode:
         out = block.forward(*args, **kwargs)
         mode.record.out = mode.refs(_plain(out))
@@ -208,7 +219,8 @@ def _wrapped(block: nn.Module, mode: _Recorder) -> Iterator[None]:
 
     def wrap(path: str, module: nn.Module, forward: Any) -> None:
         def run(*args: Any, **kwargs: Any) -> Any:
-            call = Call(path, len(mode.record.steps), *mode.refs((args, kwargs)), torch.is_grad_enabled())
+            given, named = mode.refs((args, kwargs))
+            call = Call(path, len(mode.record.steps), given, named, torch.is_grad_enabled())
             mode.calls.append(call)
             try:
                 out = forward(*args, **kwargs)
@@ -235,7 +247,8 @@ def _wrapped(block: nn.Module, mode: _Recorder) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _watched_autocast(mode: _Recorder) -> Iterator[None]:
-    enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
+    enter: Any = torch.autocast.__enter__
+    leave: Any = torch.autocast.__exit__
 
     def entered(self: Any) -> Any:
         mode.autocast += 1

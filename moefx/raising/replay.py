@@ -81,14 +81,15 @@ class Assembly:
         if len(stacks) == 2 and not turned and not self.swapped:
             # One copy instead of two: experts side by side, each with its gate and its up.
             pairs = itertools.chain.from_iterable(zip(*(s.names for s in stacks), strict=True))
-            joined = torch.stack([get(n) for n in pairs])
+            joined: Tensor = torch.stack([get(n) for n in pairs])
             return joined.view(stacks[0].shape[0], 2 * stacks[0].shape[1], *stacks[0].shape[2:])
         parts = [self._whole(r, get) for r in self.roles]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         if not self.swapped:
             return whole
         if self.interleaved:
-            return whole.unflatten(1, (-1, 2)).flip(2).flatten(1, 2)
+            flipped: Tensor = whole.unflatten(1, (-1, 2)).flip(2).flatten(1, 2)  # type: ignore[no-untyped-call]
+            return flipped
         return torch.cat(whole.chunk(2, 1)[::-1], 1)
 
 
@@ -244,7 +245,7 @@ class _Emitter:
     def weights(self, reading: Reading) -> list[fx.Node]:
         """Nodes of the canonical tensors, [E, out, in] and [E, out]; a stack that is stored so is read as it is."""
         self.spec = str(ExpertsSpec(reading.kind, "nk", reading.bias))
-        nodes = []
+        nodes: list[fx.Node] = []
         interleaved = reading.kind.interleaved
         for label, roles, swapped in (("up", reading.up, reading.swapped), ("down", (reading.down,), False)):
             for part in ("weight", "bias") if reading.bias else ("weight",):

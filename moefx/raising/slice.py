@@ -10,11 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx
-
 from .explain import Capacity, Weights
 from .fit import Fit
-from .record import Call, Obj, Record, Snap, Step, objects
+from .record import Call, Obj, Record, Snap, Step, mapped, objects
 
 _DRAWING = """rand randn randint randperm rand_like randn_like randint_like bernoulli bernoulli_ multinomial normal
 normal_ uniform_ exponential_ log_normal_ cauchy_ geometric_ random_ dropout gumbel_softmax poisson rrelu"""
@@ -193,7 +191,7 @@ def cut(record: Record, region: Region, bank: frozenset[str], paths: dict[str, f
                 raise NoSlice("the rest of the block reads a value from inside the experts")
             return at[v]
 
-        return lambda tree: fx.node.map_aggregate(tree, one)
+        return lambda tree: mapped(tree, one)
 
     def settle(out: Any, op: int, path: tuple[Any, ...] = ()) -> None:
         if isinstance(out, Obj):

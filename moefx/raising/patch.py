@@ -60,7 +60,8 @@ def make_patch(stretch: Stretch, fit: Fit, weights: Weights) -> Patch:
     dynamic = any(compat.is_symbol(size) for n in objs.values() if (t := tensor(n)) is not None for size in t.shape)
     if weights.capacity is not None and dynamic:
         raise NoSlice("experts have a capacity, and the number of tokens is a symbol")
-    emitter = _Emitter(tuple(s.value for s in {s.obj: s for s in region.inputs}.values()), {})
+    read = tuple(s.value for s in {s.obj: s for s in region.inputs}.values())
+    emitter = _Emitter(read, {}, [f"arg{i}" for i in range(len(read))])
     leaf = dict(zip({s.obj: s for s in region.inputs}, emitter.leaves, strict=True))
     by_name = {n.name: n for n in stretch.inputs}
     emitter.dims = lambda name: len(tensor(by_name[name]).shape)  # type: ignore[union-attr]
@@ -74,10 +75,7 @@ def make_patch(stretch: Stretch, fit: Fit, weights: Weights) -> Patch:
     assert shape is not None
     if any(map(compat.is_symbol, shape.shape)):
         detail["shape"] = _symbolic(shape.shape)
-    try:
-        out = emitter.experts(fit.reading, detail, drop)
-    except NotImplementedError as e:
-        raise NoSlice("some products of an expert have biases and others have none") from e
+    out = emitter.experts(fit.reading, detail, drop)
     emitter.graph.output(out)
     inputs = [*objs.values(), *_with_parameters(emitter, by_name)]
     x = tensor(stretch.node_of(fit.x.obj))

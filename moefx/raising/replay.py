@@ -88,7 +88,7 @@ class Assembly:
         if not self.swapped:
             return whole
         if self.interleaved:
-            flipped: Tensor = whole.unflatten(1, (-1, 2)).flip(2).flatten(1, 2)  # type: ignore[no-untyped-call]
+            flipped: Tensor = whole.unflatten(1, (-1, 2)).flip(2).flatten(1, 2)
             return flipped
         return torch.cat(whole.chunk(2, 1)[::-1], 1)
 

@@ -119,7 +119,8 @@ class Report:
         lines.append(f"MoE blocks: {len(raised)} raised, {len(self.blocks) - len(raised)} left alone")
         for b in self.blocks:
             state = f"raised: {b['idiom']}" if b["raised"] else "left alone"
-            lines.append(f"  {b['path']} ({b['cls']}) {state}{' - ' + b['reason'] if b['reason'] else ''}")
+            proof = _proof(b["certificate"]) if b.get("certificate") else ""
+            lines.append(f"  {b['path']} ({b['cls']}) {state}{' - ' + b['reason'] if b['reason'] else ''}{proof}")
         lines += [
             "",
             f"{'pass':<22}{'level':<10}{'numerics':<10}{'matched':>8}{'rejected':>9}{'nodes':>14}{'ms':>8}  error",
@@ -150,3 +151,9 @@ class Report:
         lines.append(summary(self.casts))
         lines.append(f"signatures compiled: {len(self.signatures)}")
         return "\n".join(lines)
+
+
+def _proof(certificate: dict[str, Any]) -> str:
+    """The largest relative differences that were measured between a block and its raised form."""
+    found = ", ".join(f"{dtype} {max(e.values()):.0e}" for dtype, e in certificate["errors"].items())
+    return f"; proven: {found} in {certificate['cases']} cases"

@@ -71,7 +71,8 @@ def raise_block(block: nn.Module, seen: Seen) -> Raising:
     for bank in banks:
         try:
             found = _raise_bank(copied, inputs, bank, records, calls)
-            changed = sorted(k for k in before if attributes(copied).get(k) != before[k])
+            after = attributes(copied)
+            changed = sorted(k for k, v in before.items() if after.get(k) != v)
             if changed:
                 raise NotRaised(f"its forward changes the Python attribute {changed[0]}", 3)
             return found

@@ -1,8 +1,8 @@
 """What raising hand-written blocks costs, and how large their joint graph is.
 
 `moefx.optimize` of `MoELM` with 64 experts a layer (idiom A2, hidden 64, width 32, top-4), codegen "eager", one thread:
-wall time per stage and process CPU time, a process for each depth. Then the nodes of the joint graph of one layer for
-several numbers of experts. Raw rows go to benchmarks/results/raise_time.csv and raise_nodes.csv.
+wall time per stage and process CPU time, a process for each depth. Then the nodes of the joint graph of one layer,
+top-2, for several numbers of experts. Raw rows go to benchmarks/results/raise_time.csv and raise_nodes.csv.
 
     python benchmarks/raise_time.py [--layers 1,9,27] [--experts 4,8,16,32,64] [--idioms A1,A2,A3,A5]
 """
@@ -21,7 +21,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 
 
-def one(layers: int, experts: int, idiom: str) -> dict[str, Any]:
+def one(layers: int, experts: int, k: int, idiom: str) -> dict[str, Any]:
     """Seconds and node counts of one optimize()."""
     import torch
 
@@ -29,7 +29,7 @@ def one(layers: int, experts: int, idiom: str) -> dict[str, Any]:
     from moefx.models.moe_lm import MoELM
 
     torch.set_num_threads(1)
-    model = MoELM(256, 64, 32, layers, 4, experts, 4, idiom)
+    model = MoELM(256, 64, 32, layers, 4, experts, k, idiom)
     ids = torch.randint(0, 256, (2, 64), generator=torch.Generator().manual_seed(0))
     wall, cpu = time.perf_counter(), time.process_time()
     opt = moefx.optimize(model, {"input_ids": ids, "labels": ids}, codegen="eager")
@@ -48,8 +48,8 @@ def one(layers: int, experts: int, idiom: str) -> dict[str, Any]:
     }
 
 
-def run(layers: int, experts: int, idiom: str) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--one", f"{layers},{experts},{idiom}"]
+def run(layers: int, experts: int, k: int, idiom: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--one", f"{layers},{experts},{k},{idiom}"]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     row: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
     return row
@@ -71,19 +71,19 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        layers, experts, idiom = args.one.split(",")
-        print(json.dumps(one(int(layers), int(experts), idiom)))
+        layers, experts, k, idiom = args.one.split(",")
+        print(json.dumps(one(int(layers), int(experts), int(k), idiom)))
         return
     rows = []
     for layers in args.layers.split(","):
-        rows.append(row := run(int(layers), 64, "A2"))
+        rows.append(row := run(int(layers), 64, 4, "A2"))
         print(
             f"{layers} layers: raise {row['raise']:.1f} s, capture {row['capture']:.1f} s, joint {row['joint']:.1f} s, "
             f"all {row['wall']:.1f} s wall, {row['cpu']:.1f} s CPU, {row['nodes']} joint nodes",
             flush=True,
         )
     write("raise_time.csv", rows)
-    rows = [run(1, int(e), idiom) for idiom in args.idioms.split(",") for e in args.experts.split(",")]
+    rows = [run(1, int(e), 2, idiom) for idiom in args.idioms.split(",") for e in args.experts.split(",")]
     for row in rows:
         print(f"{row['idiom']}, {row['experts']} experts: {row['nodes']} joint nodes, {row['calls']} of them calls")
     write("raise_nodes.csv", [{k: r[k] for k in ("idiom", "layers", "experts", "nodes", "calls")} for r in rows])

@@ -1,10 +1,11 @@
 """CPU time of one training step of hand-written MoE loops: the model as written against `moefx.optimize` of it.
 
 Single thread, process CPU time, arms interleaved; a ratio is taken within each round, and its median and quartiles over
-rounds are printed. Layers have H=256, I=128, 32 experts, top-4; the models are `MoELM` of two such layers (4 heads,
-vocabulary 256). Raw rows go to benchmarks/results/loops.csv.
+rounds are printed. Layers have H=256, I=128, 32 experts, top-4; the model is a `MoELM` of two such layers (4 heads,
+vocabulary 256). The arm `products` is the six grouped products of a layer alone, on the same routing: what no other
+spelling of the loop can save. Raw rows go to benchmarks/results/loops.csv.
 
-    python benchmarks/loops.py                        all idioms, layers and models, fp32; layers in bf16 too
+    python benchmarks/loops.py                        all idioms as layers in fp32; A2 as a model; two layers in bf16
     python benchmarks/loops.py --only "A2 layer"      cases whose name contains this; no CSV
 """
 
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import moefx
+from moefx.kernels.grouped_mm import grouped_mm_cpu, grouped_wgrad_cpu
 from moefx.models.idioms_base import StackedExperts
 from moefx.models.moe_lm import IDIOMS, MoELM
 
@@ -96,6 +98,7 @@ def measure(
     arms: dict[str, nn.Module] = {"original": model}
     for codegen in codegens:
         arms[f"moefx {codegen}"] = moefx.optimize(copy.deepcopy(model), inputs, codegen=codegen)
+    alone = products(model.moe, inputs["x"]) if isinstance(model, Layer) else None
     params = {a: list(m.parameters()) for a, m in arms.items()}
     for a, m in arms.items():  # warm up: compiles the backward, fills caches
         for _ in range(3):
@@ -107,7 +110,36 @@ def measure(
             start = time.process_time()
             step(m, params[a], inputs)
             rows.append({"case": case, "arm": a, "round": r, "cpu_ms": (time.process_time() - start) * 1e3})
+        if alone is not None:
+            start = time.process_time()
+            alone()
+            rows.append({"case": case, "arm": "products", "round": r, "cpu_ms": (time.process_time() - start) * 1e3})
     return rows
+
+
+def products(moe: nn.Module, x: torch.Tensor) -> Callable[[], None]:
+    """The grouped products of one step, forward and backward, with the numbers of rows that the router gives."""
+    assert isinstance(moe.gate, nn.Linear)
+    with torch.no_grad():
+        counts = moe.gate(x.reshape(-1, H)).topk(K).indices.flatten().bincount(minlength=E)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=x.dtype)
+
+    S = int(offsets[-1])
+    x_SH, h_SI, a_SI, up, down = random(S, H), random(S, 2 * I), random(S, I), random(E, 2 * I, H), random(E, H, I)
+
+    def run() -> None:
+        grouped_mm_cpu(x_SH, up, offsets)
+        grouped_mm_cpu(a_SI, down, offsets)
+        grouped_mm_cpu(x_SH, down.transpose(1, 2), offsets)
+        grouped_mm_cpu(h_SI, up.transpose(1, 2), offsets)
+        grouped_wgrad_cpu(x_SH, a_SI, offsets)
+        grouped_wgrad_cpu(h_SI, x_SH, offsets)
+
+    run()
+    return run
 
 
 def summarise(rows: list[dict[str, Any]]) -> None:
@@ -125,13 +157,14 @@ def summarise(rows: list[dict[str, Any]]) -> None:
 
 def cases() -> dict[str, Callable[[], Any]]:
     found: dict[str, Callable[[], Any]] = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        name = str(dtype).removeprefix("torch.")
-        for form in FORMS:
-            for T in TOKENS:
-                found[f"{form} layer T={T} {name}"] = lambda f=form, T=T, d=dtype: layer(f, T, d)
-                if form in IDIOMS and dtype is torch.float32:
-                    found[f"{form} model T={T} {name}"] = lambda f=form, T=T, d=dtype: language_model(f, T, d)
+    fp32, bf16 = torch.float32, torch.bfloat16
+    for form in FORMS:
+        for T in TOKENS:
+            found[f"{form} layer T={T} fp32"] = lambda f=form, T=T: layer(f, T, fp32)
+    for T in TOKENS:
+        found[f"A2 model T={T} fp32"] = lambda T=T: language_model("A2", T, fp32)
+        for form in ("A2", "w[e]"):
+            found[f"{form} layer T={T} bf16"] = lambda f=form, T=T: layer(f, T, bf16)
     return found
 
 
@@ -145,8 +178,13 @@ def main() -> None:
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     for name, make in cases().items():
-        if args.only in name:
+        if args.only not in name:
+            continue
+        try:
             rows += (new := measure(name, *make(), args.rounds, args.codegen.split(",")))
+        except moefx.CaptureError as e:
+            print(f"{name}: {e}", flush=True)
+        else:
             summarise(new)
     if not args.only:
         RESULTS.parent.mkdir(exist_ok=True)

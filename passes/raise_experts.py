@@ -101,7 +101,9 @@ def raised(
     blocks += [_row(o) for o in outcomes]
     inside = [b.path for b in blocks]
     for path, module in model.named_modules():
-        near = any(path == p or path.startswith(f"{p}.") or p.startswith(f"{path}.") or not path for p in inside)
+        near = any(
+            path == p or not p or path.startswith(f"{p}.") or p.startswith(f"{path}.") or not path for p in inside
+        )
         if not near and (reason := _look_alike(module)) is not None:
             blocks.append(Block(path, type(module).__qualname__, False, reason=reason))
     with _interface(model, blocks), _replaced(outcomes, live=live):

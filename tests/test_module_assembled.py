@@ -104,6 +104,25 @@ def test_gradients_land_on_the_original_parameters(idiom: str, options: dict[str
     assert all(p.grad is not None for n, p in model.named_parameters() if "experts" in n)
 
 
+@pytest.mark.parametrize("idiom", ["A2", "D3"])
+def test_a_layer_that_is_the_model_itself_trains(idiom: str) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layer, x = IDIOMS[idiom](16, 8, 4, 2), torch.randn(2, 6, 16)
+    other = copy.deepcopy(layer)
+    opt = moefx.optimize(layer, (x,), codegen="eager")
+    for module in (opt, other):
+        module(x).square().sum().backward()
+    assert_close(grads(layer), grads(other))
+    assert all(p.grad is not None for p in layer.parameters())
+    assert [(b["path"], b["raised"]) for b in opt.report.to_dict()["blocks"]] == [("", True)]
+    with torch.no_grad():
+        for module in (layer, other):
+            for p in module.parameters():
+                p.mul_(-2)
+    torch.testing.assert_close(opt(x), other(x), rtol=1e-4, atol=1e-5)
+
+
 def test_gradients_add_up_over_microbatches(opt: moefx.OptimizedModule) -> None:
     other = copy.deepcopy(opt.original)
     for module in (opt, other):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import linecache
 import operator
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -112,11 +113,12 @@ class Replay:
         exec(compile(code.src, name, "exec"), scope)  # what fx.GraphModule does, without a module of its own
         run, out_type = scope["forward"], self.out_type
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            out = run(block, *args, **kwargs)
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            out = run(self, *args, **kwargs)
             return out if out_type is None else out_type(**out)
 
-        return forward
+        # A method: a capture of the block itself takes parameters for constants that it does not reach through `self`.
+        return types.MethodType(forward, block)
 
 
 _count = itertools.count()

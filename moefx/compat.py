@@ -160,11 +160,20 @@ def export_graph(
     values = pytree.tree_leaves(node.args[0], is_leaf=lambda x: x is None)
     outputs = [None if d is None else _slot(d) for d in node.meta["desc"]]
     # Arguments that are no tensors are constants in the graph: their placeholders, and the gradients they would have,
-    # only stand in the way of code generation.
+    # only stand in the way of code generation. Parameters and buffers that nothing reads are no inputs either: among
+    # them are those of single experts whose stack is an input.
     primals = sum(s.kind != "tangent" for s in inputs)
-    kept = [i for i, n in enumerate(placeholders) if isinstance(n.meta.get("val"), Tensor) or n.users]
-    dropped = set(range(len(placeholders))) - set(kept)
     first = len(values) - primals if grad else len(values)
+    dropped = {
+        i
+        for i, (n, s) in enumerate(zip(placeholders, inputs, strict=True))
+        if not n.users
+        and (
+            not isinstance(n.meta.get("val"), Tensor)
+            or (s.kind in ("param", "buffer") and not (grad and values[first + i] is not None))
+        )
+    }
+    kept = [i for i in range(len(placeholders)) if i not in dropped]
     keep = [i for i in range(len(values)) if i - first not in dropped]
     for i in dropped:
         out.graph.erase_node(placeholders[i])

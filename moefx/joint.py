@@ -109,6 +109,16 @@ def _clone_outputs(gm: fx.GraphModule, positions: list[int]) -> None:
 
 
 def _refuse_unknown(joint: Joint) -> None:
+    def value(node: fx.Node) -> Any:
+        return getattr(joint.gm, str(node.target), None)
+
+    constants = [n for n in joint.graph.find_nodes(op="get_attr") if isinstance(value(n), torch.nn.Parameter)]
+    if constants:
+        raise CaptureError(
+            f"the captured model reads {len(constants)} parameter(s) as constants, which would never be trained",
+            why="its forward reaches them through something else than the model: a closure, a global, a list",
+            todo="register them (nn.Module, nn.ParameterList) and read them through `self`",
+        )
     known_in = {"param", "buffer", "input", "tangent"}
     known_out = {"output", "grad", "mutation:buffer", "mutation:input", "mutation:param"}
     odd = [s for s in joint.inputs if s.kind not in known_in] + [

@@ -22,6 +22,7 @@ from .delayed import AmaxHistory
 from .errors import InputError
 from .precision_metrics import Meter
 from .program import Program
+from .raising.replay import Assembly
 
 Tensor = torch.Tensor
 # Config entries that no forward depends on: captures run without a cache, and `save_pretrained` notes the other ones.
@@ -353,12 +354,19 @@ def _reference(model: nn.Module, slot: compat.Slot) -> Any:
     return (owner._parameters if leaf in owner._parameters else owner._buffers, leaf)
 
 
-def _assembled(model: nn.Module, path: str, assembly: Any) -> Callable[[], Tensor]:
-    """Expert parameters as one tensor, through which autograd brings each of them its gradient."""
-    get = model.get_submodule(path).get_parameter
+def _assembled(model: nn.Module, path: str, assembly: Assembly) -> Callable[[], Tensor]:
+    """Expert parameters as one tensor, through which autograd brings each of them its gradient.
 
-    def build() -> Tensor:
-        found: Tensor = assembly.build(get)
+    They are copied at every call: whether one has changed since the last cannot be known, for `p.data.mul_(...)` leaves
+    no trace on its version counter. Gradients are not copied, each parameter gets its slice of the one buffer.
+    """
+    block = model.get_submodule(path)
+    owners = {n: (block.get_submodule(n.rpartition(".")[0])._parameters, n.rpartition(".")[2]) for n in assembly.names}
+
+    def get(name: str) -> Tensor:
+        registry, leaf = owners[name]
+        found = registry[leaf]
+        assert found is not None
         return found
 
-    return build
+    return lambda: assembly.build(get)

@@ -109,7 +109,8 @@ def raised(
             if tries and (args or kwargs):
                 with undisturbed(model), torch.no_grad():
                     model(*args, **(kwargs or {}))
-    outcomes = raise_all(model, tries, calls)
+    with _versioned():
+        outcomes = raise_all(model, tries, calls)
     blocks += [_row(o) for o in outcomes]
     near = [b.path for b in blocks]
     blocks += [b for b in looks if not any(within(b.path, p) or within(p, b.path) for p in near)]
@@ -119,6 +120,16 @@ def raised(
             blocks.append(Block(path, type(module).__qualname__, False, reason=reason))
     with _interface(model, blocks), _replaced(outcomes, live=live):
         yield blocks
+
+
+@contextlib.contextmanager
+def _versioned() -> Iterator[None]:
+    """Inside `torch.inference_mode`, new tensors have version counters and may be trained all the same."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _row(o: Outcome) -> Block:
@@ -142,8 +153,9 @@ def _replaced(outcomes: list[Outcome], *, live: bool) -> Iterator[None]:
             if not live:
                 for name, assembly in o.raising.assemblies.items():
                     params = [m.get_parameter(n) for n in assembly.names]
-                    whole = assembly.build(m.get_parameter).detach()
-                    m._parameters[name] = nn.Parameter(whole, requires_grad=any(p.requires_grad for p in params))
+                    with _versioned():
+                        whole = assembly.build(m.get_parameter).detach()
+                        m._parameters[name] = nn.Parameter(whole, requires_grad=any(p.requires_grad for p in params))
                     done[-1][2].append(name)
             new = o.raising.replay.forward(m, live=live)
             m.__dict__["forward"] = _in_mode(m, new, own) if live else new

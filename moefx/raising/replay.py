@@ -121,6 +121,7 @@ class Replay:
         name = f"<moefx forward of {type(block).__name__} {next(_count)}>"
         linecache.cache[name] = (len(code.src), None, code.src.splitlines(True), name)
         exec(compile(code.src, name, "exec"), scope)  # what fx.GraphModule does, without a module of its own
+        # A method: a capture of the block takes parameters for constants that it does not reach through `self`.
         return types.MethodType(scope["forward"], block)
 
 

@@ -161,6 +161,8 @@ def choices(record: Record, tokens: int, E: int) -> Iterator[tuple[tuple[Snap, .
     whole, single, gates = [], [], []
     for s in _distinct(record.snaps):
         v = s.value
+        if v.is_complex():
+            continue
         if not v.is_floating_point() and v.dtype != torch.bool and v.numel() and v.numel() % tokens == 0:
             k = v.numel() // tokens
             if k > E or int(v.min()) < 0 or int(v.max()) >= E or int(v.max()) == int(v.min()):
@@ -212,12 +214,9 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 
 def rows_of(record: Record, tokens: int, width: int) -> list[Snap]:
-    """Floating values that are one row of `width` per token."""
-    return [
-        s
-        for s in record.snaps
-        if s.value.is_floating_point() and s.value.shape[-1:] == (width,) and s.value.numel() == tokens * width
-    ]
+    """Finite floating values that are one row of `width` per token."""
+    fits = (s for s in record.snaps if s.value.is_floating_point() and s.value.shape[-1:] == (width,))
+    return [s for s in fits if s.value.numel() == tokens * width and bool(s.value.isfinite().all())]
 
 
 def fit(block: nn.Module, record: Record, bank: Bank, limits: tuple[tuple[float, float], ...] = ()) -> Iterator[Fit]:

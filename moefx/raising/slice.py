@@ -119,7 +119,7 @@ class _Slicer:
                 continue
             if obj.source == "step":
                 unit = self.unit(obj.step)
-                if isinstance(unit, Call) and obj not in objects(unit.out) and time > unit.end:
+                if isinstance(unit, Call) and obj not in objects(unit.out):
                     self.inlined.add(unit)
                 self._unit(obj.step)
             first = self.y.time + 1 if obj.storage == self.y.obj.storage and time > self.y.time else 0
@@ -206,7 +206,9 @@ def cut(record: Record, region: Region, bank: frozenset[str], paths: dict[str, f
             for key, v in enumerate(out):
                 settle(v, op, (*path, key))
 
-    pending = sorted([*units, region], key=lambda u: u.time + 0.5 if isinstance(u, Region) else _position(u))
+    # A call that was kept whole has given its outputs when it ends, however early they were made in it.
+    ready = max([region.time, *(_position(u) for u in map(slicer.unit, _made(region)) if isinstance(u, Call))])
+    pending = sorted([*units, region], key=lambda u: ready + 0.5 if isinstance(u, Region) else _position(u))
     for unit in pending:
         if isinstance(unit, Region):
             region_at.append(add(_experts(unit, at, read(unit.time + 1))))
@@ -218,6 +220,11 @@ def cut(record: Record, region: Region, bank: frozenset[str], paths: dict[str, f
         kind, target = ("module", unit.path) if isinstance(unit, Call) else ("call", unit.func)
         settle(unit.out, add(Op(kind, target, args, dict(kwargs), unit.grad)))
     return Program(ops, read(len(record.steps))(record.out))
+
+
+def _made(region: Region) -> list[int]:
+    """The steps that made what the experts read."""
+    return [s.obj.step for s in region.inputs if s.obj.source == "step"]
 
 
 def _harmless(step: Step) -> bool:

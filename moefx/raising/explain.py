@@ -10,10 +10,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from .choices import by_expert
 from .fit import Fit, NoFit
 from .record import Record, Snap
 
@@ -50,6 +51,15 @@ def explain(record: Record, fit: Fit) -> list[Weights]:
     tokens, k = fit.c.shape
     if fit.scaled is not None and not _close(torch.ones_like(fit.c), fit.c):
         raise NoFit("experts whose inputs are weighted have outputs that are weighted again")
+    # Of choices that contribute nothing no weight is known; of an expert named twice the sum of both is.
+    width = int(max(fit.chosen.max() + 1, fit.experts)) if fit.chosen.numel() else fit.experts
+
+    def seen(values: Tensor) -> Tensor:
+        values = values.masked_fill(fit.chosen >= fit.experts, 0) if fit.rest == "null" else values
+        return by_expert(values, fit.chosen, width) if repeated else values
+
+    repeated = k > 1 and not bool((fit.chosen.sort(-1).values.diff(dim=-1) > 0).all())
+    fit = replace(fit, c=seen(fit.c))
     kept = fit.c.abs() > 1e-4 * fit.c.abs().max()
     exact: list[Weights] = []
     masked: list[tuple[Snap, bool]] = []
@@ -58,9 +68,9 @@ def explain(record: Record, fit: Fit) -> list[Weights]:
         v = s.value
         for gates in (False, True):
             if gates and v.shape[-1:] == (fit.experts,) and v.numel() == tokens * fit.experts:
-                values = v.reshape(tokens, -1).gather(1, fit.chosen).float()
+                values = seen(v.reshape(tokens, -1).gather(1, fit.chosen.clamp_max(fit.experts - 1)).float())
             elif not gates and v.numel() == tokens * k and (v.shape[-1] == k or k == 1):
-                values = v.reshape(tokens, k).float()
+                values = seen(v.reshape(tokens, k).float())
             else:
                 continue
             if _close(values, fit.c):
@@ -71,6 +81,8 @@ def explain(record: Record, fit: Fit) -> list[Weights]:
                 scaled.append(Weights(s, gates, ratio))
     if exact:
         return sorted(exact, key=_likely)
+    if fit.rest or repeated:
+        raise NoFit("the weights of the experts are no values that the block computes")
     if bool(kept.all()):
         if _close(torch.ones_like(fit.c), fit.c):
             return [Weights(None)]

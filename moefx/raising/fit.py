@@ -19,6 +19,7 @@ from torch import nn
 from moefx.dialect.glu import GluKind, glu_reference
 
 from .bank import Bank, Stack
+from .choices import masks, unusual
 from .record import Record, Snap, objects
 
 Tensor = torch.Tensor
@@ -69,6 +70,7 @@ class Fit:
     c: Tensor
     chosen: Tensor
     scaled: Snap | None = None  # weights [.., k] that multiply the experts' inputs
+    rest: str = ""  # what indices from E on contribute: see `choices`
     choice: Snap | None = None  # expert choice: weights [E, C]; idx is then tokens [E, C], and k, c, chosen mean nothing
 
 
@@ -227,17 +229,17 @@ def fit(block: nn.Module, record: Record, bank: Bank, limits: tuple[tuple[float,
     sizes = _sizes(record, bank)
     # What the experts read exists before any of their parameters is touched, and their sum afterwards.
     inputs = {n: [s for s in _distinct(rows_of(record, *n)) if s.time < start] for n in sizes}
-    for weighted in (False, True):
+    for weighted, kinds in ((False, _usual), (True, _usual), (False, unusual)):
         for n in [n for n in sizes if inputs[n]]:
             stage = max(stage, "no tensor chooses experts for tokens", key=_STAGES.index)
-            for source, rows in choices(record, n[0], bank.experts):
+            for rest, source, rows in kinds(record, n[0], bank.experts):
                 stage = _STAGES[2]
                 pick = _probe(rows)
                 pairs = _scaled(record, inputs[n], rows, bank.experts, start) if weighted else [(x, None) for x in inputs[n]]
                 for x, scaled in pairs:
                     x_rows = _inputs(x, scaled, rows, bank.experts)
                     for reading in readings(bank, n[1], limits):
-                        found = _sums(evaluate, reading, record, bank, source, rows, x, scaled, x_rows, pick, start)
+                        found = _sums(evaluate, reading, record, bank, source, rows, x, scaled, x_rows, pick, start, rest)
                         if found:
                             yield from sorted(found, key=lambda f: (-int((f.c.abs() > TOLERANCE).sum()), f.y.time))
                             return
@@ -249,6 +251,11 @@ def fit(block: nn.Module, record: Record, bank: Bank, limits: tuple[tuple[float,
                     yield found[0]
                     return
     raise NoFit(stage)
+
+
+def _usual(record: Record, tokens: int, E: int) -> Iterator[tuple[str, tuple[Snap, ...], Tensor]]:
+    yield from masks(record, tokens, E)
+    yield from (("", *found) for found in choices(record, tokens, E))
 
 
 _STAGES = (
@@ -278,7 +285,7 @@ def _factors(s: Snap, rows: Tensor, E: int) -> Tensor:
     """Values [.., k] or a gate matrix [.., E] as [N, k]."""
     tokens, k = rows.shape
     if s.value.numel() == tokens * E and s.value.shape[-1] == E:
-        return s.value.reshape(tokens, E).gather(1, rows).float()
+        return s.value.reshape(tokens, E).gather(1, rows.clamp_max(E - 1)).float()
     return s.value.reshape(tokens, k).float()
 
 
@@ -354,9 +361,20 @@ def _sums(
     x_rows: Tensor,
     pick: Tensor,
     start: int,
+    rest: str,
 ) -> list[Fit]:
     tokens, k = rows.shape
-    z = evaluate(reading, x_rows, rows, pick)
+    real = rows.clamp_max(bank.experts - 1) if rest else rows
+
+    def outputs(pick: Tensor | None) -> Tensor:
+        z = evaluate(reading, x_rows, real, pick)
+        if not rest:
+            return z
+        none = x_rows if rest == "identity" else torch.zeros_like(x_rows)
+        past, none = (rows >= bank.experts, none) if pick is None else (rows[pick] >= bank.experts, none[pick])
+        return torch.where(past[..., None], none, z) if none.shape == z.shape else z
+
+    z = outputs(pick)
     width = z.shape[-1]
     ys = [s for s in rows_of(record, tokens, width) if s.time >= start]
     if not ys or width <= k:
@@ -367,12 +385,12 @@ def _sums(
     for i, y in enumerate(ys):
         if not good[i] or any(f.y.obj is y.obj and same(y.value, f.y.value) for f in found):
             continue
-        full = evaluate(reading, x_rows, rows, None)
+        full = outputs(None)
         c, fine = _residues(full.transpose(1, 2), y.value.reshape(tokens, width, 1).float())
         if fine[0]:
             # The same object may be written again with nothing new, by experts without rows: the last time counts.
             y = [s for s in ys if s.obj is y.obj and same(s.value, y.value)][-1]
-            found.append(Fit(reading, bank.experts, x, source, y, k, c[..., 0], rows, scaled))
+            found.append(Fit(reading, bank.experts, x, source, y, k, c[..., 0], rows, scaled, rest))
     return found
 
 

@@ -262,14 +262,19 @@ class _Emitter:
         if d["gate_matrix"]:
             rows = method("reshape", (d["idx"][0], -1, E))
             idx = call(getattr, (method("topk", (rows, k)), "indices"))
+        elif d["mask"]:
+            top = method("topk", (method("int", (method("reshape", (d["idx"][0], -1, E)),)), k))
+            kept, idx = call(operator.getitem, (top, 0)), call(operator.getitem, (top, 1))
+            idx = call(torch.where, (call(operator.gt, (kept, 0)), idx, E))
         elif len(d["idx"]) == 1:
             idx = method("reshape", (d["idx"][0], -1, k))
         else:
             idx = call(torch.stack, ([method("reshape", (i, -1)) for i in d["idx"]],), {"dim": 1})
+        real = method("clamp_max", (idx, E - 1)) if d["rest"] else idx
         if d["w"] is None:
             w = call(torch.ones_like, (idx,), {"dtype": call(getattr, (x, "dtype"))})
         elif d["gates"]:
-            w = method("gather", (method("reshape", (d["w"], -1, E)), 1, idx))
+            w = method("gather", (method("reshape", (d["w"], -1, E)), 1, real))
         else:
             w = method("reshape", (d["w"], -1, k))
         if d["factor"] != 1:
@@ -279,9 +284,12 @@ class _Emitter:
         if d["scaled"] is not None:
             s = d["scaled"]
             if d["scaled_gates"]:
-                s = method("gather", (method("reshape", (s, -1, E)), 1, idx))
+                s = method("gather", (method("reshape", (s, -1, E)), 1, real))
             x, idx, w = self.scale(x, idx, w, s, k)
         y = call(ops.experts, (x, idx, w, self.weights(reading), self.spec))
+        if d["rest"] == "identity":
+            alone = method("sum", (method("masked_fill", (w, call(operator.lt, (idx, E)), 0)), -1, True))
+            y = call(operator.add, (y, method("to", (call(operator.mul, (x, alone)), call(getattr, (x, "dtype"))))))
         if d["scaled"] is not None:
             y = method("sum", (method("unflatten", (y, 0, (-1, k))), 1))
         return method("view", (y, d["shape"]))

@@ -256,6 +256,8 @@ def _experts(region: Region, at: dict[Obj, Ref], read: Any) -> Op:
         "tokens": fit.c.shape[0],
         "shape": tuple(fit.y.value.shape),
         "gate_matrix": fit.idx[0].value.is_floating_point(),
+        "mask": fit.rest == "null" and fit.idx[0].value.shape[-1] == fit.experts != fit.k,
+        "rest": fit.rest,
         "scaled_gates": fit.scaled is not None and fit.scaled.value.shape[-1] == fit.experts != fit.k,
         "expert_choice": fit.choice is not None,
     }

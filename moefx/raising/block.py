@@ -150,6 +150,8 @@ def _programs(
                         return
             except NoFit as e:
                 worst = max(worst, NotRaised(str(e), 2), key=lambda e: e.stage)
+            if found.last and count:
+                return
     except NoFit as e:
         worst = max(worst, NotRaised(str(e), 1), key=lambda e: e.stage)
     if not count:

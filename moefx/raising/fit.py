@@ -71,6 +71,7 @@ class Fit:
     chosen: Tensor
     scaled: Snap | None = None  # weights [.., k] that multiply the experts' inputs
     rest: str = ""  # what indices from E on contribute: see `choices`
+    last: bool = False  # whether no other sum is explained by the same choices and inputs
     choice: Snap | None = None  # expert choice: weights [E, C]; idx is then tokens [E, C], and k, c, chosen mean nothing
 
 
@@ -229,7 +230,7 @@ def fit(block: nn.Module, record: Record, bank: Bank, limits: tuple[tuple[float,
     sizes = _sizes(record, bank)
     # What the experts read exists before any of their parameters is touched, and their sum afterwards.
     inputs = {n: [s for s in _distinct(rows_of(record, *n)) if s.time < start] for n in sizes}
-    for weighted, kinds in ((False, _usual), (True, _usual), (False, unusual)):
+    for weighted, kinds in ((False, _usual), (False, unusual), (True, _usual)):
         for n in [n for n in sizes if inputs[n]]:
             stage = max(stage, "no tensor chooses experts for tokens", key=_STAGES.index)
             for rest, source, rows in kinds(record, n[0], bank.experts):
@@ -241,8 +242,10 @@ def fit(block: nn.Module, record: Record, bank: Bank, limits: tuple[tuple[float,
                     for reading in readings(bank, n[1], limits):
                         found = _sums(evaluate, reading, record, bank, source, rows, x, scaled, x_rows, pick, start, rest)
                         if found:
-                            yield from sorted(found, key=lambda f: (-int((f.c.abs() > TOLERANCE).sum()), f.y.time))
-                            return
+                            found.sort(key=lambda f: (-int((f.c.abs() > TOLERANCE).sum()), f.y.time))
+                            yield from found[:-1]
+                            yield replace(found[-1], last=True)
+                            break
     for n in sizes:
         for x in inputs[n]:
             for reading in readings(bank, n[1], limits):
@@ -295,7 +298,7 @@ def _scaled(record: Record, inputs: list[Snap], rows: Tensor, E: int, start: int
     for s in reversed(_distinct(record.snaps)):
         v = s.value
         fits = v.numel() == tokens * k and (v.shape[-1] == k or k == 1) or (v.numel() == tokens * E and v.shape[-1] == E)
-        if s.time < start and v.is_floating_point() and fits and v.numel() > 0 and not bool((v == 1).all()):
+        if s.time < start and v.is_floating_point() and fits and v.numel() > 0 and bool(v.isfinite().all() and (v != 1).any()):
             for x in inputs:
                 yield x, s
 
@@ -396,7 +399,8 @@ def _sums(
 
 def _residues(a: Tensor, b: Tensor) -> tuple[Tensor, list[bool]]:
     """Coefficients [n, k, y] of b [n, D, y] in terms of a [n, D, k], and for which y nothing is left over."""
-    c = torch.linalg.lstsq(a.double(), b.double()).solution
+    # Repeated experts, and choices that contribute nothing, leave the rank short: this solver (CPU only) allows for it.
+    c = torch.linalg.lstsq(a.double().cpu(), b.double().cpu(), rcond=1e-6, driver="gelsd").solution.to(a.device)
     left = (a.double() @ c - b).norm(dim=1)
     size = b.double().norm(dim=1)
     scale = size.amax(0, keepdim=True)

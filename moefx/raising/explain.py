@@ -52,13 +52,13 @@ def explain(record: Record, fit: Fit) -> list[Weights]:
     if fit.scaled is not None and not _close(torch.ones_like(fit.c), fit.c):
         raise NoFit("experts whose inputs are weighted have outputs that are weighted again")
     # Of choices that contribute nothing no weight is known; of an expert named twice the sum of both is.
-    width = int(max(fit.chosen.max() + 1, fit.experts)) if fit.chosen.numel() else fit.experts
+    named = fit.chosen.clamp_max(fit.experts) if fit.rest else fit.chosen
+    repeated = k > 1 and not bool((named.sort(-1).values.diff(dim=-1) > 0).all())
 
     def seen(values: Tensor) -> Tensor:
-        values = values.masked_fill(fit.chosen >= fit.experts, 0) if fit.rest == "null" else values
-        return by_expert(values, fit.chosen, width) if repeated else values
+        values = values.masked_fill(named == fit.experts, 0) if fit.rest == "null" else values
+        return by_expert(values, named, fit.experts + 1) if repeated else values
 
-    repeated = k > 1 and not bool((fit.chosen.sort(-1).values.diff(dim=-1) > 0).all())
     fit = replace(fit, c=seen(fit.c))
     kept = fit.c.abs() > 1e-4 * fit.c.abs().max()
     exact: list[Weights] = []

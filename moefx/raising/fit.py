@@ -126,8 +126,7 @@ class Evaluator:
     def _rows(self, stack: Stack, experts: Tensor) -> Tensor:
         """Parameters of the given experts [R, ...] without building the whole stack."""
         if len(stack.names) == 1:
-            whole = self.params[stack.names[0]].detach().view(stack.shape)
-            return whole[experts].float()
+            return stack.gather(lambda n: self.params[n].detach())[experts].float()
         return torch.stack([self.params[stack.names[e]].detach().float() for e in experts.tolist()])
 
     def _linear(self, x: Tensor, role: Role, experts: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch import fx, nn
 from moefx.dialect.experts import ExpertsSpec
 
 from .align import Dropping, Size
+from .bank import Stack
 from .fit import Reading, Role
 from .record import function_name
 from .slice import Op, Program, Ref
@@ -236,7 +237,9 @@ class _Emitter:
                 assert stack is not None
                 if len(roles) == 1 and len(stack.names) == 1 and not swapped:
                     node = self.graph.get_attr(stack.names[0])
-                    if stack.shape[0] and part == "weight" and self.flat(stack.names[0]):
+                    if self.spare(stack):
+                        node = self.graph.call_method("narrow", (node, 0, 0, stack.shape[0]))
+                    elif part == "weight" and self.flat(stack.names[0]):
                         node = self.graph.call_method("view", (node, *stack.shape))
                     if part == "weight" and roles[0].turned:
                         node = self.graph.call_method("transpose", (node, 1, 2))
@@ -251,6 +254,7 @@ class _Emitter:
         return self.dims(name) == 2
 
     dims: Callable[[str], int]
+    spare: Callable[[Stack], bool]
 
     def experts(self, reading: Reading, d: dict[str, Any], drop: Dropping | None) -> fx.Node:
         call, method = self.graph.call_function, self.graph.call_method
@@ -333,6 +337,7 @@ def emit(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], block:
     emitter = _Emitter(args, kwargs)
     params = dict(block.named_parameters(remove_duplicate=False))
     emitter.dims = lambda name: params[name].dim()
+    emitter.spare = lambda stack: stack.cut_short(params[stack.names[0]])
     for op in program.ops:
         emitter.values.append(emitter.op(op))
     emitter.graph.output(emitter.read(program.out))

@@ -297,7 +297,7 @@ def _scaled(record: Record, inputs: list[Snap], rows: Tensor, E: int, start: int
     for s in reversed(_distinct(record.snaps)):
         v = s.value
         fits = v.numel() == tokens * k and (v.shape[-1] == k or k == 1) or (v.numel() == tokens * E and v.shape[-1] == E)
-        if s.time < start and v.is_floating_point() and fits and v.numel() > 0 and bool(v.isfinite().all() and (v != 1).any()):
+        if s.time < start and v.is_floating_point() and fits and v.numel() > 0 and not bool((v == 1).all()):
             for x in inputs:
                 yield x, s
 
@@ -379,7 +379,7 @@ def _sums(
     z = outputs(pick)
     width = z.shape[-1]
     ys = [s for s in rows_of(record, tokens, width) if s.time >= start]
-    if not ys or width <= k:
+    if not ys or width <= k or not bool(z.isfinite().all()):
         return []
     b = torch.stack([s.value.reshape(tokens, width)[pick].float() for s in ys], -1)
     good = _residues(z.transpose(1, 2), b)[1]

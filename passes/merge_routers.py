@@ -31,8 +31,13 @@ class MergeRouters(Pass):
     def run(self, graph: fx.Graph, ctx: Context) -> None:
         written, mode = writers(graph), modes(graph)
         softmaxes: dict[tuple[Any, ...], fx.Node] = {}
+        topks: dict[tuple[Any, ...], fx.Node] = {}
         near: dict[fx.Node, fx.Node] = {}
-        for node in ctx.at(_calls(graph, "softmax", F.softmax, torch.softmax)):
+        # In the order of the graph, for one of each kind may read what the other gives.
+        for node in ctx.at(_calls(graph, ("softmax", "topk"), F.softmax, torch.softmax, torch.topk)):
+            if node.target in ("topk", torch.topk):
+                self._topk(graph, ctx, node, topks, written, mode)
+                continue
             logits, dim = _source(_arg(node, 0, "input")), _dim(node)
             if not isinstance(logits, fx.Node):
                 continue
@@ -47,33 +52,36 @@ class MergeRouters(Pass):
                 mine, theirs = value(node).dtype, value(other).dtype
                 if mine != theirs:
                     ctx.rejected(node, f"computed in {mine}, the router's in {theirs}: the values differ")
-        topks: dict[tuple[Any, ...], fx.Node] = {}
-        for node in ctx.at(_calls(graph, "topk", torch.topk)):
-            options = [_arg(node, i, name, default) for i, name, default in _TOPK_OPTIONS]
-            kept = topks.setdefault((_arg(node, 0, "input"), *options, mode[node]), node)
-            taken = outputs(node)
-            if kept is node or len(node.users) != len(taken):
-                continue
-            kept_outputs = outputs(kept)
-            shared = [n for i, user in taken.items() for n in (user, kept_outputs.get(i)) if n is not None]
-            if any(map(written, shared)) or any(kept < w < node for w in written(node.all_input_nodes[0])):
-                ctx.rejected(node, "its values, or what it reads, are written in place")
-                continue
-            for i, user in taken.items():
-                if i in kept_outputs and kept_outputs[i] < user:
-                    replace(graph, user, kept_outputs[i])
-                else:
-                    user.args = (kept, i)
-            graph.erase_node(node)
-            ctx.matched(kept)
+
+    @staticmethod
+    def _topk(
+        graph: fx.Graph, ctx: Context, node: fx.Node, topks: dict[tuple[Any, ...], fx.Node], written: Any, mode: Any
+    ) -> None:
+        options = [_arg(node, i, name, default) for i, name, default in _TOPK_OPTIONS]
+        kept = topks.setdefault((_arg(node, 0, "input"), *options, mode[node]), node)
+        taken = outputs(node)
+        if kept is node or len(node.users) != len(taken):
+            return
+        kept_outputs = outputs(kept)
+        shared = [n for i, user in taken.items() for n in (user, kept_outputs.get(i)) if n is not None]
+        if any(map(written, shared)) or any(kept < w < node for w in written(node.all_input_nodes[0])):
+            ctx.rejected(node, "its values, or what it reads, are written in place")
+            return
+        for i, user in taken.items():
+            if i in kept_outputs and kept_outputs[i] < user:
+                replace(graph, user, kept_outputs[i])
+            else:
+                user.args = (kept, i)
+        graph.erase_node(node)
+        ctx.matched(kept)
 
 
 _TOPK_OPTIONS = ((1, "k", None), (2, "dim", -1), (3, "largest", True), (4, "sorted", True))
 
 
-def _calls(graph: fx.Graph, method: str, *functions: Any) -> list[fx.Node]:
+def _calls(graph: fx.Graph, methods: tuple[str, ...], *functions: Any) -> list[fx.Node]:
     found = set(find(graph, *functions))
-    return [n for n in graph.nodes if n in found or (n.op == "call_method" and n.target == method)]
+    return [n for n in graph.nodes if n in found or (n.op == "call_method" and n.target in methods)]
 
 
 def _arg(node: fx.Node, index: int, name: str, default: Any = None) -> Any:

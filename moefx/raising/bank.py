@@ -30,7 +30,12 @@ class Stack:
         """The stack as one tensor [E, ...], a view where it is stored as one."""
         if len(self.names) > 1:
             return torch.stack([get(n) for n in self.names])
-        return get(self.names[0]).view(self.shape)
+        whole = get(self.names[0])
+        return whole[: self.shape[0]] if self.cut_short(whole) else whole.view(self.shape)
+
+    def cut_short(self, whole: Tensor) -> bool:
+        """Whether the parameter has rows for more experts than the bank."""
+        return whole.dim() == len(self.shape) and whole.shape[0] > self.shape[0]
 
     def __str__(self) -> str:
         return self.names[0] if len(self.names) == 1 else f"{self.names[0]} .. {self.names[-1]}"
@@ -124,6 +129,20 @@ def _stacked(params: dict[str, Tensor]) -> list[Bank]:
             if p.dim() == 2 and p.shape[0] == E and (n.rpartition(".")[0] in owners or "bias" in n)
         ]
         banks.append(_bank([*stacks, *vectors]))
+    return banks + _uneven(params)
+
+
+def _uneven(params: dict[str, Tensor]) -> list[Bank]:
+    """Tensors [E, ...] of one module of which some have rows to spare, where indices past the last expert are legal."""
+    owners: dict[str, list[str]] = {}
+    for name, p in params.items():
+        if p.dim() == 3:
+            owners.setdefault(name.rpartition(".")[0], []).append(name)
+    banks = []
+    for names in owners.values():
+        E = min(params[n].shape[0] for n in names)
+        if E > 1 and any(params[n].shape[0] > E for n in names):
+            banks.append(_bank([Stack((n,), (E, *params[n].shape[1:]), params[n].dtype) for n in names]))
     return banks
 
 

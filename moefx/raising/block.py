@@ -200,6 +200,8 @@ def _programs(
             except NoFit as e:
                 if worst.stage < 2:
                     worst = NotRaised(weights_differ(seen, found) or str(e), 2)
+            if found.last and count:
+                return
     except NoFit as e:
         worst = max(worst, NotRaised(str(e), 1), key=lambda e: e.stage)
     if not count:

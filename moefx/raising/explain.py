@@ -10,10 +10,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from .choices import by_expert
 from .fit import Fit, NoFit
 from .record import Record, Snap
 
@@ -48,6 +49,15 @@ def explain(record: Record, fit: Fit) -> list[Weights]:
     if fit.choice is not None:
         return [Weights(fit.choice)]
     tokens, k = fit.c.shape
+    # Of choices that contribute nothing no weight is known; of an expert named twice the sum of both is.
+    named = fit.chosen.clamp_max(fit.experts) if fit.rest else fit.chosen
+    repeated = k > 1 and not bool((named.sort(-1).values.diff(dim=-1) > 0).all())
+
+    def seen(values: Tensor) -> Tensor:
+        values = values.masked_fill(named == fit.experts, 0) if fit.rest == "null" else values
+        return by_expert(values, named, fit.experts + 1) if repeated else values
+
+    fit = replace(fit, c=seen(fit.c))
     kept = fit.c.abs() > 1e-4 * fit.c.abs().max()
     exact: list[Weights] = []
     masked: list[tuple[Snap, bool]] = []
@@ -56,9 +66,9 @@ def explain(record: Record, fit: Fit) -> list[Weights]:
         v = s.value
         for gates in (False, True):
             if gates and v.shape[-1:] == (fit.experts,) and v.numel() == tokens * fit.experts:
-                values = v.reshape(tokens, -1).gather(1, fit.chosen).float()
+                values = seen(v.reshape(tokens, -1).gather(1, fit.chosen.clamp_max(fit.experts - 1)).float())
             elif not gates and v.numel() == tokens * k and (v.shape[-1] == k or k == 1):
-                values = v.reshape(tokens, k).float()
+                values = seen(v.reshape(tokens, k).float())
             else:
                 continue
             if _close(values, fit.c):
@@ -69,6 +79,8 @@ def explain(record: Record, fit: Fit) -> list[Weights]:
                 scaled.append(Weights(s, gates, ratio))
     if exact:
         return sorted(exact, key=_likely)
+    if fit.rest or repeated:
+        raise NoFit("the weights of the experts are no values that the block computes")
     even = float(f"{float(fit.c[kept].median()):.6g}")
     ones = _close(kept * even, fit.c)  # weights that are all the same number
     if bool(kept.all()):

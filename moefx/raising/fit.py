@@ -19,6 +19,7 @@ from torch import nn
 from moefx.dialect.glu import GluKind, glu_reference
 
 from .bank import Bank, Stack
+from .choices import masks, unusual
 from .record import Record, Snap, objects
 
 Tensor = torch.Tensor
@@ -70,9 +71,9 @@ class Fit:
     c: Tensor
     chosen: Tensor
     scaled: Snap | None = None  # weights [.., k] that multiply the experts' inputs
-    choice: Snap | None = (
-        None  # expert choice: weights [E, C]; idx is then tokens [E, C], and k, c, chosen mean nothing
-    )
+    rest: str = ""  # what indices from E on contribute: see `choices`
+    last: bool = False  # whether no other sum is explained by the same choices and inputs
+    choice: Snap | None = None  # expert choice: weights [E, C]; idx is then tokens [E, C], and c is empty
 
 
 class NoFit(Exception):  # noqa: N818  an answer, not a fault
@@ -126,8 +127,7 @@ class Evaluator:
     def _rows(self, stack: Stack, experts: Tensor) -> Tensor:
         """Parameters of the given experts [R, ...] without building the whole stack."""
         if len(stack.names) == 1:
-            whole = self.params[stack.names[0]].detach().view(stack.shape)
-            return whole[experts].float()
+            return stack.gather(lambda n: self.params[n].detach())[experts].float()
         return torch.stack([self.params[stack.names[e]].detach().float() for e in experts.tolist()])
 
     def _linear(self, x: Tensor, role: Role, experts: Tensor) -> Tensor:
@@ -172,6 +172,8 @@ def choices(record: Record, tokens: int, E: int) -> Iterator[tuple[tuple[Snap, .
     whole, single, gates = [], [], []
     for s in _distinct(record.snaps):
         v = s.value
+        if v.is_complex():
+            continue
         if not v.is_floating_point() and v.dtype != torch.bool and v.numel() and v.numel() % tokens == 0:
             k = v.numel() // tokens
             if k > E or int(v.min()) < 0 or int(v.max()) >= E or int(v.max()) == int(v.min()):
@@ -230,12 +232,9 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 
 def rows_of(record: Record, tokens: int, width: int) -> list[Snap]:
-    """Floating values that are one row of `width` per token."""
-    return [
-        s
-        for s in record.snaps
-        if s.value.is_floating_point() and s.value.shape[-1:] == (width,) and s.value.numel() == tokens * width
-    ]
+    """Finite floating values that are one row of `width` per token."""
+    fits = (s for s in record.snaps if s.value.is_floating_point() and s.value.shape[-1:] == (width,))
+    return [s for s in fits if s.value.numel() == tokens * width and bool(s.value.isfinite().all())]
 
 
 def fit(block: nn.Module, record: Record, bank: Bank, limits: tuple[tuple[float, float], ...] = ()) -> Iterator[Fit]:
@@ -245,14 +244,11 @@ def fit(block: nn.Module, record: Record, bank: Bank, limits: tuple[tuple[float,
     start = first_use(record, bank)
     sizes = _sizes(record, bank)
     # What the experts read exists before any of their parameters is touched, and their sum afterwards.
-    inputs = {
-        n: [s for s in _distinct(rows_of(record, *n)) if s.time < start and bool(s.value.isfinite().all())]
-        for n in sizes
-    }
-    for weighted in (False, True):
+    inputs = {n: [s for s in _distinct(rows_of(record, *n)) if s.time < start and _finite(s)] for n in sizes}
+    for weighted, kinds in ((False, _usual), (False, unusual), (True, _usual)):
         for n in [n for n in sizes if inputs[n]]:
             stage = max(stage, "no tensor chooses experts for tokens", key=_STAGES.index)
-            for source, rows in choices(record, n[0], bank.experts):
+            for rest, source, rows in kinds(record, n[0], bank.experts):
                 stage = _STAGES[2]
                 pick = _probe(rows)
                 pairs = (
@@ -263,10 +259,14 @@ def fit(block: nn.Module, record: Record, bank: Bank, limits: tuple[tuple[float,
                 for x, scaled in pairs:
                     x_rows = _inputs(x, scaled, rows, bank.experts)
                     for reading in readings(bank, n[1], limits):
-                        found = _sums(evaluate, reading, record, bank, source, rows, x, scaled, x_rows, pick, start)
+                        found = _sums(
+                            evaluate, reading, record, bank, source, rows, x, scaled, x_rows, pick, start, rest
+                        )
                         if found:
-                            yield from sorted(found, key=lambda f: (-int((f.c.abs() > TOLERANCE).sum()), f.y.time))
-                            return
+                            found.sort(key=lambda f: (-int((f.c.abs() > TOLERANCE).sum()), f.y.time))
+                            yield from found[:-1]
+                            yield replace(found[-1], last=True)
+                            break
     for n in sizes:
         for x in inputs[n]:
             for reading in readings(bank, n[1], limits):
@@ -275,6 +275,11 @@ def fit(block: nn.Module, record: Record, bank: Bank, limits: tuple[tuple[float,
                     yield found[0]
                     return
     raise NoFit(stage)
+
+
+def _usual(record: Record, tokens: int, E: int) -> Iterator[tuple[str, tuple[Snap, ...], Tensor]]:
+    yield from masks(record, tokens, E)
+    yield from (("", *found) for found in choices(record, tokens, E))
 
 
 _STAGES = (
@@ -310,7 +315,7 @@ def _factors(s: Snap, rows: Tensor, E: int) -> Tensor:
     """Values [.., k] or a gate matrix [.., E] as [N, k]."""
     tokens, k = rows.shape
     if s.value.numel() == tokens * E and s.value.shape[-1] == E:
-        return s.value.reshape(tokens, E).gather(1, rows).float()
+        return s.value.reshape(tokens, E).gather(1, rows.clamp_max(E - 1)).float()
     return s.value.reshape(tokens, k).float()
 
 
@@ -391,12 +396,23 @@ def _sums(
     x_rows: Tensor,
     pick: Tensor,
     start: int,
+    rest: str,
 ) -> list[Fit]:
     tokens, k = rows.shape
-    z = evaluate(reading, x_rows, rows, pick)
+    real = rows.clamp_max(bank.experts - 1) if rest else rows
+
+    def outputs(pick: Tensor | None) -> Tensor:
+        z = evaluate(reading, x_rows, real, pick)
+        if not rest:
+            return z
+        none = x_rows if rest == "identity" else torch.zeros_like(x_rows)
+        past, none = (rows >= bank.experts, none) if pick is None else (rows[pick] >= bank.experts, none[pick])
+        return torch.where(past[..., None], none, z) if none.shape == z.shape else z
+
+    z = outputs(pick)
     width = z.shape[-1]
     ys = [s for s in rows_of(record, tokens, width) if s.time >= start and _finite(s)]
-    if not ys or width <= k:
+    if not ys or width <= k or not bool(z.isfinite().all()):
         return []
     b = torch.stack([s.value.reshape(tokens, width)[pick].float() for s in ys], -1)
     good = _residues(z.transpose(1, 2), b)[1]
@@ -404,7 +420,7 @@ def _sums(
     for i, y in enumerate(ys):
         if not good[i] or any(f.y.obj is y.obj and same(y.value, f.y.value) for f in found):
             continue
-        full = evaluate(reading, x_rows, rows, None)
+        full = outputs(None)
         c, fine = _residues(full.transpose(1, 2), y.value.reshape(tokens, width, 1).float())
         if fine[0]:
             # The same object may be written again with nothing new, by experts without rows: the last time counts.
@@ -414,7 +430,7 @@ def _sums(
                 if not _near(full.sum(1), y.value.reshape(tokens, width).float()):
                     continue
                 c = torch.ones_like(c)
-            found.append(Fit(reading, bank.experts, x, source, y, k, c[..., 0], rows, scaled))
+            found.append(Fit(reading, bank.experts, x, source, y, k, c[..., 0], rows, scaled, rest))
     return found
 
 
@@ -422,7 +438,8 @@ def _residues(a: Tensor, b: Tensor) -> tuple[Tensor, list[bool]]:
     """Coefficients [n, k, y] of b [n, D, y] in terms of a [n, D, k], and for which y nothing is left over."""
     if not bool(a.isfinite().all()):
         return torch.zeros(*a.shape[::2], b.shape[-1]), [False] * b.shape[-1]
-    c = torch.linalg.lstsq(a.double(), b.double()).solution
+    # Repeated experts, and choices that contribute nothing, leave the rank short: this solver (CPU only) allows for it.
+    c = torch.linalg.lstsq(a.double().cpu(), b.double().cpu(), rcond=1e-6, driver="gelsd").solution.to(a.device)
     left = (a.double() @ c - b).norm(dim=1)
     size = b.double().norm(dim=1)
     scale = size.amax(0, keepdim=True)

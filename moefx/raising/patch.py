@@ -64,7 +64,9 @@ def make_patch(stretch: Stretch, fit: Fit, weights: Weights) -> Patch:
     emitter = _Emitter(read, {}, [f"arg{i}" for i in range(len(read))])
     leaf = dict(zip({s.obj: s for s in region.inputs}, emitter.leaves, strict=True))
     by_name = {n.name: n for n in stretch.inputs}
-    emitter.dims = lambda name: len(tensor(by_name[name]).shape)  # type: ignore[union-attr]
+    values = {name: t for name, n in by_name.items() if (t := tensor(n)) is not None}
+    emitter.dims = lambda name: values[name].dim()
+    emitter.spare = lambda stack: stack.cut_short(values[stack.names[0]])
     detail = _experts(region, {}, leaf.__getitem__).kwargs
     capacity = weights.capacity
     drop = None

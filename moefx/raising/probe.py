@@ -112,6 +112,7 @@ class Inputs:
         self.tensors = tensors
         first = next((t for t in tensors if t.is_floating_point() and t.dim() > 1), tensors[0] if tensors else None)
         lead = 0 if first is None else first.dim() - (1 if first.is_floating_point() else 0)
+        self.first = first
         self.lead = tuple(first.shape[:lead]) if first is not None else ()
 
     def sizes(self, rows: int, inner: int) -> tuple[int, ...]:
@@ -134,11 +135,12 @@ class Inputs:
             if not isinstance(v, Tensor):
                 return v
             shape = self._shape(v, sizes)
-            if not v.is_floating_point() or v.dim() < 2:
+            if not v.is_floating_point() or v.dim() < 2 or (v is not self.first and _is_mask(v)):
                 count = int(torch.Size(shape).numel())
                 flat = v.detach().reshape(-1)
                 at = torch.randint(max(1, flat.numel()), (count,), generator=gen)
-                return (flat[at] if flat.numel() else v.new_zeros(count)).view(shape)
+                drawn = (flat[at.to(flat.device)] if flat.numel() else v.new_zeros(count)).view(shape)
+                return drawn.to(dtype) if v.is_floating_point() and v.dim() > 1 else drawn
             noise = torch.randn(shape, generator=gen)
             common = torch.randn(shape[-1:], generator=gen)
             value = {
@@ -154,12 +156,18 @@ class Inputs:
 
     def _shape(self, v: Tensor, sizes: Sequence[int]) -> tuple[int, ...]:
         shape = list(v.shape)
+        features = v.is_floating_point() and (v is self.first or not _is_mask(v))
         for axis, size in enumerate(shape):
             if axis < len(self.lead) and size == self.lead[axis]:
                 shape[axis] = sizes[axis]
-            elif size > 1 and size in self.lead and not (v.is_floating_point() and axis == len(shape) - 1):
+            elif size > 1 and size in self.lead and not (features and axis == len(shape) - 1):
                 shape[axis] = sizes[self.lead.index(size)]
         return tuple(shape)
+
+
+def _is_mask(v: Tensor) -> bool:
+    """Whether a floating tensor has a few values alone, as additive masks have: others would mean nothing."""
+    return v.numel() > 8 and v.detach().unique().numel() <= 4
 
 
 def copy_of(block: nn.Module, seed: int = 0) -> nn.Module:

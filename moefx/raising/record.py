@@ -91,6 +91,7 @@ class Record:
     out: Any = None
     out_type: type | None = None  # of a dict with attributes, such as transformers' outputs
     reads: list[str] = field(default_factory=list)
+    hooked: frozenset[str] = frozenset()  # paths of submodules with forward hooks
 
 
 def function_name(func: Any) -> str:
@@ -198,6 +199,9 @@ def record(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
     """
     named = {id(t): (n, t) for n, t in (*block.named_buffers(), *block.named_parameters())}
     mode = _Recorder(named)
+    mode.record.hooked = frozenset(
+        p for p, m in block.named_modules() if p and (m._forward_hooks or m._forward_pre_hooks)
+    )
     tensors = [v for v in leaves((args, kwargs)) if isinstance(v, Tensor)]
     mode.record.inputs = [mode._enter(Obj(t, "input", leaf=i)) for i, t in enumerate(tensors)]
     with torch.enable_grad(), _wrapped(block, mode), _watched_autocast(mode), mode:

@@ -257,7 +257,9 @@ class _Emitter:
                     node = self.graph.call_method("new_zeros", (nodes[-1], (roles[0].stack.shape[0], rows)))
                 elif len(stacks) == 1 and first is not None and len(first.names) == 1 and not swapped:
                     node = self.graph.get_attr(first.names[0])
-                    if part == "weight" and self.dims(first.names[0]) == 2:
+                    if self.spare(first):
+                        node = self.graph.call_method("narrow", (node, 0, 0, first.shape[0]))
+                    elif part == "weight" and self.dims(first.names[0]) == 2:
                         node = self.graph.call_method("view", (node, *first.shape))
                     if part == "weight" and roles[0].turned:
                         node = self.graph.call_method("transpose", (node, 1, 2))
@@ -269,6 +271,7 @@ class _Emitter:
         return nodes
 
     dims: Callable[[str], int]
+    spare: Callable[[Stack], bool]
 
     def experts(self, reading: Reading, d: dict[str, Any], drop: Dropping | None) -> fx.Node:
         call, method = self.graph.call_function, self.graph.call_method
@@ -280,14 +283,19 @@ class _Emitter:
         if d["gate_matrix"]:
             rows = method("reshape", (d["idx"][0], -1, E))
             idx = call(getattr, (method("topk", (rows, k)), "indices"))
+        elif d["mask"]:
+            top = method("topk", (method("int", (method("reshape", (d["idx"][0], -1, E)),)), k))
+            kept, idx = call(operator.getitem, (top, 0)), call(operator.getitem, (top, 1))
+            idx = call(torch.where, (call(operator.gt, (kept, 0)), idx, E))
         elif len(d["idx"]) == 1:
             idx = method("reshape", (d["idx"][0], -1, k))
         else:
             idx = call(torch.stack, ([method("reshape", (i, -1)) for i in d["idx"]],), {"dim": 1})
+        real = method("clamp_max", (idx, E - 1)) if d["rest"] else idx
         if d["w"] is None:
             w = call(torch.ones_like, (idx,), {"dtype": call(getattr, (x, "dtype"))})
         elif d["gates"]:
-            w = method("gather", (method("reshape", (d["w"], -1, E)), 1, idx))
+            w = method("gather", (method("reshape", (d["w"], -1, E)), 1, real))
         else:
             w = method("reshape", (d["w"], -1, k))
         if d["factor"] != 1:
@@ -297,9 +305,12 @@ class _Emitter:
         if d["scaled"] is not None:
             s = d["scaled"]
             if d["scaled_gates"]:
-                s = method("gather", (method("reshape", (s, -1, E)), 1, idx))
+                s = method("gather", (method("reshape", (s, -1, E)), 1, real))
             x, idx, w = self.scale(x, idx, w, s, k)
         y = call(ops.experts, (x, idx, w, self.weights(reading), self.spec))
+        if d["rest"] == "identity":
+            alone = method("sum", (method("masked_fill", (w, call(operator.lt, (idx, E)), 0)), -1, True))
+            y = call(operator.add, (y, method("to", (call(operator.mul, (x, alone)), call(getattr, (x, "dtype"))))))
         if d["scaled"] is not None:
             y = method("sum", (method("unflatten", (y, 0, (-1, k))), 1))
         return method("view", (y, d["shape"]))
@@ -346,6 +357,7 @@ def emit(
     params = dict(block.named_parameters(remove_duplicate=False))
     emitter.parameter = next(iter(params))
     emitter.dims = lambda name: params[name].dim()
+    emitter.spare = lambda stack: stack.cut_short(params[stack.names[0]])
     for op in program.ops:
         emitter.values.append(emitter.op(op))
     out = emitter.read(program.out)

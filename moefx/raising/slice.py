@@ -74,6 +74,8 @@ class _Slicer:
         self.record, self.region, self.y = record, region, region.fit.y
         self.bank, self.paths = bank, paths
         self.inlined: set[Call] = set()
+        calls = dict.fromkeys(c for s in record.steps for c in s.calls)
+        self.hooked = [c for c in calls if c.path in record.hooked]
         self.writes: dict[int, list[int]] = {}
         for step in record.steps:
             for o in step.writes:
@@ -87,6 +89,24 @@ class _Slicer:
                 return call
         return step
 
+    def whole(self, index: int) -> Call | None:
+        """The call around a step that runs whole for its hooks although some of its steps are taken once more."""
+        return next((c for c in self.record.steps[index].calls if c in self.inlined and c in self.hooked), None)
+
+    def maker(self, obj: Obj) -> Call | Step:
+        """What gives an object that a step made."""
+        call = self.whole(obj.step)
+        return call if call is not None and obj in objects(call.out) else self.unit(obj.step)
+
+    def position(self, unit: Call | Step) -> float:
+        """Where a unit stands in the program. Steps taken once more follow their call."""
+        if isinstance(unit, Call):
+            return unit.end - 0.75
+        call = self.whole(unit.index)
+        return (
+            unit.index if call is None else call.end - 0.7 + 0.1 * (unit.index - call.start) / (call.end - call.start)
+        )
+
     def run(self) -> tuple[list[Call | Step], bool]:
         """The needed units in order, and whether the outputs need the routed sum."""
         while True:
@@ -97,10 +117,15 @@ class _Slicer:
             kept = {o.storage for o in self.record.inputs}
             for step in self.record.steps:
                 if any(o.storage in kept or o.source == "state" for o in step.writes):
-                    self._unit(step.index)
+                    self._need(self.whole(step.index) or self.unit(step.index))
+            for call in self.hooked:
+                around = (self.unit(call.start), call)
+                self._need(
+                    next(u for u in around if isinstance(u, Call) and u.start <= call.start and u.end >= call.end)
+                )
             self._drain()
             if len(self.inlined) == before:
-                return sorted(self.needed, key=_position), self.uses_region
+                return sorted(self.needed, key=self.position), self.uses_region
 
     def _drain(self) -> None:
         done: set[tuple[int, int]] = set()
@@ -115,30 +140,28 @@ class _Slicer:
                     self.todo += [(s.obj, s.time + 1) for s in self.region.inputs]
                 continue
             if obj.source == "step":
-                unit = self.unit(obj.step)
-                if isinstance(unit, Call) and obj not in objects(unit.out) and time > unit.end:
+                unit = self.maker(obj)
+                if isinstance(unit, Call) and obj not in objects(unit.out):
                     self.inlined.add(unit)
-                self._unit(obj.step)
+                self._need(self.maker(obj))
             first = self.y.time + 1 if obj.storage == self.y.obj.storage and time > self.y.time else 0
             for m in self.writes.get(obj.storage, ()):
                 if first <= m < time and m != obj.step:
-                    self._unit(m)
+                    call = self.whole(m)
+                    inside = call is None or (obj.source == "step" and call.start <= obj.step < call.end)
+                    given = call is not None and obj in objects(call.out)
+                    self._need(self.unit(m) if call is None or (inside and not given) else call)
 
     def replaced(self, obj: Obj, time: int) -> bool:
         """Whether a reader at `time` sees the routed sum in `obj`, or in memory that it shares."""
         return time > self.y.time and obj.step <= self.y.time and obj.storage == self.y.obj.storage
 
-    def _unit(self, index: int) -> None:
-        unit = self.unit(index)
+    def _need(self, unit: Call | Step) -> None:
         if unit in self.needed:
             return
         self.needed[unit] = None
         start = unit.start if isinstance(unit, Call) else unit.index
         self.todo += [(o, start) for o in objects((unit.args, unit.kwargs))]
-
-
-def _position(unit: Call | Step) -> float:
-    return unit.end - 0.75 if isinstance(unit, Call) else unit.index
 
 
 def cut(record: Record, region: Region, bank: frozenset[str], paths: dict[str, frozenset[str]]) -> Program:
@@ -203,13 +226,18 @@ def cut(record: Record, region: Region, bank: frozenset[str], paths: dict[str, f
             for key, v in enumerate(out):
                 settle(v, op, (*path, key))
 
-    pending = sorted([*units, region], key=lambda u: u.time + 0.5 if isinstance(u, Region) else _position(u))
+    # A call that was kept whole has given its outputs when it ends, however early they were made in it.
+    made = [slicer.position(slicer.maker(s.obj)) for s in region.inputs if s.obj.source == "step"]
+    ready = max([region.time + 0.5, *(p + 0.01 for p in made)])
+    pending = sorted([*units, region], key=lambda u: ready if isinstance(u, Region) else slicer.position(u))
     for unit in pending:
         if isinstance(unit, Region):
             region_at.append(add(_experts(unit, at, read(unit.time + 1))))
             continue
         if isinstance(unit, Step) and unit.autocast:
             raise NoSlice("it enters an autocast region outside of a submodule")
+        if isinstance(unit, Step) and slicer.whole(unit.index) and (unit.writes or unit.name in RANDOM):
+            raise NoSlice(f"{unit.calls[-1].path} has hooks, and cannot be run a second time without them")
         start = unit.start if isinstance(unit, Call) else unit.index
         args, kwargs = read(start)(unit.args), read(start)(unit.kwargs)
         kind, target = ("module", unit.path) if isinstance(unit, Call) else ("call", unit.func)
@@ -246,6 +274,8 @@ def _experts(region: Region, at: dict[Obj, Ref], read: Any) -> Op:
         "tokens": fit.c.shape[0],
         "shape": tuple(fit.y.value.shape),
         "gate_matrix": fit.idx[0].value.is_floating_point(),
+        "mask": fit.rest == "null" and fit.idx[0].value.shape[-1] == fit.experts != fit.k,
+        "rest": fit.rest,
         "scaled_gates": fit.scaled is not None and fit.scaled.value.shape[-1] == fit.experts != fit.k,
         "expert_choice": fit.choice is not None,
     }

@@ -120,7 +120,7 @@ class Report:
         for b in self.blocks:
             state = f"raised: {b['idiom']}" if b["raised"] else "left alone"
             proof = _proof(b["certificate"]) if b.get("certificate") else ""
-            lines.append(f"  {b['path']} ({b['cls']}) {state}{' - ' + b['reason'] if b['reason'] else ''}{proof}")
+            lines.append(f"  {b['path'] or 'the model itself'} ({b['cls']}) {state}{' - ' + b['reason'] if b['reason'] else ''}{proof}")
         lines += [
             "",
             f"{'pass':<22}{'level':<10}{'numerics':<10}{'matched':>8}{'rejected':>9}{'nodes':>14}{'ms':>8}  error",

@@ -96,3 +96,12 @@ def test_a_rewrite_of_ones_own() -> None:
     printed = run("custom_rewrite.py")
     assert printed.splitlines()[-1] == "matched 1, largest difference 0.0"
     assert [line[0] for line in printed.splitlines() if "aten.mul.Tensor(%primals" in line] == ["-"]
+
+
+def test_hand_written() -> None:
+    """What docs/raising.md shows is what is printed."""
+    printed = run("hand_written.py")
+    assert "1 raised, 0 left alone" in printed
+    assert "gradients equal: True" in printed
+    page = (ROOT / "docs" / "raising.md").read_text()
+    assert all(words in without_numbers(page) for words in without_numbers(printed))

@@ -320,6 +320,8 @@ def _look_alike(module: nn.Module) -> str | None:
     name = type(module).__name__
     experts = next((n for a in ("num_experts", "moe_num_experts") if type(n := getattr(module, a, None)) is int), 0)
     stacked = [n for n, p in module._parameters.items() if p is not None and (p.dim() == 3 or _flat(name, p, experts))]
+    if any(_is_interface(m) for m in module.modules()):
+        return None  # around experts of transformers: a list of MoE layers, say
     reason = outline(module, stacked if EXPERT_NAME.search(name) else [])
     if reason is not None:
         return reason
@@ -327,9 +329,7 @@ def _look_alike(module: nn.Module) -> str | None:
         return f"stacked parameters {', '.join(stacked)}, but not called through transformers' experts interface"
     for child_name, child in module._modules.items():
         if isinstance(child, nn.ModuleList | nn.ModuleDict) and EXPERT_NAME.search(child_name) and len(child) > 1:
-            if any(_is_interface(m) for m in child.modules()):
-                continue  # a list of MoE layers, not of experts
-            return f"{len(child)} experts in {type(child).__name__} {child_name!r}: a hand-written loop is not raised"
+            return f"{len(child)} experts in {type(child).__name__} {child_name!r}: a hand-written loop that was not seen running"
     return None
 
 

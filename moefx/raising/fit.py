@@ -379,10 +379,15 @@ def _sums(
 
 def _residues(a: Tensor, b: Tensor) -> tuple[Tensor, list[bool]]:
     """Coefficients [n, k, y] of b [n, D, y] in terms of a [n, D, k], and for which y nothing is left over."""
+    # LAPACK refuses what is not finite: logits masked by -inf, for one, may be mistaken for rows of features.
+    if not bool(a.isfinite().all()):
+        return a.new_zeros(a.shape[0], a.shape[2], b.shape[2]), [False] * b.shape[2]
+    finite = b.isfinite().all(0).all(0)
+    b = torch.where(finite, b, 0)
     c = torch.linalg.lstsq(a.double(), b.double()).solution
     left = (a.double() @ c - b).norm(dim=1)
     size = b.double().norm(dim=1)
     scale = size.amax(0, keepdim=True)
     fine = (left <= TOLERANCE * scale) & (scale > 1e-6)
     filled = (size > 1e-6 * scale).sum(0) >= min(2, a.shape[0])
-    return c.float(), (fine.all(0) & filled).tolist()
+    return c.float(), (fine.all(0) & filled & finite).tolist()

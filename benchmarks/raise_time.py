@@ -48,14 +48,19 @@ def one(layers: int, experts: int, k: int, idiom: str) -> dict[str, Any]:
     }
 
 
-def run(layers: int, experts: int, k: int, idiom: str) -> dict[str, Any]:
+def run(layers: int, experts: int, k: int, idiom: str) -> dict[str, Any] | None:
     command = [sys.executable, __file__, "--one", f"{layers},{experts},{k},{idiom}"]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    row: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"{idiom}, {layers} layers, {experts} experts: failed\n{done.stderr[-500:]}", flush=True)
+        return None
+    row: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return row
 
 
 def write(name: str, rows: list[dict[str, Any]]) -> None:
+    if not rows:
+        return
     RESULTS.mkdir(exist_ok=True)
     with (RESULTS / name).open("w", newline="") as f:
         writer = csv.DictWriter(f, list(rows[0]))
@@ -75,15 +80,18 @@ def main() -> None:
         print(json.dumps(one(int(layers), int(experts), int(k), idiom)))
         return
     rows = []
-    for layers in args.layers.split(","):
-        rows.append(row := run(int(layers), 64, 4, "A2"))
+    for layers in filter(None, args.layers.split(",")):
+        if (row := run(int(layers), 64, 4, "A2")) is None:
+            continue
+        rows.append(row)
         print(
             f"{layers} layers: raise {row['raise']:.1f} s, capture {row['capture']:.1f} s, joint {row['joint']:.1f} s, "
             f"all {row['wall']:.1f} s wall, {row['cpu']:.1f} s CPU, {row['nodes']} joint nodes",
             flush=True,
         )
     write("raise_time.csv", rows)
-    rows = [run(1, int(e), 2, idiom) for idiom in args.idioms.split(",") for e in args.experts.split(",")]
+    tried = [run(1, int(e), 2, idiom) for idiom in args.idioms.split(",") for e in args.experts.split(",")]
+    rows = [row for row in tried if row is not None]
     for row in rows:
         print(f"{row['idiom']}, {row['experts']} experts: {row['nodes']} joint nodes, {row['calls']} of them calls")
     write("raise_nodes.csv", [{k: r[k] for k in ("idiom", "layers", "experts", "nodes", "calls")} for r in rows])

@@ -142,7 +142,7 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
             fakes = [value(n) for n in captured.graph.find_nodes(op="placeholder")]
             o.passes.run("model", captured.gm, report, compat.fake_mode_of(fakes), verifier)
             rows = [r for r in report.passes if r.name in ("raise_idioms", "unbind_experts")]
-            if not any(b.raised for b in blocks) and not any(r.matched for r in rows):
+            if not blocks and not any(r.matched for r in rows):
                 raise _not_raised(model, blocks)
             done(captured)
 

@@ -229,6 +229,14 @@ def fit(block: nn.Module, record: Record, bank: Bank, limits: tuple[tuple[float,
     sizes = _sizes(record, bank)
     # What the experts read exists before any of their parameters is touched, and their sum afterwards.
     inputs = {n: [s for s in _distinct(rows_of(record, *n)) if s.time < start] for n in sizes}
+    likely: dict[Snap, list[Reading]] = {}
+
+    def able(x: Snap, width: int) -> list[Reading]:
+        if x not in likely:
+            sums = [s for s in record.snaps if s.time >= start]
+            likely[x] = [r for r in readings(bank, width, limits) if _spans(evaluate, r, bank.experts, x, sums)]
+        return likely[x]
+
     for weighted, kinds in ((False, _usual), (False, unusual), (True, _usual)):
         for n in [n for n in sizes if inputs[n]]:
             stage = max(stage, "no tensor chooses experts for tokens", key=_STAGES.index)
@@ -238,7 +246,7 @@ def fit(block: nn.Module, record: Record, bank: Bank, limits: tuple[tuple[float,
                 pairs = _scaled(record, inputs[n], rows, bank.experts, start) if weighted else [(x, None) for x in inputs[n]]
                 for x, scaled in pairs:
                     x_rows = _inputs(x, scaled, rows, bank.experts)
-                    for reading in readings(bank, n[1], limits):
+                    for reading in readings(bank, n[1], limits) if weighted else able(x, n[1]):
                         found = _sums(evaluate, reading, record, bank, source, rows, x, scaled, x_rows, pick, start, rest)
                         if found:
                             found.sort(key=lambda f: (-int((f.c.abs() > TOLERANCE).sum()), f.y.time))
@@ -247,12 +255,41 @@ def fit(block: nn.Module, record: Record, bank: Bank, limits: tuple[tuple[float,
                             break
     for n in sizes:
         for x in inputs[n]:
-            for reading in readings(bank, n[1], limits):
+            for reading in able(x, n[1]):
                 found = _chosen_tokens(evaluate, reading, record, bank, x)
                 if found:
                     yield found[0]
                     return
     raise NoFit(stage)
+
+
+def _spans(evaluate: Evaluator, reading: Reading, E: int, x: Snap, sums: list[Snap]) -> bool:
+    """Whether some later value is a combination of all experts' outputs (and the token) at a few tokens.
+
+    Whatever chooses the experts, a routed sum is; so most readings are out before any choice is tried. Experts that are
+    too many or too large for that are not tested.
+    """
+    rows = x.value.reshape(-1, x.value.shape[-1]).float()
+    some = torch.arange(0, len(rows), max(1, len(rows) // 5), device=rows.device)
+    roles = (*reading.up, reading.down)
+    if len(some) * max(torch.Size(r.stack.shape).numel() for r in roles) > _FEW:
+        return True
+    z = evaluate(reading, rows[:, None].expand(-1, E, -1)[some], torch.arange(E, device=rows.device).expand(len(some), E))
+    if z.shape[-1] <= E + 1 or not bool(z.isfinite().all()):
+        return True
+    a = torch.cat([z, rows[some, None]], 1) if z.shape[-1] == rows.shape[-1] else z
+    ys = [s.value for s in sums if s.value.numel() == len(rows) * z.shape[-1] and s.value.shape[-1] == z.shape[-1]]
+    ys = [y.reshape(len(rows), -1).double() for y in ys if y.is_floating_point() and bool(y.isfinite().all())]
+    ys = [y[some] for y in ys if bool(y.norm() > 0)]
+    if not ys:
+        return False
+    b = torch.stack(ys, -1).cpu()
+    a = a.transpose(1, 2).double().cpu()
+    left = (a @ torch.linalg.lstsq(a, b, rcond=1e-9, driver="gelsd").solution - b).norm(dim=1)
+    return bool((left <= TOLERANCE * b.norm(dim=1).amax(0, keepdim=True)).all(0).any())
+
+
+_FEW = 1 << 24  # numbers in the weights that a test of all experts may gather
 
 
 def _usual(record: Record, tokens: int, E: int) -> Iterator[tuple[str, tuple[Snap, ...], Tensor]]:

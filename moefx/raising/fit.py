@@ -240,9 +240,10 @@ def fit(block: nn.Module, record: Record, bank: Bank, limits: tuple[tuple[float,
     for weighted, kinds in ((False, _usual), (False, unusual), (True, _usual)):
         for n in [n for n in sizes if inputs[n]]:
             stage = max(stage, "no tensor chooses experts for tokens", key=_STAGES.index)
+            alive = _alive(record, n[0], {d for s in bank.matrices for d in s.shape[1:]}, start)
             for rest, source, rows in kinds(record, n[0], bank.experts):
                 stage = _STAGES[2]
-                pick = _probe(rows)
+                pick = _probe(rows, alive)
                 pairs = _scaled(record, inputs[n], rows, bank.experts, start) if weighted else [(x, None) for x in inputs[n]]
                 for x, scaled in pairs:
                     x_rows = _inputs(x, scaled, rows, bank.experts)
@@ -376,15 +377,23 @@ def _sizes(record: Record, bank: Bank) -> list[tuple[int, int]]:
     return [(n, d) for n in sorted(counts, reverse=True) for d in sorted(widths) if n > 0]
 
 
-def _probe(rows: Tensor) -> Tensor:
-    """A few tokens that between them choose many experts."""
+def _alive(record: Record, tokens: int, widths: set[int], start: int) -> Tensor:
+    """For every token how many later values have something in its row: a dropped token has less."""
+    rows = [s.value.reshape(tokens, -1) for d in widths for s in rows_of(record, tokens, d) if s.time >= start]
+    return torch.stack([(r != 0).any(-1) for r in rows]).sum(0) if rows else torch.zeros(tokens, dtype=torch.long)
+
+
+def _probe(rows: Tensor, alive: Tensor) -> Tensor:
+    """A few tokens that were not dropped and that between them choose many experts."""
     order: list[int] = []
     seen: set[int] = set()
-    for t, mine in enumerate(rows.tolist()):
-        if not seen.issuperset(mine):
+    chosen, most = rows.tolist(), int(alive.max())
+    tokens = sorted(range(len(rows)), key=(-alive.cpu()).tolist().__getitem__)
+    for t in tokens:
+        if not seen.issuperset(chosen[t]) and (int(alive[t]) == most or len(order) < 3):
             order.append(t)
-            seen.update(mine)
-    rest = [t for t in range(len(rows)) if t not in order]
+            seen.update(chosen[t])
+    rest = [t for t in tokens if t not in order]
     return torch.tensor(sorted((order + rest)[:6]))
 
 

@@ -47,7 +47,9 @@ def main() -> None:
     got = torch.autograd.grad(opt(x).square().mean(), list(opt.parameters()))
 
     print("\n".join(line for line in str(opt.report).splitlines() if "MoE" in line))
-    print("parameters:", len(list(opt.parameters())), "as before; gradients equal:", all(map(torch.allclose, got, want)))
+    print(
+        "parameters:", len(list(opt.parameters())), "as before; gradients equal:", all(map(torch.allclose, got, want))
+    )
     print(opt.graphs["captured"].code.count("torch.ops.moefx.experts"), "product for all experts")
 
 

@@ -119,8 +119,9 @@ class Report:
         lines.append(f"MoE blocks: {len(raised)} raised, {len(self.blocks) - len(raised)} left alone")
         for b in self.blocks:
             state = f"raised: {b['idiom']}" if b["raised"] else "left alone"
+            why = f" - {b['reason']}" if b["reason"] else ""
             proof = _proof(b["certificate"]) if b.get("certificate") else ""
-            lines.append(f"  {b['path'] or 'the model itself'} ({b['cls']}) {state}{' - ' + b['reason'] if b['reason'] else ''}{proof}")
+            lines.append(f"  {b['path'] or 'the model itself'} ({b['cls']}) {state}{why}{proof}")
         lines += [
             "",
             f"{'pass':<22}{'level':<10}{'numerics':<10}{'matched':>8}{'rejected':>9}{'nodes':>14}{'ms':>8}  error",

@@ -329,7 +329,8 @@ def _look_alike(module: nn.Module) -> str | None:
         return f"stacked parameters {', '.join(stacked)}, but not called through transformers' experts interface"
     for child_name, child in module._modules.items():
         if isinstance(child, nn.ModuleList | nn.ModuleDict) and EXPERT_NAME.search(child_name) and len(child) > 1:
-            return f"{len(child)} experts in {type(child).__name__} {child_name!r}: a hand-written loop that was not seen running"
+            kind = type(child).__name__
+            return f"{len(child)} experts in {kind} {child_name!r}: a hand-written loop that was not seen running"
     return None
 
 

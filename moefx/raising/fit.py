@@ -245,23 +245,27 @@ def fit(block: nn.Module, record: Record, bank: Bank, limits: tuple[tuple[float,
     sizes = _sizes(record, bank)
     # What the experts read exists before any of their parameters is touched, and their sum afterwards.
     inputs = {n: [s for s in _distinct(rows_of(record, *n)) if s.time < start and _finite(s)] for n in sizes}
+    likely: dict[Snap, list[Reading]] = {}
+
+    def able(x: Snap, width: int) -> list[Reading]:
+        if x not in likely:
+            sums = [s for s in record.snaps if s.time >= start]
+            likely[x] = [r for r in readings(bank, width, limits) if _spans(evaluate, r, bank.experts, x, sums)]
+        return likely[x]
+
     for weighted, kinds in ((False, _usual), (False, unusual), (True, _usual)):
         for n in [n for n in sizes if inputs[n]]:
             stage = max(stage, "no tensor chooses experts for tokens", key=_STAGES.index)
+            alive = _alive(record, n[0], {d for s in bank.matrices for d in s.shape[1:]}, start)
             for rest, source, rows in kinds(record, n[0], bank.experts):
                 stage = _STAGES[2]
-                pick = _probe(rows)
-                pairs = (
-                    _scaled(record, inputs[n], rows, bank.experts, start)
-                    if weighted
-                    else [(x, None) for x in inputs[n]]
-                )
-                for x, scaled in pairs:
+                pick = _probe(rows, alive)
+                plain: list[tuple[Snap, Snap | None]] = [(x, None) for x in inputs[n]]
+                for x, scaled in _scaled(record, inputs[n], rows, bank.experts, start) if weighted else plain:
                     x_rows = _inputs(x, scaled, rows, bank.experts)
-                    for reading in readings(bank, n[1], limits):
-                        found = _sums(
-                            evaluate, reading, record, bank, source, rows, x, scaled, x_rows, pick, start, rest
-                        )
+                    for reading in readings(bank, n[1], limits) if weighted else able(x, n[1]):
+                        given = (record, bank, source, rows, x, scaled, x_rows, pick, start, rest)
+                        found = _sums(evaluate, reading, *given)
                         if found:
                             found.sort(key=lambda f: (-int((f.c.abs() > TOLERANCE).sum()), f.y.time))
                             yield from found[:-1]
@@ -269,12 +273,43 @@ def fit(block: nn.Module, record: Record, bank: Bank, limits: tuple[tuple[float,
                             break
     for n in sizes:
         for x in inputs[n]:
-            for reading in readings(bank, n[1], limits):
+            for reading in able(x, n[1]):
                 found = _chosen_tokens(evaluate, reading, record, bank, x)
                 if found:
                     yield found[0]
                     return
     raise NoFit(stage)
+
+
+def _spans(evaluate: Evaluator, reading: Reading, E: int, x: Snap, sums: list[Snap]) -> bool:
+    """Whether some later value is a combination of all experts' outputs (and the token) at a few tokens.
+
+    Whatever chooses the experts, a routed sum is; so most readings are out before any choice is tried. Experts that are
+    too many or too large for that are not tested.
+    """
+    rows = x.value.reshape(-1, x.value.shape[-1]).float()
+    some = torch.arange(0, len(rows), max(1, len(rows) // 5), device=rows.device)
+    roles = (*reading.up, reading.down)
+    if len(some) * max(torch.Size(r.stack.shape).numel() for r in roles) > _FEW:
+        return True
+    z = evaluate(
+        reading, rows[:, None].expand(-1, E, -1)[some], torch.arange(E, device=rows.device).expand(len(some), E)
+    )
+    if z.shape[-1] <= E + 1 or not bool(z.isfinite().all()):
+        return True
+    a = torch.cat([z, rows[some, None]], 1) if z.shape[-1] == rows.shape[-1] else z
+    ys = [s.value for s in sums if s.value.numel() == len(rows) * z.shape[-1] and s.value.shape[-1] == z.shape[-1]]
+    ys = [y.reshape(len(rows), -1).double() for y in ys if y.is_floating_point() and bool(y.isfinite().all())]
+    ys = [y[some] for y in ys if bool(y.norm() > 0)]
+    if not ys:
+        return False
+    b = torch.stack(ys, -1).cpu()
+    a = a.transpose(1, 2).double().cpu()
+    left = (a @ torch.linalg.lstsq(a, b, rcond=1e-9, driver="gelsd").solution - b).norm(dim=1)
+    return bool((left <= TOLERANCE * b.norm(dim=1).amax(0, keepdim=True)).all(0).any())
+
+
+_FEW = 1 << 24  # numbers in the weights that a test of all experts may gather
 
 
 def _usual(record: Record, tokens: int, E: int) -> Iterator[tuple[str, tuple[Snap, ...], Tensor]]:
@@ -372,15 +407,23 @@ def _sizes(record: Record, bank: Bank) -> list[tuple[int, int]]:
     return [(n, d) for n in sorted(counts, reverse=True) for d in sorted(widths) if n > 0]
 
 
-def _probe(rows: Tensor) -> Tensor:
-    """A few tokens that between them choose many experts."""
+def _alive(record: Record, tokens: int, widths: set[int], start: int) -> Tensor:
+    """For every token how many later values have something in its row: a dropped token has less."""
+    rows = [s.value.reshape(tokens, -1) for d in widths for s in rows_of(record, tokens, d) if s.time >= start]
+    return torch.stack([(r != 0).any(-1) for r in rows]).sum(0) if rows else torch.zeros(tokens, dtype=torch.long)
+
+
+def _probe(rows: Tensor, alive: Tensor) -> Tensor:
+    """A few tokens that were not dropped and that between them choose many experts."""
     order: list[int] = []
     seen: set[int] = set()
-    for t, mine in enumerate(rows.tolist()):
-        if not seen.issuperset(mine):
+    chosen, most = rows.tolist(), int(alive.max())
+    tokens = sorted(range(len(rows)), key=(-alive.cpu()).tolist().__getitem__)
+    for t in tokens:
+        if not seen.issuperset(chosen[t]) and (int(alive[t]) == most or len(order) < 3):
             order.append(t)
-            seen.update(mine)
-    rest = [t for t in range(len(rows)) if t not in order]
+            seen.update(chosen[t])
+    rest = [t for t in tokens if t not in order]
     return torch.tensor(sorted((order + rest)[:6]))
 
 

@@ -79,9 +79,9 @@ def _choice_plan(token_EC: Tensor, T: int, align: int = 1) -> tuple[Tensor, Tens
     pair = token_EC.long() * E + torch.arange(E, device=dev)[:, None]
     token = torch.full((E * wide,), -1, dtype=torch.int64, device=dev)
     order, slot = token.clone(), torch.full((T * E,), -1, dtype=torch.int64, device=dev)
-    token[place.view(-1)] = token_EC.reshape(-1).long()
-    order[place.view(-1)] = pair.view(-1)
-    slot[pair.view(-1)] = place.view(-1)
+    token[place.reshape(-1)] = token_EC.reshape(-1).long()
+    order[place.reshape(-1)] = pair.reshape(-1)
+    slot[pair.reshape(-1)] = place.reshape(-1)
     ends = torch.arange(E + 1, device=dev, dtype=torch.int32) * wide
     return token, order, slot.view(T, E), ends
 

@@ -89,8 +89,11 @@ def calls(r: Routing, dtype: torch.dtype = torch.float32) -> dict[str, Call]:
     f = route.NAMES[dtype]
     correction, per_expert = randn(4, seed=12) / 4, 1 + randn(4, dtype=dtype, seed=13) / 8
     gptoss = [up.mT.contiguous(), up_bias, down.mT.contiguous(), bias]
+    chosen = torch.stack([(torch.arange(min(T, 2)) + e) % max(T, 1) for e in range(r.E)])
+    w_EC = randn(*chosen.shape, dtype=dtype, seed=12)
     found = {
         "plan": Call("plan", (r.idx, E, r.align)),
+        "choice_plan": Call("choice_plan", (chosen, T, r.align)),
         "permute": Call("permute", (x, r.token, r.slot), (0,)),
         "unpermute": Call("unpermute", (y, *maps, None), (0,)),
         "unpermute_weighted": Call("unpermute", (y, *maps, w), (0, 4)),
@@ -109,6 +112,7 @@ def calls(r: Routing, dtype: torch.dtype = torch.float32) -> dict[str, Call]:
         "glu_backward_weighted": Call("glu_backward", (da, h, rows, "gelu"), (0, 1, 2)),
         "experts": Call("experts", (x, r.idx, w, [up, down], "silu | nk"), (0, 2, 3)),
         "experts_gptoss": Call("experts", (x, r.idx, w, gptoss, "interleaved clamp(7,1.702) | kn bias"), (0, 2, 3)),
+        "expert_choice": Call("expert_choice", (x, chosen, w_EC, [up, down], "silu | nk"), (0, 2, 3)),
         "route": Call("route", (randn(T, 4, dtype=dtype, seed=11), None, None, f"softmax {f} | top2 | sum"), (0,)),
         "route_deepseek": Call(
             "route", (randn(T, 4, dtype=dtype, seed=11), correction, per_expert, f"sigmoid {f} | {GROUPED}"), (0, 2)
@@ -151,7 +155,9 @@ def calls(r: Routing, dtype: torch.dtype = torch.float32) -> dict[str, Call]:
 
 NAMES = tuple(calls(oracles.CASES["balanced"]))
 each_call = pytest.mark.parametrize("name", NAMES)
-DIFFERENTIABLE = tuple(n for n, c in calls(oracles.CASES["balanced"]).items() if c.op not in (*TRAINING, "plan"))
+DIFFERENTIABLE = tuple(
+    n for n, c in calls(oracles.CASES["balanced"]).items() if c.op not in (*TRAINING, "plan", "choice_plan")
+)
 each_differentiable = pytest.mark.parametrize("name", DIFFERENTIABLE)
 each_training = pytest.mark.parametrize(
     "name", [n for n, c in calls(oracles.CASES["balanced"]).items() if c.op in TRAINING]

@@ -157,3 +157,22 @@ def test_a_bank_that_does_not_fit_its_spec_is_named() -> None:
         ops.experts(x, idx, w, weights[::2], "silu | nk bias")
     with pytest.raises(RuntimeError, match=r"grouped_mm: x \[S, K\] is \(2, 6\)"):
         ops.experts(x, idx, w, weights[::2], "silu | kn")
+
+
+def test_expert_choice_is_a_loop_over_experts() -> None:
+    """Each expert takes its tokens; tokens that none takes are zero, and rows of padding change nothing."""
+    T, E, C, H, I = 7, 3, 4, 6, 5
+    x, up, down = (randn(*s, seed=i) for i, s in enumerate([(T, H), (E, 2 * I, H), (E, H, I)]))
+    token = torch.stack([torch.randperm(T - 1, generator=torch.Generator().manual_seed(e))[:C] for e in range(E)])
+    w = randn(E, C, seed=3)
+    want = torch.zeros_like(x)
+    for e in range(E):
+        for c in range(C):
+            gate, inner = (up[e] @ x[token[e, c]]).chunk(2)
+            want[token[e, c]] += w[e, c] * (down[e] @ (torch.nn.functional.silu(gate) * inner))
+    torch.testing.assert_close(torch.ops.moefx.expert_choice(x, token, w, [up, down], "silu | nk"), want)
+    assert (want[T - 1] == 0).all()
+    one, aligned = (torch.ops.moefx.choice_plan(token, T, align) for align in (1, 16))
+    assert aligned[0].shape[0] == E * 16
+    assert sorted(aligned[1][aligned[1] >= 0].tolist()) == sorted(one[1].tolist())
+    assert all(int(aligned[1][aligned[2][t, e]]) == t * E + e for e in range(E) for t in token[e].tolist())

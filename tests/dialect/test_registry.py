@@ -19,9 +19,9 @@ from . import oracles
 from .calls import TRAINING, calls
 from .oracles import KINDS, Tensor, ops, randn
 
-COMPOSITE = ("experts", "route")
+COMPOSITE = ("experts", "expert_choice", "route")
 # The identity needs no kernel; codes and scales have their definition, on any device.
-REFERENCE_ONLY = (*TRAINING, "dispatch", "combine")
+REFERENCE_ONLY = ("choice_plan", *TRAINING, "dispatch", "combine")
 
 
 @pytest.fixture

@@ -105,9 +105,26 @@ def certify(block: nn.Module, forward: Callable[..., Any], inputs: Inputs, cases
             got = _run(block, forward, inputs, sizes, case, number)
         except Exception as e:
             raise Refuted(f"{case}: the raised block fails: {type(e).__name__}: {_line(e)}") from e
-        _compare(want, got, case, done, lambda seed=number, case=case: _exact(block, inputs, sizes, case, seed))
+        try:
+            _compare(want, got, case, done, lambda seed=number, case=case: _exact(block, inputs, sizes, case, seed))
+        except Refuted:
+            # Rounding alone can put one number on the other side of a kink. It does not do so on most inputs.
+            more = (number + 100, number + 200)
+            if case.dtype == torch.float32 or not all(_agrees(block, forward, inputs, sizes, case, n) for n in more):
+                raise
         done.cases += 1
     return done
+
+
+def _agrees(
+    block: nn.Module, forward: Callable[..., Any], inputs: Inputs, sizes: Any, case: Case, seed: int
+) -> bool:
+    want, got = (_run(block, f, inputs, sizes, case, seed) for f in (None, forward))
+    try:
+        _compare(want, got, case, Certificate(), lambda: _exact(block, inputs, sizes, case, seed))
+    except Refuted:
+        return False
+    return True
 
 
 def _exact(block: nn.Module, inputs: Inputs, sizes: Any, case: Case, seed: int) -> _Run:

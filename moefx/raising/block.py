@@ -12,7 +12,7 @@ from torch import nn
 
 from .align import align
 from .bank import Bank, find_banks
-from .certify import FULL, SHORT, Certificate, Refuted, certify
+from .certify import FULL, SHORT, Certificate, Refuted, beyond, certify
 from .explain import explain
 from .fit import NoFit, fit
 from .probe import Inputs, Seen, copy_of
@@ -120,7 +120,7 @@ def _raise_bank(
         try:
             program = align([o[variant] for o in options], shapes, numbers)
             replay = emit(program, *calls[0], copied, records[0].out_type)
-            proof = certify(copied, replay.forward(copied, live=True), inputs, FULL)
+            proof = certify(copied, replay.forward(copied, live=True), inputs, (*FULL, *beyond(copied)))
             return Raising(f"{idiom(records[0], bank, program)}: {replay.spec}", replay, proof)
         except NoSlice as e:
             worst = max(worst or NotRaised(str(e), 3), NotRaised(str(e), 3), key=lambda e: e.stage)

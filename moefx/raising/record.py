@@ -187,6 +187,10 @@ def record(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
     named = {id(t): (n, t) for n, t in (*block.named_buffers(), *block.named_parameters())}
     mode = _Recorder(named)
     mode.record.hooked = frozenset(p for p, m in block.named_modules() if p and (m._forward_hooks or m._forward_pre_hooks))
+    # Copies of what requires a gradient, for a block may write into its inputs.
+    args, kwargs = fx.node.map_aggregate(
+        (tuple(args), dict(kwargs)), lambda v: v.clone() if isinstance(v, Tensor) and v.requires_grad else v
+    )  # type: ignore[misc, assignment]
     leaves: list[Tensor] = []
     fx.node.map_aggregate((args, kwargs), lambda v: leaves.append(v) if isinstance(v, Tensor) else None)
     mode.record.inputs = [mode._enter(Obj(t, "input", leaf=i)) for i, t in enumerate(leaves)]

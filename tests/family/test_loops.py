@@ -83,7 +83,7 @@ def test_three_steps_follow_the_original(case: Any) -> None:
             loss = runner(**loops.batch(entry, seed)).loss
             loss.backward()
             sgd.step()
-            losses[-1].append(float(loss))
+            losses[-1].append(float(loss.detach()))
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     for (name, p), q in zip(first.named_parameters(), second.parameters(), strict=True):
         assert relative(q.detach(), p.detach()) < 1e-5, name

@@ -142,7 +142,7 @@ def capture(
         except compat.CAPTURE_ERRORS as e:
             raise _explained(e, model) from e
     # Transformers' output recorder is put back by the forward itself; `buffer += 1` rebinds the same tensor.
-    changed = [s for s in gm.meta["side_effects"] if "transformers" not in s and not s.endswith("._buffers")]
+    changed = [s for s in gm.meta["side_effects"] if not s.endswith("._buffers") and not _by_transformers(model, s)]
     if changed:
         warnings.warn(
             f"{type(model).__qualname__}'s forward changes Python state, which compiled graphs do not repeat: "
@@ -154,6 +154,14 @@ def capture(
     values = compat.flat_inputs(gm, args, kwargs)
     names = {p.name: known.get(id(v), p.name) for p, v in zip(placeholders, values, strict=True)}
     return Captured(gm, args, kwargs, names, axes)
+
+
+def _by_transformers(model: nn.Module, effect: str) -> bool:
+    """Whether a side effect is the library's bookkeeping: a router notes its input's dtype, binds its classifier."""
+    module = model
+    for name in re.findall(r"_modules\['(.*?)'\]", effect):
+        module = module._modules.get(name) or module
+    return "transformers" in effect or type(module).__module__.startswith("transformers.")
 
 
 def warm_up(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -230,6 +238,10 @@ def _explained(e: Exception, model: nn.Module) -> CaptureError:
     frames = [f for f in stack or [] if f"{'/'}torch{'/'}" not in f.filename]
     where = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}: {frames[-1].line}" if frames else None
     first = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
+    if inner := re.search(r"raised exception (\w+\(.*\))", str(e)):
+        first = f"{first} {inner[1]}"
+    parameters = inspect.signature(model.forward).parameters
+    unmasked = "NoneType" in first and any(name.endswith("attention_mask") for name in parameters)
     loop = re.search(r"data-dependent|dynamic shape operator|iterat", str(e))
     return CaptureError(
         f"{type(model).__qualname__} could not be traced into one graph",
@@ -239,6 +251,8 @@ def _explained(e: Exception, model: nn.Module) -> CaptureError:
             "this code runs Python control flow on tensor values (a loop over hit experts, an `if` on a count): "
             "write the experts so that moefx raises them (docs/models.md), or compute without looking at values"
             if loop
+            else "some models make no attention mask of their own while they are traced: pass attention_mask"
+            if unmasked
             else "rewrite the construct named above so that it does not leave the tracer, or move it out of forward"
         ),
     )

@@ -13,7 +13,7 @@ from torch import nn
 
 from .align import align
 from .bank import Bank, find_banks
-from .certify import FULL, SHORT, Certificate, Refuted, certify, own_cases
+from .certify import FULL, SHORT, Certificate, Refuted, beyond, certify, own_cases
 from .explain import explain
 from .fit import NoFit, fit
 from .nearest import difference
@@ -164,7 +164,9 @@ def _raise_bank(copied: nn.Module, inputs: Inputs, bank: Bank, runs: list[_Run],
             if program is None:
                 continue
             replay = emit(program, runs[0].args, runs[0].kwargs, copied, first.out_type)
-            proof = certify(copied, replay.forward(copied, live=True), inputs, FULL + own_cases(own))
+            proof = certify(
+                copied, replay.forward(copied, live=True), inputs, (*FULL, *own_cases(own), *beyond(copied))
+            )
             return Raising(f"{idiom(first, bank, program)}: {replay.spec}", replay, proof)
         except NoSlice as e:
             worst = max(worst or NotRaised(str(e), 3), NotRaised(str(e), 3), key=lambda e: e.stage)

@@ -202,6 +202,10 @@ def record(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
     mode.record.hooked = frozenset(
         p for p, m in block.named_modules() if p and (m._forward_hooks or m._forward_pre_hooks)
     )
+    # Copies of what requires a gradient, for a block may write into its inputs.
+    args, kwargs = mapped(
+        (tuple(args), dict(kwargs)), lambda v: v.clone() if isinstance(v, Tensor) and v.requires_grad else v
+    )
     tensors = [v for v in leaves((args, kwargs)) if isinstance(v, Tensor)]
     mode.record.inputs = [mode._enter(Obj(t, "input", leaf=i)) for i, t in enumerate(tensors)]
     with torch.enable_grad(), _wrapped(block, mode), _watched_autocast(mode), mode:

@@ -69,7 +69,7 @@ def test_a_layer_is_raised_with_a_certificate(name: str, options: dict[str, Any]
         assert str(block.idiom).startswith(WORDS[name])
         proof = block.certificate
         assert proof is not None
-        assert proof["cases"] + len(proof["skipped"]) == 10
+        assert proof["cases"] + len(proof["skipped"]) >= 10
         assert 0 < proof["errors"]["float32"]["output"] < 1e-5
         assert proof["errors"]["float32"]["gradient"] < 1e-4
         assert proof["errors"]["bfloat16"]["output"] < 3e-2

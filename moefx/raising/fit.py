@@ -221,6 +221,11 @@ def _alike(a: list[float], b: list[float]) -> bool:
     return not any(abs(x - y) > 1e-4 * abs(y) + 1e-4 for x, y in zip(a, b, strict=True))
 
 
+def _given_first(snaps: list[Snap]) -> list[Snap]:
+    """The block's inputs before other values: what a submodule wrote into one is read from it when that has run."""
+    return sorted(snaps, key=lambda s: s.obj.source != "input")
+
+
 def same(a: Tensor, b: Tensor) -> bool:
     """Whether two values hold the same numbers in the same order, up to rounding, whatever their shapes."""
     if a.numel() != b.numel() or a.is_floating_point() != b.is_floating_point() or a.dtype.is_complex:
@@ -244,7 +249,7 @@ def fit(block: nn.Module, record: Record, bank: Bank, limits: tuple[tuple[float,
     start = first_use(record, bank)
     sizes = _sizes(record, bank)
     # What the experts read exists before any of their parameters is touched, and their sum afterwards.
-    inputs = {n: [s for s in _distinct(rows_of(record, *n)) if s.time < start and _finite(s)] for n in sizes}
+    inputs = {n: [s for s in _distinct(_given_first(rows_of(record, *n))) if s.time < start and _finite(s)] for n in sizes}
     likely: dict[Snap, list[Reading]] = {}
 
     def able(x: Snap, width: int) -> list[Reading]:

@@ -3,7 +3,8 @@
     python benchmarks/family.py [--only mixtral,gpt_oss]
 
 Runs on one CPU thread with eager codegen and all default passes. Rows go to benchmarks/results/family.csv, and a table
-in Markdown, as in docs/models.md, to standard output. The comparisons are those of tests/family/test_family.py.
+in Markdown, as in docs/models.md, to standard output. The comparisons are those of tests/family/test_family.py
+and test_loops.py.
 """
 
 from __future__ import annotations
@@ -40,13 +41,14 @@ def measure(name: str) -> dict[str, Any]:
     import torch
 
     import moefx
-    from tests.family import zoo
-    from tests.family.compare import BF16_BATCHES, relative, rounding, structure_faults, train_step
+    from tests.family import loops, zoo
+    from tests.family.compare import BF16_BATCHES, gradient_error, rounding, structure_faults, train_step
 
-    entry = zoo.get(name)
+    made: Any = zoo if name in zoo.NAMES else loops
+    entry = made.get(name)
     row: dict[str, Any] = dict.fromkeys(COLUMNS, "") | {"family": name}
     try:
-        model, inputs = zoo.build(entry), zoo.batch(entry)
+        model, inputs = made.build(entry), made.batch(entry)
         start = time.process_time()
         opt = moefx.optimize(model, inputs, codegen="eager")
         row["seconds"] = round(time.process_time() - start, 1)
@@ -58,14 +60,14 @@ def measure(name: str) -> dict[str, Any]:
         if faults := structure_faults(got, want):
             raise AssertionError("; ".join(faults))
         row["loss"] = abs(float(got.loss - want.loss))
-        row["gradient"] = max(relative(got.grads[n], want.grads[n]) for n in want.grads)
+        row["gradient"] = gradient_error(got, want)
 
-        narrow, exact = zoo.build(entry, dtype=torch.bfloat16), zoo.build(entry)
+        narrow, exact = made.build(entry, dtype=torch.bfloat16), made.build(entry)
         exact.load_state_dict({k: v.float() for k, v in narrow.state_dict().items()})
         opt = moefx.optimize(narrow, inputs, codegen="eager")
         losses, ratios = [], []
         for seed in BF16_BATCHES:
-            batch = zoo.batch(entry, seed)
+            batch = made.batch(entry, seed)
             want, got, own = train_step(exact, batch), train_step(opt, batch), train_step(narrow, batch)
             losses.append(abs(float(got.loss - own.loss)))
             ratios.append(rounding(own, got, want).ratio)
@@ -97,9 +99,9 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    from tests.family import zoo
+    from tests.family import loops, zoo
 
-    names = args.only.split(",") if args.only else list(zoo.NAMES)
+    names = args.only.split(",") if args.only else [*zoo.NAMES, *loops.NAMES]
     measure(names[0])  # imports and caches, so that the first row's time is like the others'
     rows = []
     for name in names:

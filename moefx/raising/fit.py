@@ -249,7 +249,9 @@ def fit(block: nn.Module, record: Record, bank: Bank, limits: tuple[tuple[float,
     start = first_use(record, bank)
     sizes = _sizes(record, bank)
     # What the experts read exists before any of their parameters is touched, and their sum afterwards.
-    inputs = {n: [s for s in _distinct(_given_first(rows_of(record, *n))) if s.time < start and _finite(s)] for n in sizes}
+    inputs = {
+        n: [s for s in _distinct(_given_first(rows_of(record, *n))) if s.time < start and _finite(s)] for n in sizes
+    }
     likely: dict[Snap, list[Reading]] = {}
 
     def able(x: Snap, width: int) -> list[Reading]:
@@ -362,12 +364,13 @@ def _factors(s: Snap, rows: Tensor, E: int) -> Tensor:
 def _scaled(record: Record, inputs: list[Snap], rows: Tensor, E: int, start: int) -> Iterator[tuple[Snap, Snap]]:
     """Inputs that are multiplied by weights before the experts see them."""
     tokens, k = rows.shape
-    for s in reversed(_distinct(record.snaps)):
+    # Of equal values the last: that is the one in the dtype that the experts' inputs have.
+    for s in _distinct([s for s in reversed(record.snaps) if s.time < start]):
         v = s.value
         fits = (v.numel() == tokens * k and (v.shape[-1] == k or k == 1)) or (
             v.numel() == tokens * E and v.shape[-1] == E
         )
-        if s.time < start and v.is_floating_point() and fits and bool(v.isfinite().all()) and not bool((v == 1).all()):
+        if v.is_floating_point() and fits and bool(v.isfinite().all()) and not bool((v == 1).all()):
             for x in inputs:
                 yield x, s
 

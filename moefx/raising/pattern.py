@@ -168,7 +168,8 @@ def weights_differ(record: Record, fit: Fit) -> str | None:
         gates = v.shape[-1:] == (fit.experts,) and v.numel() == tokens * fit.experts
         if not gates and v.numel() != tokens * k:
             continue
-        values = v.reshape(tokens, -1).gather(1, fit.chosen).float() if gates else v.reshape(tokens, k).float()
+        real = fit.chosen.clamp_max(fit.experts - 1)  # indices past the last expert stand for none of the bank
+        values = v.reshape(tokens, -1).gather(1, real).float() if gates else v.reshape(tokens, k).float()
         right = (values - fit.c).abs() <= 1e-3 * largest
         wrong = [e for e in range(fit.experts) if not bool(right[fit.chosen == e].all())]
         if not wrong or len(wrong) == len(set(fit.chosen.reshape(-1).tolist())):

@@ -168,7 +168,7 @@ LOOPS: tuple[Loop, ...] = (
             aux_loss_coef=0.01,
         ),
         idioms={f"model.layers.{i}.mlp": "sorted rows: silu | nk" for i in range(2)},
-        left=("model.layers.0.self_attention", "model.layers.1.self_attention"),
+        left=("model.layers.0.self_attention.experts", "model.layers.1.self_attention.experts"),
     ),
 )
 NAMES: tuple[str, ...] = tuple(e.name for e in LOOPS)

@@ -161,7 +161,8 @@ def _by_transformers(model: nn.Module, effect: str) -> bool:
     module = model
     for name in re.findall(r"_modules\['(.*?)'\]", effect):
         module = module._modules.get(name) or module
-    return "transformers" in effect or type(module).__module__.startswith("transformers.")
+    library = type(module).__module__.startswith("transformers.") and "_hooks" not in effect
+    return "transformers" in effect or library
 
 
 def warm_up(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

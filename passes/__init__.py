@@ -50,8 +50,6 @@ def register_pass(factory: Factory) -> Factory:
 
 
 for _factory in (
-    RaiseIdioms,
-    UnbindExperts,
     RaiseRouters,
     ExpandRouters,
     MergeRouters,
@@ -72,6 +70,8 @@ for _factory in (
     StoreLowPrecision,
     lambda: DeadCode(level="training"),
     InlinePointwise,
+    RaiseIdioms,
+    UnbindExperts,
 ):
     register_pass(_factory)
 

@@ -20,22 +20,22 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True)
 class Stack:
-    """One role's parameters of all experts: E names, or one name that holds them all. `shape` is [E, ...]."""
+    """One role's parameters of all experts: E names, or one name that holds them all. `shape` is [E, ...].
+
+    `spare`: the parameter has rows for more experts than the bank.
+    """
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: torch.dtype
+    spare: bool = False
 
     def gather(self, get: Callable[[str], Tensor]) -> Tensor:
         """The stack as one tensor [E, ...], a view where it is stored as one."""
         if len(self.names) > 1:
             return torch.stack([get(n) for n in self.names])
         whole = get(self.names[0])
-        return whole[: self.shape[0]] if self.cut_short(whole) else whole.view(self.shape)
-
-    def cut_short(self, whole: Tensor) -> bool:
-        """Whether the parameter has rows for more experts than the bank."""
-        return whole.dim() == len(self.shape) and whole.shape[0] > self.shape[0]
+        return whole[: self.shape[0]] if self.spare else whole.view(self.shape)
 
     def __str__(self) -> str:
         return self.names[0] if len(self.names) == 1 else f"{self.names[0]} .. {self.names[-1]}"
@@ -142,7 +142,8 @@ def _uneven(params: dict[str, Tensor]) -> list[Bank]:
     for names in owners.values():
         E = min(params[n].shape[0] for n in names)
         if E > 1 and any(params[n].shape[0] > E for n in names):
-            banks.append(_bank([Stack((n,), (E, *params[n].shape[1:]), params[n].dtype) for n in names]))
+            shapes = {n: (E, *params[n].shape[1:]) for n in names}
+            banks.append(_bank([Stack((n,), shapes[n], params[n].dtype, params[n].shape[0] > E) for n in names]))
     return banks
 
 

@@ -24,6 +24,7 @@ from .record import Record, Snap, objects
 
 Tensor = torch.Tensor
 TOLERANCE = 5e-5  # relative; recorded in fp32. The two forms of GELU are nearest, some 2e-4 from each other
+_PAIRS = 12  # inputs and weights on them that are tried, the latest weights first
 _GATHERED = 512  # rows whose weights are gathered; of more, expert by expert
 ACTS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
@@ -268,7 +269,8 @@ def fit(block: nn.Module, record: Record, bank: Bank, limits: tuple[tuple[float,
                 stage = _STAGES[2]
                 pick = _probe(rows, alive)
                 plain: list[tuple[Snap, Snap | None]] = [(x, None) for x in inputs[n]]
-                for x, scaled in _scaled(record, inputs[n], rows, bank.experts, start) if weighted else plain:
+                pairs = _scaled(record, inputs[n], rows, bank.experts, start)
+                for x, scaled in itertools.islice(pairs, _PAIRS) if weighted else plain:
                     x_rows = _inputs(x, scaled, rows, bank.experts)
                     for reading in readings(bank, n[1], limits) if weighted else able(x, n[1]):
                         given = (record, bank, source, rows, x, scaled, x_rows, pick, start, rest)

@@ -66,7 +66,6 @@ def make_patch(stretch: Stretch, fit: Fit, weights: Weights) -> Patch:
     by_name = {n.name: n for n in stretch.inputs}
     values = {name: t for name, n in by_name.items() if (t := tensor(n)) is not None}
     emitter.dims = lambda name: values[name].dim()
-    emitter.spare = lambda stack: stack.cut_short(values[stack.names[0]])
     detail = _experts(region, {}, leaf.__getitem__).kwargs
     capacity = weights.capacity
     drop = None

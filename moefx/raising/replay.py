@@ -257,7 +257,7 @@ class _Emitter:
                     node = self.graph.call_method("new_zeros", (nodes[-1], (roles[0].stack.shape[0], rows)))
                 elif len(stacks) == 1 and first is not None and len(first.names) == 1 and not swapped:
                     node = self.graph.get_attr(first.names[0])
-                    if self.spare(first):
+                    if first.spare:
                         node = self.graph.call_method("narrow", (node, 0, 0, first.shape[0]))
                     elif part == "weight" and self.dims(first.names[0]) == 2:
                         node = self.graph.call_method("view", (node, *first.shape))
@@ -271,7 +271,6 @@ class _Emitter:
         return nodes
 
     dims: Callable[[str], int]
-    spare: Callable[[Stack], bool]
 
     def experts(self, reading: Reading, d: dict[str, Any], drop: Dropping | None) -> fx.Node:
         call, method = self.graph.call_function, self.graph.call_method
@@ -357,7 +356,6 @@ def emit(
     params = dict(block.named_parameters(remove_duplicate=False))
     emitter.parameter = next(iter(params))
     emitter.dims = lambda name: params[name].dim()
-    emitter.spare = lambda stack: stack.cut_short(params[stack.names[0]])
     for op in program.ops:
         emitter.values.append(emitter.op(op))
     out = emitter.read(program.out)

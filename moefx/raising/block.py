@@ -22,7 +22,7 @@ from .pattern import weights_differ
 from .probe import Inputs, Seen, copy_of
 from .record import Record, objects, record
 from .replay import Assembly, Replay, emit
-from .slice import NoSlice, Program, Region, cut
+from .slice import NoSlice, Program, Region, cut, drawn_inside
 
 RUNS = ((2, 12), (3, 7), (5, 10))
 _VARIANTS = 4  # ways to read a record that are tried before giving up
@@ -82,6 +82,8 @@ def raise_block(block: nn.Module, seen: Seen) -> Raising:
     # No routed sum, or one that may be a part of a larger one (stage 2): what there is instead is looked for once.
     seen_instead = difference(copied, records, nearest, carried(copied)[0]) if worst.stage in (1, 2) else None
     name, what = seen_instead or (None, str(worst))
+    if "random" not in what and (drawing := drawn_inside(records[0], nearest.names)):
+        what = f"random numbers are drawn among the experts ({drawing})"
     raise NotRaised(f"{nearest_to(name or idiom(records[0], nearest))}, but {what}", worst.stage) from worst
 
 

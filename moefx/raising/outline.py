@@ -62,7 +62,10 @@ def _code(module: nn.Module) -> frozenset[str]:
 def _lists(module: nn.Module) -> Iterator[tuple[str, dict[str, nn.Module]]]:
     for name, child in module._modules.items():
         if isinstance(child, nn.ModuleList | nn.ModuleDict) and EXPERT_NAME.search(name) and len(child) > 1:
-            yield name, dict(child.named_children())
+            # Where the list itself has a forward, a dropout may sit beside the experts.
+            called = type(child).forward not in (nn.ModuleList.forward, nn.ModuleDict.forward)
+            beside = (nn.Dropout,) if called else ()
+            yield name, {k: m for k, m in child.named_children() if not isinstance(m, beside)}
 
 
 def _shape(t: Tensor) -> str:

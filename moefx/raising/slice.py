@@ -245,6 +245,16 @@ def cut(record: Record, region: Region, bank: frozenset[str], paths: dict[str, f
     return Program(ops, read(len(record.steps))(record.out))
 
 
+def drawn_inside(record: Record, bank: frozenset[str]) -> str | None:
+    """The name of a function that draws random numbers in a submodule that holds parameters of the bank."""
+    for step in record.steps:
+        if step.name in RANDOM and not _harmless(step):
+            inside = (f"{c.path}." for c in step.calls)
+            if any(n.startswith(path) for path in inside for n in bank):
+                return step.name
+    return None
+
+
 def _harmless(step: Step) -> bool:
     """Dropout that drops nothing."""
     if step.name != "dropout":

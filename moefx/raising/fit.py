@@ -16,47 +16,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from moefx.dialect.glu import GluKind, glu_reference
-
-from .bank import Bank, Stack
-from .choices import masks, unusual
+from .bank import Bank
+from .choices import alive_tokens, distinct, given_first, probe_tokens, rows_of, same, unusual, usual
+from .reading import Evaluator, Reading, readings
 from .record import Record, Snap, objects
 
 Tensor = torch.Tensor
 TOLERANCE = 5e-5  # relative; recorded in fp32. The two forms of GELU are nearest, some 2e-4 from each other
 _PAIRS = 12  # inputs and weights on them that are tried, the latest weights first
-_GATHERED = 512  # rows whose weights are gathered; of more, expert by expert
-ACTS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
-
-
-@dataclass(frozen=True)
-class Role:
-    """A stack in its role. `turned`: stored [E, in, out]."""
-
-    stack: Stack
-    turned: bool = False
-    bias: Stack | None = None
-
-
-@dataclass(frozen=True)
-class Reading:
-    """One way to read a bank: `up` holds gate and up in one or two stacks, in this order unless `swapped`."""
-
-    kind: GluKind
-    up: tuple[Role, ...]
-    down: Role
-    swapped: bool = False
-
-    @property
-    def bias(self) -> bool:
-        """Whether the products have biases."""
-        return self.down.bias is not None or any(r.bias is not None for r in self.up)
-
-    @property
-    def names(self) -> frozenset[str]:
-        """All parameters that are read."""
-        roles = (*self.up, self.down)
-        return frozenset(n for r in roles for s in (r.stack, r.bias) if s is not None for n in s.names)
 
 
 @dataclass
@@ -81,168 +48,6 @@ class NoFit(Exception):  # noqa: N818  an answer, not a fault
     """Nothing fitted; the text says what was seen instead."""
 
 
-def readings(bank: Bank, hidden: int, limits: tuple[tuple[float, float], ...]) -> Iterator[Reading]:
-    """All ways to read a bank whose experts take rows of `hidden` features, the usual ones first."""
-    gated = [GluKind(a) for a in ACTS]
-    joint = [replace(k, interleaved=True) for k in gated]
-    clamps = [GluKind("clamp", True, i, *pair) for pair in limits for i in (True, False)]
-    plain = [GluKind(a, gated=False) for a in ACTS]
-    for *ups, down in itertools.permutations(bank.matrices):
-        layouts = [[t for t in (False, True) if s.shape[1 if t else 2] == hidden] for s in ups]
-        for turned in itertools.product(*layouts):
-            width = sum(s.shape[2 if t else 1] for s, t in zip(ups, turned, strict=True))
-            if len(ups) == 2 and len({s.shape[2 if t else 1] for s, t in zip(ups, turned, strict=True)}) > 1:
-                continue
-            for down_turned in (False, True):
-                inner = down.shape[1 if down_turned else 2]
-                roles = [Role(s, t) for s, t in zip(ups, turned, strict=True)]
-                if width == 2 * inner:
-                    kinds = gated if len(ups) == 2 else [*gated, *joint, *clamps]
-                    options = [(k, s) for k in kinds for s in (False, True) if not (s and len(ups) == 2)]
-                elif width == inner and len(ups) == 1:
-                    options = [(k, False) for k in plain]
-                else:
-                    continue
-                for with_bias in _biases(bank, [*roles, Role(down, down_turned)]):
-                    for kind, swapped in options:
-                        yield Reading(kind, tuple(with_bias[:-1]), with_bias[-1], swapped)
-
-
-def _biases(bank: Bank, roles: list[Role]) -> Iterator[list[Role]]:
-    """Assignments of the bank's vectors to roles, all of them used first."""
-    outs = [r.stack.shape[2 if r.turned else 1] for r in roles]
-    options = [[None, *(v for v in bank.vectors if v.shape[1] == out)] for out in outs]
-    chosen = [c for c in itertools.product(*options) if len({v for v in c if v}) == sum(v is not None for v in c)]
-    for c in sorted(chosen, key=lambda c: sum(v is None for v in c)):
-        yield [replace(r, bias=v) for r, v in zip(roles, c, strict=True)]
-
-
-class Evaluator:
-    """Expert outputs of single rows, with the parameters of the recorded block."""
-
-    def __init__(self, block: nn.Module) -> None:
-        self.params = dict(block.named_parameters(remove_duplicate=False))
-        self._pre: dict[tuple[int, int, bool, Role], Tensor] = {}
-        self._kept: list[Tensor] = []
-
-    def _rows(self, stack: Stack, experts: Tensor) -> Tensor:
-        """Parameters of the given experts [R, ...] without building the whole stack."""
-        if len(stack.names) == 1:
-            return stack.gather(lambda n: self.params[n].detach())[experts].float()
-        return torch.stack([self.params[stack.names[e]].detach().float() for e in experts.tolist()])
-
-    def _linear(self, x: Tensor, role: Role, experts: Tensor) -> Tensor:
-        if experts.numel() > _GATHERED:
-            out = role.stack.shape[2 if role.turned else 1]
-            y = x.new_zeros(len(x), out, dtype=torch.float32)
-            for e in experts.unique():
-                mine = (experts == e).nonzero()[:, 0]
-                w = self._rows(role.stack, e[None])[0]
-                y[mine] = x[mine].float() @ (w if role.turned else w.t())
-            return y if role.bias is None else y + self._rows(role.bias, experts)
-        w = self._rows(role.stack, experts)
-        y = torch.einsum("ri,rio->ro", x, w) if role.turned else torch.einsum("ri,roi->ro", x, w)
-        return y if role.bias is None else y + self._rows(role.bias, experts)
-
-    def __call__(self, reading: Reading, x: Tensor, rows: Tensor, pick: Tensor | None = None) -> Tensor:
-        """f_e(x) of input rows x [N, k, H] and experts [N, k], for all or the picked tokens: [n, k, H].
-
-        Without a k: x [R, H] and experts [R] give [R, H].
-        """
-        xs, chosen = (x, rows) if pick is None else (x[pick], rows[pick])
-        flat, experts = xs.reshape(-1, x.shape[-1]), chosen.reshape(-1)
-        parts = []
-        for role in reading.up:  # shared by all activations, so kept
-            key = (id(x), id(rows), pick is None, role)
-            if key not in self._pre:
-                self._kept += [x, rows]
-                self._pre[key] = self._linear(flat, role, experts)
-            parts.append(self._pre[key])
-        h = torch.cat(parts, -1)
-        if reading.swapped:
-            if reading.kind.interleaved:
-                h = h.view(*h.shape[:-1], -1, 2).flip(-1).flatten(-2)
-            else:
-                h = torch.cat(h.chunk(2, -1)[::-1], -1)
-        z = self._linear(glu_reference(h, None, str(reading.kind)), reading.down, experts)
-        return z.view(*chosen.shape, z.shape[-1])
-
-
-def choices(record: Record, tokens: int, E: int) -> Iterator[tuple[tuple[Snap, ...], Tensor]]:
-    """Candidates for the experts of every token: the values they come from, and indices [N, k]."""
-    whole, single, gates = [], [], []
-    for s in _distinct(record.snaps):
-        v = s.value
-        if v.is_complex():
-            continue
-        if not v.is_floating_point() and v.dtype != torch.bool and v.numel() and v.numel() % tokens == 0:
-            k = v.numel() // tokens
-            if k > E or int(v.min()) < 0 or int(v.max()) >= E or int(v.max()) == int(v.min()):
-                continue
-            if v.dim() == 1 or (v.shape[-1] != k):
-                if k == 1:
-                    single.append(s)
-                continue
-            rows = v.reshape(tokens, k)
-            if k > 1 and not (rows.sort(-1).values.diff(dim=-1) > 0).all():
-                continue
-            whole.append((s, rows))
-        elif v.is_floating_point() and v.dim() >= 2 and v.shape[-1] == E and v.numel() == tokens * E:
-            count = (v != 0).reshape(tokens, E).sum(-1)
-            if 0 < int(count.max()) < E and bool((count == count.max()).all()):
-                gates.append((s, v.reshape(tokens, E).topk(int(count.max())).indices))
-    for s, rows in reversed(whole):
-        yield (s,), rows.long()
-    for s in single:
-        yield (s,), s.value.reshape(tokens, 1).long()
-    for r in (2, 3):
-        for some in itertools.combinations(single[:6], r):
-            rows = torch.stack([s.value.reshape(tokens).long() for s in some], -1)
-            if (rows.sort(-1).values.diff(dim=-1) > 0).all():
-                yield some, rows
-    for s, rows in gates:
-        yield (s,), rows
-
-
-def _distinct(snaps: list[Snap]) -> list[Snap]:
-    """Snaps of different values; of equal ones the first."""
-    kept: list[Snap] = []
-    alike: dict[tuple[int, bool], list[tuple[list[float], Snap]]] = {}
-    for s in snaps:
-        # A few numbers tell nearly all values apart, at a fraction of the cost of comparing them whole.
-        few = s.value.reshape(-1)[:3].tolist() if not s.value.dtype.is_complex else []
-        others = alike.setdefault((s.value.numel(), s.value.is_floating_point()), [])
-        if not any(_alike(few, f) and same(s.value, o.value) for f, o in others):
-            kept.append(s)
-            others.append((few, s))
-    return kept
-
-
-def _alike(a: list[float], b: list[float]) -> bool:
-    return not any(abs(x - y) > 1e-4 * abs(y) + 1e-4 for x, y in zip(a, b, strict=True))
-
-
-def _given_first(snaps: list[Snap]) -> list[Snap]:
-    """The block's inputs before other values: what a submodule wrote into one is read from it when that has run."""
-    return sorted(snaps, key=lambda s: s.obj.source != "input")
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two values hold the same numbers in the same order, up to rounding, whatever their shapes."""
-    if a.numel() != b.numel() or a.is_floating_point() != b.is_floating_point() or a.dtype.is_complex:
-        return False
-    a, b = a.reshape(-1), b.reshape(-1)
-    if not a.is_floating_point():
-        return bool((a == b).all())
-    return bool(torch.allclose(a.float(), b.float(), rtol=1e-5, atol=1e-6, equal_nan=True))
-
-
-def rows_of(record: Record, tokens: int, width: int) -> list[Snap]:
-    """Finite floating values that are one row of `width` per token."""
-    fits = (s for s in record.snaps if s.value.is_floating_point() and s.value.shape[-1:] == (width,))
-    return [s for s in fits if s.value.numel() == tokens * width and bool(s.value.isfinite().all())]
-
-
 def fit(block: nn.Module, record: Record, bank: Bank, limits: tuple[tuple[float, float], ...] = ()) -> Iterator[Fit]:
     """All routed sums in a record that experts of the bank explain, most complete ones first; `NoFit` if none does."""
     evaluate = Evaluator(block)
@@ -251,7 +56,7 @@ def fit(block: nn.Module, record: Record, bank: Bank, limits: tuple[tuple[float,
     sizes = _sizes(record, bank)
     # What the experts read exists before any of their parameters is touched, and their sum afterwards.
     inputs = {
-        n: [s for s in _distinct(_given_first(rows_of(record, *n))) if s.time < start and _finite(s)] for n in sizes
+        n: [s for s in distinct(given_first(rows_of(record, *n))) if s.time < start and _finite(s)] for n in sizes
     }
     likely: dict[Snap, list[Reading]] = {}
 
@@ -261,13 +66,13 @@ def fit(block: nn.Module, record: Record, bank: Bank, limits: tuple[tuple[float,
             likely[x] = [r for r in readings(bank, width, limits) if _spans(evaluate, r, bank.experts, x, sums)]
         return likely[x]
 
-    for weighted, kinds in ((False, _usual), (False, unusual), (True, _usual)):
+    for weighted, kinds in ((False, usual), (False, unusual), (True, usual)):
         for n in [n for n in sizes if inputs[n]]:
             stage = max(stage, "no tensor chooses experts for tokens", key=_STAGES.index)
-            alive = _alive(record, n[0], {d for s in bank.matrices for d in s.shape[1:]}, start)
+            alive = alive_tokens(record, n[0], {d for s in bank.matrices for d in s.shape[1:]}, start)
             for rest, source, rows in kinds(record, n[0], bank.experts):
                 stage = _STAGES[2]
-                pick = _probe(rows, alive)
+                pick = probe_tokens(rows, alive)
                 plain: list[tuple[Snap, Snap | None]] = [(x, None) for x in inputs[n]]
                 pairs = _scaled(record, inputs[n], rows, bank.experts, start)
                 for x, scaled in itertools.islice(pairs, _PAIRS) if weighted else plain:
@@ -321,11 +126,6 @@ def _spans(evaluate: Evaluator, reading: Reading, E: int, x: Snap, sums: list[Sn
 _FEW = 1 << 24  # numbers in the weights that a test of all experts may gather
 
 
-def _usual(record: Record, tokens: int, E: int) -> Iterator[tuple[str, tuple[Snap, ...], Tensor]]:
-    yield from masks(record, tokens, E)
-    yield from (("", *found) for found in choices(record, tokens, E))
-
-
 _STAGES = (
     "no tensor holds the experts' inputs",
     "no tensor chooses experts for tokens",
@@ -367,7 +167,7 @@ def _scaled(record: Record, inputs: list[Snap], rows: Tensor, E: int, start: int
     """Inputs that are multiplied by weights before the experts see them."""
     tokens, k = rows.shape
     # Of equal values the last: that is the one in the dtype that the experts' inputs have.
-    for s in _distinct([s for s in reversed(record.snaps) if s.time < start]):
+    for s in distinct([s for s in reversed(record.snaps) if s.time < start]):
         v = s.value
         fits = (v.numel() == tokens * k and (v.shape[-1] == k or k == 1)) or (
             v.numel() == tokens * E and v.shape[-1] == E
@@ -415,26 +215,6 @@ def _sizes(record: Record, bank: Bank) -> list[tuple[int, int]]:
     counts = {v.numel() // max(1, v.shape[-1]) for v in given if v.dim() > 1}
     counts |= {o.tensor.numel() for o in record.inputs if not o.tensor.is_floating_point()}
     return [(n, d) for n in sorted(counts, reverse=True) for d in sorted(widths) if n > 0]
-
-
-def _alive(record: Record, tokens: int, widths: set[int], start: int) -> Tensor:
-    """For every token how many later values have something in its row: a dropped token has less."""
-    rows = [s.value.reshape(tokens, -1) for d in widths for s in rows_of(record, tokens, d) if s.time >= start]
-    return torch.stack([(r != 0).any(-1) for r in rows]).sum(0) if rows else torch.zeros(tokens, dtype=torch.long)
-
-
-def _probe(rows: Tensor, alive: Tensor) -> Tensor:
-    """A few tokens that were not dropped and that between them choose many experts."""
-    order: list[int] = []
-    seen: set[int] = set()
-    chosen, most = rows.tolist(), int(alive.max())
-    tokens = sorted(range(len(rows)), key=(-alive.cpu()).tolist().__getitem__)
-    for t in tokens:
-        if not seen.issuperset(chosen[t]) and (int(alive[t]) == most or len(order) < 3):
-            order.append(t)
-            seen.update(chosen[t])
-    rest = [t for t in tokens if t not in order]
-    return torch.tensor(sorted((order + rest)[:6]))
 
 
 def _sums(

@@ -18,9 +18,11 @@ from torch import nn
 from moefx.dialect.glu import glu_reference
 
 from .bank import Bank, Stack
-from .fit import ACTS, TOLERANCE, Role, _residues, rows_of
+from .choices import rows_of
+from .fit import TOLERANCE, _residues
 from .parts import MOVES, PRODUCTS, Pool, Run, Table, TooLargeError, directions, mix, roles_of, solved_tokens, sound
 from .pattern import missing
+from .reading import ACTS, Role
 from .record import Obj, Record, objects
 from .slice import RANDOM
 

@@ -14,7 +14,9 @@ import torch
 from moefx.dialect.glu import glu_reference
 
 from .bank import Bank, Stack
-from .fit import TOLERANCE, Reading, Role, _distinct, _sizes, choices, first_use, readings, rows_of
+from .choices import choices, distinct, rows_of
+from .fit import TOLERANCE, _sizes, first_use
+from .reading import Reading, Role, readings
 from .record import Obj, Record, Snap, objects
 
 Tensor = torch.Tensor
@@ -179,7 +181,7 @@ class Run:
         self.start = first_use(self.record, self.bank)
         self.pool = Pool([s for s in self.record.snaps if s.time >= self.start])
         for n, width in _sizes(self.record, self.bank):
-            xs = [s for s in _distinct(rows_of(self.record, n, width)) if s.time < self.start][-8:]
+            xs = [s for s in distinct(rows_of(self.record, n, width)) if s.time < self.start][-8:]
             options = [(rows, False) for _, rows in choices(self.record, n, self.bank.experts)][:6]
             every = torch.arange(self.bank.experts).expand(n, -1)
             for x in xs:

@@ -23,7 +23,7 @@ from moefx.dialect.experts import ExpertsSpec
 
 from .align import Dropping, InputDtype, Size
 from .bank import Stack
-from .fit import Reading, Role
+from .reading import Reading, Role
 from .record import function_name
 from .slice import Op, Program, Ref
 

@@ -143,8 +143,10 @@ class Inputs:
                 return drawn.to(dtype) if v.is_floating_point() and v.dim() > 1 else drawn
             noise = torch.randn(shape, generator=gen)
             common = torch.randn(shape[-1:], generator=gen)
+            # Some rows have the opposite in common: of two experts both are chosen.
+            side = torch.where(torch.rand(*shape[:-1], 1, generator=gen) < 0.25, -1.0, 1.0)
             value = {
-                "random": noise + common,
+                "random": noise + common * side,
                 "alike": 0.05 * noise + common,
                 "ties": noise * (torch.arange(max(1, noise.shape[-2]))[: noise.shape[-2], None] % 2),
                 "large": noise * (200 / max(1, shape[-1]) ** 0.5) + 3 * common,

@@ -37,11 +37,12 @@ $(STAMP): pyproject.toml constraints.txt
 train: $(STAMP)
 	$(abspath $(VENV))/bin/moefx train $(ARGS)
 
+# Every test computes on one thread (tests/conftest.py), so the cores are shared out among processes.
 test: $(STAMP)
-	$(PY) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal $(ARGS)
 
 nightly: $(STAMP)
-	$(PY) -m pytest -m nightly $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal -m nightly $(ARGS)
 
 bench: $(STAMP)
 	$(PY) benchmarks/step_time.py $(ARGS)

@@ -21,7 +21,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from . import compat
-from .errors import CaptureError, InputError, nearest
+from .errors import CaptureError, InputError, first_line, nearest
 
 Tensor = torch.Tensor
 
@@ -238,7 +238,7 @@ def _explained(e: Exception, model: nn.Module) -> CaptureError:
     stack: traceback.StackSummary | None = getattr(e, "real_stack", None)
     frames = [f for f in stack or [] if f"{'/'}torch{'/'}" not in f.filename]
     where = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}: {frames[-1].line}" if frames else None
-    first = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
+    first = first_line(e, type(e).__name__)
     if inner := re.search(r"raised exception (\w+\(.*\))", str(e)):
         first = f"{first} {inner[1]}"
     parameters = inspect.signature(model.forward).parameters

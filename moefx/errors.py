@@ -52,6 +52,11 @@ class MissingPackageError(MoefxError):
     """An optional package is needed for what was asked, and is not installed."""
 
 
+def first_line(e: BaseException, default: str = "") -> str:
+    """The first line of an error's text that says something."""
+    return next((line for line in str(e).splitlines() if line.strip()), default)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`"known are ..."` with the most similar name first, for error texts about a mistyped name."""
     names = sorted(known)

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from . import compat
 from .capture import Captured
-from .errors import CaptureError
+from .errors import CaptureError, first_line
 from .graph.edit import copy_graph
 
 Tensor = torch.Tensor
@@ -86,7 +86,7 @@ def _export(captured: Captured, grad: bool, inductor: bool) -> compat.ExportedGr
     try:
         return compat.export_graph(captured.gm, captured.args, captured.kwargs, grad=grad, inductor=inductor)
     except Exception as e:
-        first = next((line for line in str(e).splitlines() if line.strip()), "")
+        first = first_line(e)
         raise CaptureError(
             "the captured model could not be traced into a training graph",
             why=f"{type(e).__name__}: {first}",

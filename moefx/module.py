@@ -218,16 +218,15 @@ class OptimizedModule(nn.Module):
                 for s in program.inputs
             ]
         index = None if program.history_input is None else self._index(program)
-        return [
-            leaves[r]
-            if isinstance(r, int)
-            else self._history.read(index)
-            if r is None
-            else r()
-            if callable(r)
-            else r[0][r[1]]
-            for r in refs
-        ], index
+
+        def read(r: Any) -> Any:
+            if isinstance(r, int):
+                return leaves[r]
+            if r is None:
+                return self._history.read(index)
+            return r() if callable(r) else r[0][r[1]]
+
+        return [read(r) for r in refs], index
 
     def _index(self, program: Program) -> Tensor:
         """Rows of the history that a program reads, on the device where it runs."""

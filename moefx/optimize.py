@@ -33,6 +33,7 @@ from .report import Report
 from .verify import Verifier
 
 CODEGENS = ("inductor", "eager")
+GRAPH_LEVEL = ("raise_idioms", "unbind_experts")  # passes that find experts where no module was raised
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
         with stage("raise"):  # stage 1; what it installs stays until the joint graph is there
             blocks = undo.enter_context(raised(model, calls=calls, live=False))
             report.blocks = [b.to_dict() for b in blocks]
-            later = not o.strict and {"raise_idioms", "unbind_experts"} & set(o.passes.names)  # these work on the graph
+            later = not o.strict and set(GRAPH_LEVEL) & set(o.passes.names)  # these work on the graph
             if not (blocks or later) or (o.strict and not all(b.raised for b in blocks)):
                 raise _not_raised(model, blocks)
         with stage("capture") as done:  # stage 2
@@ -141,7 +142,7 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
             verifier = Verifier(compat.flat_inputs(captured.gm, args, kwargs), grad) if o.verify else None
             fakes = [value(n) for n in captured.graph.find_nodes(op="placeholder")]
             o.passes.run("model", captured.gm, report, compat.fake_mode_of(fakes), verifier)
-            rows = [r for r in report.passes if r.name in ("raise_idioms", "unbind_experts")]
+            rows = [r for r in report.passes if r.name in GRAPH_LEVEL]
             if not blocks and not any(r.matched for r in rows):
                 raise _not_raised(model, blocks)
             done(captured)

@@ -80,7 +80,7 @@ def _with_interface(model: nn.Module) -> list[Block]:
 
 def to_observe(model: nn.Module) -> dict[str, nn.Module]:
     """Modules of hand-written blocks whose calls must be seen (`raising.probe.observed`) before they can be raised."""
-    tries = chains(model, {b.path for b in _with_interface(model)})
+    tries = chains(model, {path for path, m in model.named_modules() if _is_interface(m)})
     return {path: model.get_submodule(path) for chain in tries for path in chain}
 
 

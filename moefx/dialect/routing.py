@@ -54,14 +54,12 @@ def _plan(idx_Tk: Tensor, E: int, align: int = 1) -> tuple[Tensor, Tensor, Tenso
 
 
 def _plan_fake(idx_Tk: Tensor, E: int, align: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    S = rows(idx_Tk.numel(), E, align)
-    long = torch.int64
-    return (
-        idx_Tk.new_empty(S, dtype=long),
-        idx_Tk.new_empty(S, dtype=long),
-        idx_Tk.new_empty(idx_Tk.shape, dtype=long),
-        idx_Tk.new_empty(E + 1, dtype=torch.int32),
-    )
+    return _maps_fake(idx_Tk, rows(idx_Tk.numel(), E, align), tuple(idx_Tk.shape), E)
+
+
+def _maps_fake(like: Tensor, S: int, slots: tuple[int, ...], E: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    token, order, slot = (like.new_empty(shape, dtype=torch.int64) for shape in ((S,), (S,), slots))
+    return token, order, slot, like.new_empty(E + 1, dtype=torch.int32)
 
 
 plan = define(
@@ -88,13 +86,7 @@ def _choice_plan(token_EC: Tensor, T: int, align: int = 1) -> tuple[Tensor, Tens
 
 def _choice_plan_fake(token_EC: Tensor, T: int, align: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     E, C = token_EC.shape
-    S, long = E * rows(C, 1, align), torch.int64
-    return (
-        token_EC.new_empty(S, dtype=long),
-        token_EC.new_empty(S, dtype=long),
-        token_EC.new_empty((T, E), dtype=long),
-        token_EC.new_empty(E + 1, dtype=torch.int32),
-    )
+    return _maps_fake(token_EC, E * rows(C, 1, align), (T, E), E)
 
 
 # Expert choice: expert e takes the C tokens token[e], all different. Pair (t, e) counts as choice e of token t, so that

@@ -37,6 +37,12 @@ class Stack:
         whole = get(self.names[0])
         return whole[: self.shape[0]] if self.spare else whole.view(self.shape)
 
+    def rows(self, get: Callable[[str], Tensor], experts: Tensor) -> Tensor:
+        """The parameters of the given experts [R] in float32, [R, ...], without building a stack of all."""
+        if len(self.names) == 1:
+            return self.gather(get)[experts].float()
+        return torch.stack([get(self.names[e]).float() for e in experts.tolist()])
+
     def __str__(self) -> str:
         return self.names[0] if len(self.names) == 1 else f"{self.names[0]} .. {self.names[-1]}"
 
@@ -53,11 +59,6 @@ class Bank:
     def names(self) -> frozenset[str]:
         """All parameters of the bank."""
         return frozenset(n for s in (*self.matrices, *self.vectors) for n in s.names)
-
-    @property
-    def listed(self) -> bool:
-        """Whether every expert has parameters of its own."""
-        return any(len(s.names) > 1 for s in self.matrices)
 
 
 def find_banks(block: nn.Module) -> list[Bank]:

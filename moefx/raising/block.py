@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from moefx.errors import first_line
+
 from .align import align
 from .bank import Bank, find_banks
 from .certify import FULL, SHORT, Certificate, Refuted, beyond, certify, own_cases
@@ -119,7 +121,7 @@ def _runs(copied: nn.Module, inputs: Inputs, bank: Bank) -> list[_Run]:
             if dtype == torch.float64:
                 plan.insert(i + 1, ((rows, inner), torch.float32))
                 continue
-            line = next(iter(str(e).splitlines()), "")
+            line = first_line(e)
             raise NotRaised(f"it fails on random inputs in float32: {type(e).__name__}: {line}", 1) from e
         finally:
             copied.float()

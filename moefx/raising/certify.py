@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from moefx.errors import first_line
+
 from .probe import Inputs
 
 Tensor = torch.Tensor
@@ -121,13 +123,13 @@ def certify(block: nn.Module, forward: Callable[..., Any], inputs: Inputs, cases
             want = _run(block, None, inputs, sizes, case, number)
         except Exception as e:  # the user's own code, on inputs that it may not be made for
             if number == 0:
-                raise Refuted(f"the block itself fails on random inputs: {type(e).__name__}: {_line(e)}") from e
-            done.skipped[str(case)] = f"the block itself fails: {type(e).__name__}: {_line(e)}"
+                raise Refuted(f"the block itself fails on random inputs: {type(e).__name__}: {first_line(e)}") from e
+            done.skipped[str(case)] = f"the block itself fails: {type(e).__name__}: {first_line(e)}"
             continue
         try:
             got = _run(block, forward, inputs, sizes, case, number)
         except Exception as e:
-            raise Refuted(f"{case}: the raised block fails: {type(e).__name__}: {_line(e)}") from e
+            raise Refuted(f"{case}: the raised block fails: {type(e).__name__}: {first_line(e)}") from e
         try:
             _compare(want, got, case, done, functools.partial(_exact, block, inputs, sizes, case, number))
         except Refuted:
@@ -155,10 +157,6 @@ def _exact(block: nn.Module, inputs: Inputs, sizes: Any, case: Case, seed: int) 
         return _run(block, None, inputs, sizes, case, seed, torch.float32)
     finally:
         block.to(case.dtype)
-
-
-def _line(e: Exception) -> str:
-    return next((line for line in str(e).splitlines() if line.strip()), "")
 
 
 def _run(
@@ -241,10 +239,10 @@ def _compare(want: _Run, got: _Run, case: Case, done: Certificate, exact: Callab
         assert a is not None
         assert b is not None
         limit = for_gradients
-        if case.dtype != torch.float32 and _error(a, b, scale) > limit:
+        if case.dtype != torch.float32 and relative(a, b, scale) > limit:
             # What is left of large terms that cancel is all rounding, the block's own included: that is the measure.
             true = (truth := truth or exact()).grads[key]
-            limit = max(limit, 0.0 if true is None else 2 * min(_error(true, a, scale), 0.5))
+            limit = max(limit, 0.0 if true is None else 2 * min(relative(true, a, scale), 0.5))
         error = _close(f"the gradient of {key}", a, b, scale, limit, case, scaled=True)
         worst["gradient"] = max(worst["gradient"], error)
     for key, b in want.buffers.items():
@@ -264,14 +262,14 @@ def _close(what: str, a: Tensor, b: Tensor, scale: Any, limit: float, case: Case
     if not bool((a.isfinite() == b.isfinite()).all()) or not bool((a.isnan() == b.isnan()).all()):
         raise Refuted(f"{case}: {what} is not finite where the original is, or the other way round")
     # What vanishes by cancellation is compared on the scale of the largest gradient, whose rounding it consists of.
-    error = _error(a.nan_to_num(), b.nan_to_num(), scale)
+    error = relative(a.nan_to_num(), b.nan_to_num(), scale)
     rounding = 2 * torch.finfo(case.dtype).eps * float(scale)
     if error > limit and not (scaled and float((a.nan_to_num() - b.nan_to_num()).norm()) <= rounding):
         raise Refuted(f"{case}: {what} differs by {error:.1e} (limit {limit:.0e})")
     return error
 
 
-def _error(a: Tensor, b: Tensor, scale: Any) -> float:
-    """Relative difference. What vanishes by cancellation is compared on the scale of the largest gradient."""
+def relative(a: Tensor, b: Tensor, scale: Any, noise: float = 1e-3) -> float:
+    """Relative difference in norm. What vanishes by cancellation is compared on the scale of the largest gradient."""
     a, b = a.double(), b.double()
-    return float((a - b).norm() / (a.norm() + 1e-3 * scale.double() + 1e-12))
+    return float((a - b).norm() / (a.norm() + noise * scale.double() + 1e-12))

@@ -67,6 +67,16 @@ def unusual(record: Record, tokens: int, E: int) -> Iterator[Choice]:
             yield "", (s,), rows
 
 
+def per_choice(v: Tensor, rows: Tensor, E: int, *, gates: bool) -> Tensor | None:
+    """A value [.., k], or with `gates` a matrix [.., E], as one number per choice [N, k]; None where it is neither."""
+    tokens, k = rows.shape
+    if gates and v.shape[-1:] == (E,) and v.numel() == tokens * E:
+        return v.reshape(tokens, E).gather(1, rows.clamp_max(E - 1)).float()
+    if not gates and v.numel() == tokens * k and (v.shape[-1:] == (k,) or k == 1):
+        return v.reshape(tokens, k).float()
+    return None
+
+
 def by_expert(values: Tensor, chosen: Tensor, width: int) -> Tensor:
     """Coefficients [N, k] summed for each expert of `width`, so that repeated ones can be compared: [N, width]."""
     return values.new_zeros(values.shape[0], width).scatter_add_(1, chosen, values)
@@ -143,8 +153,13 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 def rows_of(record: Record, tokens: int, width: int) -> list[Snap]:
     """Finite floating values that are one row of `width` per token."""
-    fits = (s for s in record.snaps if s.value.is_floating_point() and s.value.shape[-1:] == (width,))
-    return [s for s in fits if s.value.numel() == tokens * width and bool(s.value.isfinite().all())]
+    fits = (s for s in record.snaps if s.value.shape[-1:] == (width,) and s.value.numel() == tokens * width)
+    return [s for s in fits if sound(s.value)]
+
+
+def sound(v: Tensor) -> bool:
+    """Whether a value is of finite floating numbers."""
+    return v.is_floating_point() and bool(v.isfinite().all())
 
 
 def usual(record: Record, tokens: int, E: int) -> Iterator[tuple[str, tuple[Snap, ...], Tensor]]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .choices import by_expert
+from .choices import by_expert, per_choice
 from .fit import Fit, NoFit
 from .record import Record, Snap
 
@@ -63,14 +63,11 @@ def explain(record: Record, fit: Fit) -> list[Weights]:
     masked: list[tuple[Snap, bool]] = []
     scaled: list[Weights] = []
     for s in _usable(record, fit):
-        v = s.value
         for gates in (False, True):
-            if gates and v.shape[-1:] == (fit.experts,) and v.numel() == tokens * fit.experts:
-                values = seen(v.reshape(tokens, -1).gather(1, fit.chosen.clamp_max(fit.experts - 1)).float())
-            elif not gates and v.numel() == tokens * k and (v.shape[-1] == k or k == 1):
-                values = seen(v.reshape(tokens, k).float())
-            else:
+            each = per_choice(s.value, fit.chosen, fit.experts, gates=gates)
+            if each is None:
                 continue
+            values = seen(each)
             if _close(values, fit.c):
                 exact.append(Weights(s, gates))
             elif _close(values * kept, fit.c):

@@ -17,7 +17,18 @@ import torch
 from torch import nn
 
 from .bank import Bank
-from .choices import alive_tokens, distinct, given_first, probe_tokens, rows_of, same, unusual, usual
+from .choices import (
+    alive_tokens,
+    distinct,
+    given_first,
+    per_choice,
+    probe_tokens,
+    rows_of,
+    same,
+    sound,
+    unusual,
+    usual,
+)
 from .reading import Evaluator, Reading, readings
 from .record import Record, Snap, objects
 
@@ -53,11 +64,9 @@ def fit(block: nn.Module, record: Record, bank: Bank, limits: tuple[tuple[float,
     evaluate = Evaluator(block)
     stage = "no tensor holds the experts' inputs"
     start = first_use(record, bank)
-    sizes = _sizes(record, bank)
+    sizes = sizes_of(record, bank)
     # What the experts read exists before any of their parameters is touched, and their sum afterwards.
-    inputs = {
-        n: [s for s in distinct(given_first(rows_of(record, *n))) if s.time < start and _finite(s)] for n in sizes
-    }
+    inputs = {n: [s for s in distinct(given_first(rows_of(record, *n))) if s.time < start] for n in sizes}
     likely: dict[Snap, list[Reading]] = {}
 
     def able(x: Snap, width: int) -> list[Reading]:
@@ -117,9 +126,8 @@ def _spans(evaluate: Evaluator, reading: Reading, E: int, x: Snap, sums: list[Sn
     ys = [y[some] for y in ys if bool(y.norm() > 0)]
     if not ys:
         return False
-    b = torch.stack(ys, -1).cpu()
-    a = a.transpose(1, 2).double().cpu()
-    left = (a @ torch.linalg.lstsq(a, b, rcond=1e-9, driver="gelsd").solution - b).norm(dim=1)
+    b = torch.stack(ys, -1)
+    left = least_squares(a.transpose(1, 2), b, 1e-9)[1]
     return bool((left <= TOLERANCE * b.norm(dim=1).amax(0, keepdim=True)).all(0).any())
 
 
@@ -144,35 +152,26 @@ def first_use(record: Record, bank: Bank) -> int:
     return next(uses, len(record.steps))
 
 
-def _finite(s: Snap) -> bool:
-    return bool(s.value.isfinite().all())
-
-
 def _inputs(x: Snap, scaled: Snap | None, rows: Tensor, E: int) -> Tensor:
     """Input rows of the experts, one per choice: [N, k, H]."""
     tokens, k = rows.shape
     values = x.value.reshape(tokens, 1, -1).float().expand(tokens, k, -1)
-    return values if scaled is None else values * _factors(scaled, rows, E)[..., None]
+    factors = None if scaled is None else _factors(scaled, rows, E)
+    return values if factors is None else values * factors[..., None]
 
 
-def _factors(s: Snap, rows: Tensor, E: int) -> Tensor:
-    """Values [.., k] or a gate matrix [.., E] as [N, k]."""
-    tokens, k = rows.shape
-    if s.value.numel() == tokens * E and s.value.shape[-1] == E:
-        return s.value.reshape(tokens, E).gather(1, rows.clamp_max(E - 1)).float()
-    return s.value.reshape(tokens, k).float()
+def _factors(s: Snap, rows: Tensor, E: int) -> Tensor | None:
+    """What a gate matrix [.., E] or a value [.., k] says of every choice."""
+    found = per_choice(s.value, rows, E, gates=True)
+    return per_choice(s.value, rows, E, gates=False) if found is None else found
 
 
 def _scaled(record: Record, inputs: list[Snap], rows: Tensor, E: int, start: int) -> Iterator[tuple[Snap, Snap]]:
     """Inputs that are multiplied by weights before the experts see them."""
-    tokens, k = rows.shape
     # Of equal values the last: that is the one in the dtype that the experts' inputs have.
     for s in distinct([s for s in reversed(record.snaps) if s.time < start]):
         v = s.value
-        fits = (v.numel() == tokens * k and (v.shape[-1] == k or k == 1)) or (
-            v.numel() == tokens * E and v.shape[-1] == E
-        )
-        if v.is_floating_point() and fits and bool(v.isfinite().all()) and not bool((v == 1).all()):
+        if sound(v) and _factors(s, rows, E) is not None and not bool((v == 1).all()):
             for x in inputs:
                 yield x, s
 
@@ -208,7 +207,7 @@ def _near(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).norm() <= TOLERANCE * b.norm()) and bool(b.norm() > 0)
 
 
-def _sizes(record: Record, bank: Bank) -> list[tuple[int, int]]:
+def sizes_of(record: Record, bank: Bank) -> list[tuple[int, int]]:
     """(tokens, features) that the block's inputs and the bank allow."""
     widths = {d for s in bank.matrices for d in s.shape[1:]}
     given = [s.value for s in record.snaps if s.obj.source == "input" and s.time < 0]
@@ -244,17 +243,17 @@ def _sums(
 
     z = outputs(pick)
     width = z.shape[-1]
-    ys = [s for s in rows_of(record, tokens, width) if s.time >= start and _finite(s)]
-    if not ys or width <= k or not bool(z.isfinite().all()):
+    ys = [s for s in rows_of(record, tokens, width) if s.time >= start]
+    if not ys or width <= k:
         return []
     b = torch.stack([s.value.reshape(tokens, width)[pick].float() for s in ys], -1)
-    good = _residues(z.transpose(1, 2), b)[1]
+    good = residues(z.transpose(1, 2), b)[1]
     found: list[Fit] = []
     for i, y in enumerate(ys):
         if not good[i] or any(f.y.obj is y.obj and same(y.value, f.y.value) for f in found):
             continue
         full = outputs(None)
-        c, fine = _residues(full.transpose(1, 2), y.value.reshape(tokens, width, 1).float())
+        c, fine = residues(full.transpose(1, 2), y.value.reshape(tokens, width, 1).float())
         if fine[0]:
             # The same object may be written again with nothing new, by experts without rows: the last time counts.
             y = [s for s in ys if s.obj is y.obj and same(s.value, y.value)][-1]
@@ -267,15 +266,23 @@ def _sums(
     return found
 
 
-def _residues(a: Tensor, b: Tensor) -> tuple[Tensor, list[bool]]:
+def residues(a: Tensor, b: Tensor) -> tuple[Tensor, list[bool]]:
     """Coefficients [n, k, y] of b [n, D, y] in terms of a [n, D, k], and for which y nothing is left over."""
     if not bool(a.isfinite().all()):
         return torch.zeros(*a.shape[::2], b.shape[-1]), [False] * b.shape[-1]
-    # Repeated experts, and choices that contribute nothing, leave the rank short: this solver (CPU only) allows for it.
-    c = torch.linalg.lstsq(a.double().cpu(), b.double().cpu(), rcond=1e-6, driver="gelsd").solution.to(a.device)
-    left = (a.double() @ c - b).norm(dim=1)
+    c, left = least_squares(a, b)
     size = b.double().norm(dim=1)
     scale = size.amax(0, keepdim=True)
     fine = (left <= TOLERANCE * scale) & (scale > 1e-6)
     filled = (size > 1e-6 * scale).sum(0) >= min(2, a.shape[0])
     return c.float(), (fine.all(0) & filled).tolist()
+
+
+def least_squares(a: Tensor, b: Tensor, rcond: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """Coefficients [n, k, y] in float64 of b [n, D, y] in terms of a [n, D, k], and the norms of what is left [n, y].
+
+    Repeated experts, and choices that contribute nothing, leave the rank short: this solver (CPU only) allows for it.
+    """
+    a, b = a.double(), b.double()
+    c: Tensor = torch.linalg.lstsq(a.cpu(), b.cpu(), rcond=rcond, driver="gelsd").solution.to(a.device)
+    return c, (a @ c - b).norm(dim=1)

@@ -18,11 +18,11 @@ from torch import nn
 from moefx.dialect.glu import glu_reference
 
 from .bank import Bank, Stack
-from .choices import rows_of
-from .fit import TOLERANCE, _residues
-from .parts import MOVES, PRODUCTS, Pool, Run, Table, TooLargeError, directions, mix, roles_of, solved_tokens, sound
+from .choices import rows_of, sound
+from .fit import TOLERANCE, residues
+from .parts import MOVES, PRODUCTS, Pool, Run, Table, TooLargeError, directions, mix, roles_of, solved_tokens
 from .pattern import missing
-from .reading import ACTS, Role
+from .reading import ACTS, Evaluator, Role
 from .record import Obj, Record, objects
 from .slice import RANDOM
 
@@ -36,12 +36,12 @@ def difference(
 
     None where it is too large to be looked at, or nothing specific was found.
     """
-    params: dict[str, Tensor] = dict(block.named_parameters(remove_duplicate=False))
+    evaluate = Evaluator(block)
     device = next((s.value.device for s in records[0].snaps), torch.device("cpu"))
     try:
         # Where new tensors are on the CPU by themselves, the context would only slow every call down.
         with torch.no_grad(), nullcontext() if device.type == "cpu" else torch.device(device):
-            return _diagnosis([Run(r, bank, limits, params) for r in records])
+            return _diagnosis([Run(r, bank, limits, evaluate) for r in records])
     except TooLargeError:
         return None
 
@@ -137,7 +137,7 @@ def _solved(run: Run) -> tuple[Tensor, Tensor, tuple[int, int] | None] | None:
             continue
         b = torch.stack([s.value.reshape(n, width).float() for s in ys], -1)
         some = torch.eye(width) if width <= 4 * E + 16 else mix(width, 4 * E + 16)
-        c, fine = _residues(some.T @ t.z.transpose(1, 2), some.T @ b)
+        c, fine = residues(some.T @ t.z.transpose(1, 2), some.T @ b)
         for i in (i for i, f in enumerate(fine) if f):
             counts = c[..., i].abs() > 1e-4 * c[..., i].abs().max()
             if best is None or int(counts.sum()) >= int(best[1].sum()):
@@ -168,7 +168,7 @@ def _made_of_outputs(run: Run, t: Table, known: bool) -> str | None:
     flat = [s.value.reshape(n, width).float() for s in ys]
     x = t.x.value.reshape(n, -1).float()
     if flat and x.shape[-1] == width > k + 1:
-        c, fine = _residues(torch.cat([t.z, x[:, None]], 1).transpose(1, 2), torch.stack(flat, -1))
+        c, fine = residues(torch.cat([t.z, x[:, None]], 1).transpose(1, 2), torch.stack(flat, -1))
         for i in (i for i, f in reversed(list(enumerate(fine))) if f):
             own, direct = c[:, :k, i].sum(1), c[:, k, i]
             if bool((direct.abs() > TOLERANCE).all()):

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from moefx.dialect.glu import glu_reference
-
-from .bank import Bank, Stack
+from .bank import Bank
 from .choices import choices, distinct, rows_of
-from .fit import TOLERANCE, _sizes, first_use
-from .reading import Reading, Role, readings
+from .fit import TOLERANCE, first_use, least_squares, sizes_of
+from .reading import Evaluator, Reading, Role, readings
 from .record import Obj, Record, Snap, objects
 
 Tensor = torch.Tensor
@@ -133,11 +131,6 @@ def mix(width: int, count: int) -> Tensor:
     return moved
 
 
-def sound(v: Tensor) -> bool:
-    """Whether a value is of finite floating numbers."""
-    return v.is_floating_point() and bool(v.isfinite().all())
-
-
 def directions(rows: Tensor) -> Tensor:
     """Rows of length one."""
     size: Tensor = rows.norm(dim=-1, keepdim=True)
@@ -173,14 +166,14 @@ class Run:
     record: Record
     bank: Bank
     limits: tuple[tuple[float, float], ...]
-    params: dict[str, Tensor]
+    evaluate: Evaluator
     tables: list[Table] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.work = 0.0
         self.start = first_use(self.record, self.bank)
         self.pool = Pool([s for s in self.record.snaps if s.time >= self.start])
-        for n, width in _sizes(self.record, self.bank):
+        for n, width in sizes_of(self.record, self.bank):
             xs = [s for s in distinct(rows_of(self.record, n, width)) if s.time < self.start][-8:]
             options = [(rows, False) for _, rows in choices(self.record, n, self.bank.experts)][:6]
             every = torch.arange(self.bank.experts).expand(n, -1)
@@ -193,25 +186,12 @@ class Run:
                 self.tables = [t for t in self.tables if not t.dense]
                 self.work = 0.0
 
-    def matrix(self, stack: Stack, e: int) -> Tensor:
-        """The parameter of one expert."""
-        if len(stack.names) == 1:
-            return self.params[stack.names[0]].detach().view(stack.shape)[e].float()
-        return self.params[stack.names[e]].detach().float()
-
     def product(self, role: Role, x: Tensor, experts: Tensor) -> Tensor:
-        """Rows [R, in] times the matrices of their experts, one expert at a time: large ones are never gathered."""
+        """Rows [R, in] times the matrices of their experts; `TooLargeError` when all this becomes too much."""
         self.work += 2.0 * len(x) * math.prod(role.stack.shape[1:])
         if self.work > _WORK:
             raise TooLargeError
-        out = x.new_zeros(len(x), role.stack.shape[2 if role.turned else 1])
-        for e in experts.unique():
-            own = experts == e
-            w = self.matrix(role.stack, int(e))
-            out[own] = x[own] @ (w if role.turned else w.T)
-            if role.bias is not None:
-                out[own] += self.matrix(role.bias, int(e))
-        return out
+        return self.evaluate.linear(x, role, experts)
 
     def _look(self, x: Snap, rows: Tensor, width: int, dense: bool) -> Iterator[Table]:
         n, k = rows.shape
@@ -230,12 +210,8 @@ class Run:
         for reading in readings(self.bank, width, self.limits):
             if any(r not in found for r in reading.up):
                 continue
-            h = torch.cat([made[r] for r in reading.up], -1)
-            if reading.swapped:
-                pairs = reading.kind.interleaved
-                h = h.unflatten(-1, (-1, 2) if pairs else (2, -1)).flip(-1 if pairs else -2).flatten(-2)
             first = torch.stack([found[r] for r in reading.up]).all(0)
-            a = glu_reference(h, None, str(reading.kind))
+            a = reading.activation([made[r] for r in reading.up])
             hidden = self.pool.holds(a).view(n, k)
             z, outputs = None, none
             if bool(hidden.any()):
@@ -266,20 +242,16 @@ class Run:
 
 
 def roles_of(bank: Bank, width: int) -> Iterator[Role]:
-    for s in bank.matrices:
-        for turned in (False, True):
-            if s.shape[1 if turned else 2] == width:
-                out = s.shape[2 if turned else 1]
-                for bias in (None, *(v for v in bank.vectors if v.shape[1] == out)):
-                    yield Role(s, turned, bias)
+    for role in (Role(s, turned) for s in bank.matrices for turned in (False, True)):
+        if role.into == width:
+            for bias in (None, *(v for v in bank.vectors if v.shape[1] == role.out)):
+                yield replace(role, bias=bias)
 
 
 def solved_tokens(z: Tensor, ys: list[Tensor]) -> tuple[int, int]:
     """For how many tokens the best of `ys` is a sum of z [N, k, D]; and of all k of them, with no weight of zero."""
-    a = z.transpose(1, 2).double()
-    b = torch.stack(ys, -1).double()
-    c = torch.linalg.lstsq(a, b).solution
-    left = (a @ c - b).norm(dim=1)
+    b = torch.stack(ys, -1)
+    c, left = least_squares(z.transpose(1, 2), b)
     size = b.norm(dim=1)
     fine = (left <= TOLERANCE * size) & (size > 1e-6 * size.amax(0))
     full = (c.abs() > 1e-4 * c.abs().amax((0, 1))).all(1)

@@ -13,16 +13,17 @@ import torch
 from torch import fx
 
 from moefx import compat
+from moefx.errors import first_line
 from moefx.graph.effects import mutated
 
 from .align import Dropping
-from .certify import LIMITS
+from .certify import LIMITS, relative
 from .colour import tensor
 from .explain import CapacityRule, Weights
 from .fit import Fit
 from .record import Obj
-from .replay import _Emitter
-from .slice import NoSlice, Region, _experts
+from .replay import Emitter
+from .slice import NoSlice, Region, experts_op
 from .stretch import Stretch, base
 
 Tensor = torch.Tensor
@@ -61,12 +62,12 @@ def make_patch(stretch: Stretch, fit: Fit, weights: Weights) -> Patch:
     if weights.capacity is not None and dynamic:
         raise NoSlice("experts have a capacity, and the number of tokens is a symbol")
     read = tuple(s.value for s in {s.obj: s for s in region.inputs}.values())
-    emitter = _Emitter(read, {}, [f"arg{i}" for i in range(len(read))])
+    emitter = Emitter(read, {}, [f"arg{i}" for i in range(len(read))])
     leaf = dict(zip({s.obj: s for s in region.inputs}, emitter.leaves, strict=True))
     by_name = {n.name: n for n in stretch.inputs}
     values = {name: t for name, n in by_name.items() if (t := tensor(n)) is not None}
     emitter.dims = lambda name: values[name].dim()
-    detail = _experts(region, {}, leaf.__getitem__).kwargs
+    detail = experts_op(region, {}, leaf.__getitem__).kwargs
     capacity = weights.capacity
     drop = None
     if capacity is not None:
@@ -98,7 +99,7 @@ def _changed(stretch: Stretch, node: fx.Node, since: int, until: int) -> bool:
     return any(base(m) is mine for n in stretch.nodes[since + 1 : until + 1] for m in mutated(n))
 
 
-def _with_parameters(emitter: _Emitter, by_name: dict[str, fx.Node]) -> list[fx.Node]:
+def _with_parameters(emitter: Emitter, by_name: dict[str, fx.Node]) -> list[fx.Node]:
     """Put placeholders and the assembling of stacks in the place of `get_attr` nodes; the placeholders' nodes."""
     graph, made = emitter.graph, dict[str, fx.Node]()
     tracer = fx.proxy.GraphAppendingTracer(graph)
@@ -206,14 +207,16 @@ def _compare(
         env = stretch.run(held, wide=wide, upto=patch.end + 1)
     except Exception as e:
         if wide:
-            raise NotProvedError(f"{kind} values: the graph fails: {type(e).__name__}: {_line(e)}") from e
+            raise NotProvedError(f"{kind} values: the graph fails: {type(e).__name__}: {first_line(e)}") from e
         return values
     want = env[patch.y]
     with torch.enable_grad():
         try:
             got = patch(env)
         except Exception as e:
-            raise NotProvedError(f"{kind} values: the rewritten graph fails: {type(e).__name__}: {_line(e)}") from e
+            raise NotProvedError(
+                f"{kind} values: the rewritten graph fails: {type(e).__name__}: {first_line(e)}"
+            ) from e
     if not wide and got.dtype != want.dtype:
         final: Any = patch.graph.output_node().args[0]
         with patch.graph.inserting_before(patch.graph.output_node()):
@@ -255,14 +258,8 @@ def _compare(
 def _close(what: str, a: Tensor, b: Tensor, scale: Tensor, limit: float, errors: dict[str, float], key: str) -> None:
     if a.shape != b.shape or a.dtype != b.dtype:
         raise NotProvedError(f"{what} is {b.dtype} {tuple(b.shape)}, not {a.dtype} {tuple(a.shape)}")
-    x, y = a.detach().double(), b.detach().double()
-    # What vanishes by cancellation is compared on the scale of the largest gradient.
     noise = 0.1 if a.dtype in (torch.bfloat16, torch.float16) else 1e-3
-    error = float((x - y).norm() / (x.norm() + noise * scale + 1e-12))
+    error = relative(a.detach(), b.detach(), scale, noise)
     errors[key] = max(errors.get(key, 0.0), error)
     if not error <= limit:
         raise NotProvedError(f"{what} differs by {error:.1e} (limit {limit:.0e})")
-
-
-def _line(e: Exception) -> str:
-    return next((line for line in str(e).splitlines() if line.strip()), "")

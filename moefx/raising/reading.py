@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,6 +26,16 @@ class Role:
     turned: bool = False
     bias: Stack | None = None
 
+    @property
+    def into(self) -> int:
+        """Features that the product takes."""
+        return self.stack.shape[1 if self.turned else 2]
+
+    @property
+    def out(self) -> int:
+        """Features that it gives."""
+        return self.stack.shape[2 if self.turned else 1]
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -41,11 +51,18 @@ class Reading:
         """Whether the products have biases."""
         return self.down.bias is not None or any(r.bias is not None for r in self.up)
 
-    @property
-    def names(self) -> frozenset[str]:
-        """All parameters that are read."""
-        roles = (*self.up, self.down)
-        return frozenset(n for r in roles for s in (r.stack, r.bias) if s is not None for n in s.names)
+    def activation(self, products: Sequence[Tensor]) -> Tensor:
+        """What goes into the second product [R, I], from the first products in the order of `up`."""
+        h = torch.cat(list(products), -1)
+        return glu_reference(swap_halves(h, 1, self.kind.interleaved) if self.swapped else h, None, str(self.kind))
+
+
+def swap_halves(t: Tensor, dim: int, interleaved: bool) -> Tensor:
+    """Gate and up in the other order along an axis, where they are two halves, or alternate."""
+    if interleaved:
+        flipped: Tensor = t.unflatten(dim, (-1, 2)).flip(dim + 1).flatten(dim, dim + 1)
+        return flipped
+    return torch.cat(t.chunk(2, dim)[::-1], dim)
 
 
 def readings(bank: Bank, hidden: int, limits: tuple[tuple[float, float], ...]) -> Iterator[Reading]:
@@ -55,14 +72,13 @@ def readings(bank: Bank, hidden: int, limits: tuple[tuple[float, float], ...]) -
     clamps = [GluKind("clamp", True, i, *pair) for pair in limits for i in (True, False)]
     plain = [GluKind(a, gated=False) for a in ACTS]
     for *ups, down in itertools.permutations(bank.matrices):
-        layouts = [[t for t in (False, True) if s.shape[1 if t else 2] == hidden] for s in ups]
-        for turned in itertools.product(*layouts):
-            width = sum(s.shape[2 if t else 1] for s, t in zip(ups, turned, strict=True))
-            if len(ups) == 2 and len({s.shape[2 if t else 1] for s, t in zip(ups, turned, strict=True)}) > 1:
+        layouts = [[r for t in (False, True) if (r := Role(s, t)).into == hidden] for s in ups]
+        for roles in itertools.product(*layouts):
+            width = sum(r.out for r in roles)
+            if len({r.out for r in roles}) > 1:
                 continue
-            for down_turned in (False, True):
-                inner = down.shape[1 if down_turned else 2]
-                roles = [Role(s, t) for s, t in zip(ups, turned, strict=True)]
+            for second in (Role(down, False), Role(down, True)):
+                inner = second.into
                 if width == 2 * inner:
                     kinds = gated if len(ups) == 2 else [*gated, *joint, *clamps]
                     options = [(k, s) for k in kinds for s in (False, True) if not (s and len(ups) == 2)]
@@ -70,15 +86,14 @@ def readings(bank: Bank, hidden: int, limits: tuple[tuple[float, float], ...]) -
                     options = [(k, False) for k in plain]
                 else:
                     continue
-                for with_bias in _biases(bank, [*roles, Role(down, down_turned)]):
+                for with_bias in _biases(bank, [*roles, second]):
                     for kind, swapped in options:
                         yield Reading(kind, tuple(with_bias[:-1]), with_bias[-1], swapped)
 
 
 def _biases(bank: Bank, roles: list[Role]) -> Iterator[list[Role]]:
     """Assignments of the bank's vectors to roles, all of them used first."""
-    outs = [r.stack.shape[2 if r.turned else 1] for r in roles]
-    options = [[None, *(v for v in bank.vectors if v.shape[1] == out)] for out in outs]
+    options = [[None, *(v for v in bank.vectors if v.shape[1] == r.out)] for r in roles]
     chosen = [c for c in itertools.product(*options) if len({v for v in c if v}) == sum(v is not None for v in c)]
     for c in sorted(chosen, key=lambda c: sum(v is None for v in c)):
         yield [replace(r, bias=v) for r, v in zip(roles, c, strict=True)]
@@ -92,24 +107,21 @@ class Evaluator:
         self._pre: dict[tuple[int, int, bool, Role], Tensor] = {}
         self._kept: list[Tensor] = []
 
-    def _rows(self, stack: Stack, experts: Tensor) -> Tensor:
-        """Parameters of the given experts [R, ...] without building the whole stack."""
-        if len(stack.names) == 1:
-            return stack.gather(lambda n: self.params[n].detach())[experts].float()
-        return torch.stack([self.params[stack.names[e]].detach().float() for e in experts.tolist()])
+    def _get(self, name: str) -> Tensor:
+        return self.params[name].detach()
 
-    def _linear(self, x: Tensor, role: Role, experts: Tensor) -> Tensor:
+    def linear(self, x: Tensor, role: Role, experts: Tensor) -> Tensor:
+        """Rows x [R, in] times the matrices of their experts [R], plus biases: [R, out]."""
         if experts.numel() > _GATHERED:
-            out = role.stack.shape[2 if role.turned else 1]
-            y = x.new_zeros(len(x), out, dtype=torch.float32)
+            y = x.new_zeros(len(x), role.out, dtype=torch.float32)
             for e in experts.unique():
                 mine = (experts == e).nonzero()[:, 0]
-                w = self._rows(role.stack, e[None])[0]
+                w = role.stack.rows(self._get, e[None])[0]
                 y[mine] = x[mine].float() @ (w if role.turned else w.t())
-            return y if role.bias is None else y + self._rows(role.bias, experts)
-        w = self._rows(role.stack, experts)
-        y = torch.einsum("ri,rio->ro", x, w) if role.turned else torch.einsum("ri,roi->ro", x, w)
-        return y if role.bias is None else y + self._rows(role.bias, experts)
+        else:
+            w = role.stack.rows(self._get, experts)
+            y = torch.einsum("ri,rio->ro" if role.turned else "ri,roi->ro", x, w)
+        return y if role.bias is None else y + role.bias.rows(self._get, experts)
 
     def __call__(self, reading: Reading, x: Tensor, rows: Tensor, pick: Tensor | None = None) -> Tensor:
         """f_e(x) of input rows x [N, k, H] and experts [N, k], for all or the picked tokens: [n, k, H].
@@ -123,13 +135,7 @@ class Evaluator:
             key = (id(x), id(rows), pick is None, role)
             if key not in self._pre:
                 self._kept += [x, rows]
-                self._pre[key] = self._linear(flat, role, experts)
+                self._pre[key] = self.linear(flat, role, experts)
             parts.append(self._pre[key])
-        h = torch.cat(parts, -1)
-        if reading.swapped:
-            if reading.kind.interleaved:
-                h = h.view(*h.shape[:-1], -1, 2).flip(-1).flatten(-2)
-            else:
-                h = torch.cat(h.chunk(2, -1)[::-1], -1)
-        z = self._linear(glu_reference(h, None, str(reading.kind)), reading.down, experts)
+        z = self.linear(reading.activation(parts), reading.down, experts)
         return z.view(*chosen.shape, z.shape[-1])

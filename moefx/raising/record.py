@@ -16,8 +16,6 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 Tensor = torch.Tensor
-# Reading a value into Python: what follows may depend on it.
-READS = frozenset({"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__contains__"})
 _LARGEST = 1 << 22  # elements of a value that is kept; larger ones (gathered weights) are no rows of tokens
 
 
@@ -90,7 +88,6 @@ class Record:
     inputs: list[Obj] = field(default_factory=list)
     out: Any = None
     out_type: type | None = None  # of a dict with attributes, such as transformers' outputs
-    reads: list[str] = field(default_factory=list)
     hooked: frozenset[str] = frozenset()  # paths of submodules with forward hooks
 
 
@@ -165,8 +162,6 @@ class _Recorder(TorchFunctionMode):
         if isinstance(out, Tensor) and id(out) in self.known and all(o.tensor._version == v for o, v in versions):
             # A cast or copy that had nothing to do in this run, and may have in another: its result is another object.
             out = out.view_as(out)
-        if name in READS:
-            self.record.reads.append(name)
         self.note(func, before, versions, out)
         return out
 

@@ -23,7 +23,7 @@ from moefx.dialect.experts import ExpertsSpec
 
 from .align import Dropping, InputDtype, Size
 from .bank import Stack
-from .reading import Reading, Role
+from .reading import Reading, Role, swap_halves
 from .record import function_name
 from .slice import Op, Program, Ref
 
@@ -70,7 +70,7 @@ class Assembly:
         stack = self._stack(role)
         if stack is None:
             known = next(s for r in self.roles if (s := self._stack(r)) is not None)
-            return get(known.names[0]).new_zeros(role.stack.shape[0], role.stack.shape[2 if role.turned else 1])
+            return get(known.names[0]).new_zeros(role.stack.shape[0], role.out)
         whole = stack.gather(get)
         return whole.transpose(1, 2) if self.part == "weight" and role.turned else whole
 
@@ -85,12 +85,7 @@ class Assembly:
             return joined.view(stacks[0].shape[0], 2 * stacks[0].shape[1], *stacks[0].shape[2:])
         parts = [self._whole(r, get) for r in self.roles]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        if not self.swapped:
-            return whole
-        if self.interleaved:
-            flipped: Tensor = whole.unflatten(1, (-1, 2)).flip(2).flatten(1, 2)
-            return flipped
-        return torch.cat(whole.chunk(2, 1)[::-1], 1)
+        return swap_halves(whole, 1, self.interleaved) if self.swapped else whole
 
 
 @dataclass
@@ -135,7 +130,7 @@ def _builder(assembly: Assembly, block: nn.Module) -> Callable[[], Tensor]:
     return build_experts
 
 
-class _Emitter:
+class Emitter:
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str]) -> None:
         self.graph = fx.Graph()
         self.leaves: list[fx.Node] = []
@@ -253,7 +248,7 @@ class _Emitter:
                 stacks = [r.stack if part == "weight" else r.bias for r in roles]
                 first = stacks[0]
                 if not any(stacks):
-                    rows = sum(r.stack.shape[2 if r.turned else 1] for r in roles)
+                    rows = sum(r.out for r in roles)
                     node = self.graph.call_method("new_zeros", (nodes[-1], (roles[0].stack.shape[0], rows)))
                 elif len(stacks) == 1 and first is not None and len(first.names) == 1 and not swapped:
                     node = self.graph.get_attr(first.names[0])
@@ -352,7 +347,7 @@ def emit(
     program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], block: nn.Module, out_type: type | None
 ) -> Replay:
     """The graph of a program; `args` and `kwargs` show how the block is called."""
-    emitter = _Emitter(args, kwargs, _names(block, args, kwargs))
+    emitter = Emitter(args, kwargs, _names(block, args, kwargs))
     params = dict(block.named_parameters(remove_duplicate=False))
     emitter.parameter = next(iter(params))
     emitter.dims = lambda name: params[name].dim()

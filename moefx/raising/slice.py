@@ -232,7 +232,7 @@ def cut(record: Record, region: Region, bank: frozenset[str], paths: dict[str, f
     pending = sorted([*units, region], key=lambda u: ready if isinstance(u, Region) else slicer.position(u))
     for unit in pending:
         if isinstance(unit, Region):
-            region_at.append(add(_experts(unit, at, read(unit.time + 1))))
+            region_at.append(add(experts_op(unit, at, read(unit.time + 1))))
             continue
         if isinstance(unit, Step) and unit.autocast:
             raise NoSlice("it enters an autocast region outside of a submodule")
@@ -265,7 +265,7 @@ def _harmless(step: Step) -> bool:
     return p == 0 or not training
 
 
-def _experts(region: Region, at: dict[Obj, Ref], read: Any) -> Op:
+def experts_op(region: Region, at: dict[Obj, Ref], read: Any) -> Op:
     fit, w = region.fit, region.weights
 
     def ref(s: Snap | None) -> Any:

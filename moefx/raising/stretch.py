@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 
 from moefx import compat
+from moefx.errors import first_line
 from moefx.graph.edit import value
 from moefx.graph.effects import modes, mutated, name_of, view_source
 
@@ -158,7 +159,7 @@ class Stretch:
             self.run(values, wide=True, after=after)
         except Exception as e:
             if len(found.steps) <= last:
-                line = next(iter(str(e).splitlines()), "")
+                line = first_line(e)
                 raise NoStretchError(f"it fails on random values: {type(e).__name__}: {line}") from e
             del self.nodes[len(found.steps) :]
         return found, params

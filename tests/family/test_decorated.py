@@ -286,7 +286,7 @@ LEFT_ALONE = {
     "LongcatFlashExperts": ("longcat_flash", "LongcatFlashConfig", "gate_up_proj, down_proj"),
     "DbrxExperts": ("dbrx", "DbrxConfig", "w1, v1, w2"),
     "JetMoeMoE": ("jetmoe", "JetMoeConfig", "weight"),
-    "NllbMoeSparseMLP": ("nllb_moe", "NllbMoeConfig", "different parameters"),
+    "NllbMoeSparseMLP": ("nllb_moe", "NllbMoeConfig", "hand-written loop"),
     "SwitchTransformersSparseMLP": ("switch_transformers", "SwitchTransformersConfig", "hand-written loop"),
     "Step3p7Experts": ("step3p7", "Step3p7TextConfig", "gate_up_proj, down_proj"),
 }

@@ -10,6 +10,7 @@ from .precision import QuantSpec, dequantize, quantize
 from .precision.builtin import BUILT_IN
 from .precision.recipe import Recipe, Rule, register_recipe
 from .report import Report
+from .routing import FutureTokensWarning, Precomputed, Routing
 from .view import diff, render
 
 recipes = list(BUILT_IN)
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CaptureError",
     "Context",
+    "FutureTokensWarning",
     "InputError",
     "MissingPackageError",
     "MoefxError",
@@ -25,10 +27,12 @@ __all__ = [
     "Pass",
     "PassError",
     "PassManager",
+    "Precomputed",
     "QuantSpec",
     "Recipe",
     "RecipeError",
     "Report",
+    "Routing",
     "Rule",
     "dequantize",
     "diff",

@@ -62,7 +62,8 @@ def check_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """Bind a call to the model's forward; the arguments by name. Raises `InputError` when they do not fit its
     signature.
     """
-    signature = inspect.signature(model.forward)
+    # A model that is routed by token ids takes the router's arguments too (`moefx.routing.routed`).
+    signature = getattr(model, "moefx_signature", None) or inspect.signature(model.forward)
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as e:

@@ -23,6 +23,7 @@ from .errors import InputError
 from .precision_metrics import Meter
 from .program import Program
 from .raising.replay import Assembly
+from .routing import INSIDE
 
 Tensor = torch.Tensor
 # Config entries that no forward depends on: captures run without a cache, and `save_pretrained` notes the other ones.
@@ -86,6 +87,25 @@ class OptimizedModule(nn.Module):
         return graphs
 
     @property
+    def router(self) -> nn.Module | None:
+        """The frozen router of token ids that `optimize(router=...)` was given. It is no submodule."""
+        routing = self._options.routing
+        return None if routing is None else routing.router
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers by the names that graphs know them by: the original's, and those of the router."""
+        found: dict[str, Tensor] = {}
+        for prefix, module in (("", self.original), (f"{INSIDE}.", self.router)):
+            for tensors in (module.named_parameters, module.named_buffers) if module is not None else ():
+                found |= {prefix + name: t for name, t in tensors(remove_duplicate=False)}
+        return found
+
+    def _owner(self, slot: compat.Slot) -> nn.Module:
+        """The module under which a graph's parameter or buffer is found by its name."""
+        inside = str(slot.key).startswith(f"{INSIDE}.")
+        return _Inside(self.router) if inside else self.original
+
+    @property
     def training(self) -> bool:
         """The original's mode."""
         return self.original.training
@@ -131,13 +151,15 @@ class OptimizedModule(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> OptimizedModule:
         self.original._apply(fn, recurse)
+        if self.router is not None:
+            self.router._apply(fn, recurse)
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModule:
         """A copy with its own parameters. Compiled programs are shared: they hold no tensor of the model."""
         new = OptimizedModule(copy.deepcopy(self.original, memo), self.__dict__["_compile"], self._options, self.report)
         if self._structure is not None and self._structure.holds():
-            new.__dict__["_structure"] = Structure(new.original)
+            new.__dict__["_structure"] = Structure(new.original, *([new.router] if new.router is not None else []))
             new.__dict__["_variants"] = dict(self._variants)
         new.load_precision_state(self.precision_state())
         return new
@@ -168,7 +190,7 @@ class OptimizedModule(nn.Module):
 
         def target(slot: compat.Slot) -> Tensor:
             kind = slot.kind.split(":")[1]
-            where = _reference(self.original, compat.Slot(kind, slot.key))
+            where = _reference(self._owner(slot), compat.Slot(kind, slot.key))
             found: Tensor = leaves[where] if isinstance(where, int) else where[0][where[1]]
             return found
 
@@ -214,7 +236,7 @@ class OptimizedModule(nn.Module):
             refs = self._refs[id(program)] = [
                 _assembled(self.original, *program.assemblies[str(s.key)])
                 if s.kind == "param" and s.key in program.assemblies
-                else _reference(self.original, s)
+                else _reference(self._owner(s), s)
                 for s in program.inputs
             ]
         index = None if program.history_input is None else self._index(program)
@@ -251,7 +273,7 @@ class OptimizedModule(nn.Module):
         kwargs = dict(sorted(kwargs.items()))
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if self._structure is None or not self._structure.holds():
-            self.__dict__["_structure"] = Structure(self.original)
+            self.__dict__["_structure"] = Structure(self.original, *([self.router] if self.router is not None else []))
             self.__dict__["_refs"], self.__dict__["_variants"] = {}, {}
         variant = self._variants.get(self._key(leaves, spec, exact=True))
         if variant is None:
@@ -277,6 +299,14 @@ class OptimizedModule(nn.Module):
         )
 
 
+class _Inside(nn.Module):
+    """The router where captures saw it."""
+
+    def __init__(self, router: nn.Module | None) -> None:
+        super().__init__()
+        self.add_module(INSIDE, router)
+
+
 def _rebuild(original: nn.Module, options: Any, state: Mapping[str, Any]) -> nn.Module:
     from .optimize import reoptimize
 
@@ -293,8 +323,8 @@ class Structure:
     modules are not: after changing one, call `optimize` again.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.modules = list(model.modules())
+    def __init__(self, *models: nn.Module) -> None:
+        self.modules = [m for model in models for m in model.modules()]
         self.children = [(m._modules, n, c) for m in self.modules for n, c in m._modules.items()]
         self.sizes = [(m._modules, len(m._modules)) for m in self.modules]
         self.tensors = [(d, n) for m in self.modules for d in (m._parameters, m._buffers) for n in d]

@@ -23,13 +23,14 @@ from .joint import Joint, compiler, split, trace_joint
 from .ledger import ledger
 from .manager import Pass, PassManager
 from .module import OptimizedModule, Variant
-from .passes import as_pipeline
+from .passes import RouteByToken, as_pipeline
 from .passes.raise_experts import Block, raised, to_observe
 from .precision.recipe import Recipe, get_recipe
 from .precision_metrics import Meter
 from .program import Assemblies, Program
 from .raising.probe import observed
 from .report import Report
+from .routing import Routing, as_routing, check_causal, mark_layout, routed
 from .verify import Verifier
 
 CODEGENS = ("inductor", "eager")
@@ -46,6 +47,7 @@ class Options:
     verify: bool
     dynamic: compat.DynamicDims | None
     strict: bool = False
+    routing: Routing | None = None
 
 
 def optimize(
@@ -76,7 +78,9 @@ def optimize(
         verify: compare outputs and gradients around every pass on the example inputs, within its numerics class.
         dynamic: input name -> axes whose size may vary without a new compilation.
         strict: an MoE-looking block that cannot be raised is an error; otherwise the report says why it was left alone.
-        router, losses, regions, mesh: reserved; only the defaults are accepted in this version.
+        router: a `moefx.Grouter`, a `moefx.Precomputed` or a `moefx.Routing` around one: every MoE layer is routed by it,
+            from token ids alone, and the layers' own routers go (docs/grouter.md).
+        losses, regions, mesh: reserved; only the defaults are accepted in this version.
 
     Returns:
         An `OptimizedModule` with `.original`, `.report` and `.graphs`.
@@ -85,7 +89,6 @@ def optimize(
         InputError, CaptureError, RecipeError, PassError: with what, where, why and what to do.
     """
     reserved = {
-        "router": (router, None),
         "losses": (tuple(losses), ()),
         "mesh": (mesh, None),
         "regions": (regions, "model"),
@@ -100,11 +103,19 @@ def optimize(
     if codegen not in CODEGENS:
         raise InputError(f"unknown codegen {codegen!r}", todo=nearest(str(codegen), CODEGENS))
     chosen = get_recipe(recipe)
-    options = Options(chosen, as_pipeline(passes, chosen, codegen), codegen, verify, dynamic, strict)
+    routing, pipeline = as_routing(router), as_pipeline(passes, chosen, codegen)
+    if routing is not None and "route_by_token" not in pipeline.names:
+        by_token = RouteByToken(routing.gates, routing.scale, routing.normalise)
+        pipeline = pipeline.insert(by_token, after="raise_routers")
+    options = Options(chosen, pipeline, codegen, verify, dynamic, strict, routing)
     options.passes.ordered()  # an unsatisfiable order is an error now, not after a long capture
     opt = reoptimize(model.original if isinstance(model, OptimizedModule) else model, options)
     args, kwargs = as_call(example_inputs)
-    check_dynamic(check_call(opt.original, args, kwargs), dynamic or {})
+    with routed(opt.original, routing):
+        named = check_call(opt.original, args, kwargs)
+    check_dynamic(named, dynamic or {})
+    if routing is not None:
+        check_causal(routing, named)
     opt.prepare(args, kwargs)
     return opt
 
@@ -124,8 +135,9 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
     leaves = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*model.parameters(), *leaves))
 
+    own = o.routing.extra(kwargs)[0] if o.routing is not None else kwargs
     with stage("warm-up"), observed(to_observe(model)) as calls:
-        warm_up(model, args, kwargs)
+        warm_up(model, args, own)
     with contextlib.ExitStack() as undo:
         with stage("raise"):  # stage 1; what it installs stays until the joint graph is there
             blocks = undo.enter_context(raised(model, calls=calls, live=False))
@@ -134,7 +146,10 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
             if not (blocks or later) or (o.strict and not all(b.raised for b in blocks)):
                 raise _not_raised(model, blocks)
         with stage("capture") as done:  # stage 2
-            captured = done(capture(model, args, kwargs, o.dynamic))
+            with routed(model, o.routing):
+                captured = done(capture(model, args, kwargs, o.dynamic))
+            if o.routing is not None:
+                mark_layout(captured.gm, compat.flat_inputs(captured.gm, args, kwargs), captured.names, o.routing.ids)
         _label_inputs(captured.graph, captured.names)
         report.graphs.keep("captured", captured.gm, copy_plain(captured.graph))
 
@@ -157,7 +172,7 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
     report.graphs.keep("joint", joint.gm, copy_plain(joint.graph))
 
     with stage("training passes") as done:  # stage 5
-        values = _joint_values(model, joint, args, kwargs, assemblies) if o.verify else []
+        values = _joint_values(opt, joint, args, kwargs, assemblies) if o.verify else []
         verifier = Verifier(values, False) if o.verify else None
         with compat.disable_autocast():
             o.passes.run("training", joint.gm, report, joint.fake_mode, verifier)
@@ -260,12 +275,11 @@ def _joint_names(joint: Joint, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def _joint_values(
-    model: nn.Module, joint: Joint, args: tuple[Any, ...], kwargs: dict[str, Any], assemblies: Assemblies
+    opt: OptimizedModule, joint: Joint, args: tuple[Any, ...], kwargs: dict[str, Any], assemblies: Assemblies
 ) -> list[Any]:
-    flat = pytree.tree_leaves((args, kwargs))
+    flat, model = pytree.tree_leaves((args, kwargs)), opt.original
     state = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
+        **opt.tensors(),
         **{name: a.build(model.get_submodule(path).get_parameter) for name, (path, a) in assemblies.items()},
     }
     gen = torch.Generator().manual_seed(0)

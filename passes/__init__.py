@@ -27,6 +27,7 @@ from .propagate_scales import PropagateScales
 from .quantize import Quantize
 from .raise_idioms import RaiseIdioms
 from .raise_routers import RaiseRouters
+from .route_by_token import RouteByToken
 from .share_plans import SharePlans
 from .store_low_precision import StoreLowPrecision
 from .transpose_scales import TransposeScales
@@ -51,6 +52,7 @@ def register_pass(factory: Factory) -> Factory:
 
 for _factory in (
     RaiseRouters,
+    RouteByToken,
     ExpandRouters,
     MergeRouters,
     ExpandExperts,
@@ -141,6 +143,7 @@ __all__ = [
     "Quantize",
     "RaiseIdioms",
     "RaiseRouters",
+    "RouteByToken",
     "SharePlans",
     "StoreLowPrecision",
     "TransposeScales",

@@ -33,6 +33,7 @@ LAYERS = (
         "moefx.graph",
         "moefx.capture",
         "moefx.joint",
+        "moefx.routing",
         "moefx.report",
         "moefx.view",
         "moefx.ledger",

@@ -5,7 +5,7 @@ reference that runs on any device, and a backward written in the same dialect, s
 and wgrad as nodes of one kind.
 """
 
-from . import delayed, experts, gemm, glu, route, routing, scaled, scaled_gemm, scaled_glu, wires
+from . import delayed, experts, gemm, glu, route, routing, scaled, scaled_gemm, scaled_glu, token_route, wires
 from .experts import ExpertsSpec
 from .glu import GluKind
 from .route import RouteSpec
@@ -28,6 +28,7 @@ OPS = (
     "experts",
     "expert_choice",
     "route",
+    "token_route",
     "dispatch",
     "combine",
     "quantize",
@@ -58,5 +59,6 @@ __all__ = [
     "scaled",
     "scaled_gemm",
     "scaled_glu",
+    "token_route",
     "wires",
 ]

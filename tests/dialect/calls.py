@@ -117,6 +117,7 @@ def calls(r: Routing, dtype: torch.dtype = torch.float32) -> dict[str, Call]:
         "route_deepseek": Call(
             "route", (randn(T, 4, dtype=dtype, seed=11), correction, per_expert, f"sigmoid {f} | {GROUPED}"), (0, 2)
         ),
+        "token_route": Call("token_route", ([randn(1, T, 4, dtype=dtype, seed=11), correction],)),
         "dispatch": Call("dispatch", (x,), (0,)),
         "combine": Call("combine", (x,), (0,)),
         "quantize": Call("quantize", (y, ends, [PAIRS, COLUMN_PAIRS, SQUARE])),
@@ -155,9 +156,8 @@ def calls(r: Routing, dtype: torch.dtype = torch.float32) -> dict[str, Call]:
 
 NAMES = tuple(calls(oracles.CASES["balanced"]))
 each_call = pytest.mark.parametrize("name", NAMES)
-DIFFERENTIABLE = tuple(
-    n for n, c in calls(oracles.CASES["balanced"]).items() if c.op not in (*TRAINING, "plan", "choice_plan")
-)
+WITHOUT_GRADIENT = (*TRAINING, "plan", "choice_plan", "token_route")
+DIFFERENTIABLE = tuple(n for n, c in calls(oracles.CASES["balanced"]).items() if c.op not in WITHOUT_GRADIENT)
 each_differentiable = pytest.mark.parametrize("name", DIFFERENTIABLE)
 each_training = pytest.mark.parametrize(
     "name", [n for n, c in calls(oracles.CASES["balanced"]).items() if c.op in TRAINING]

@@ -1,0 +1,250 @@
+"""Routing by token ids: `optimize(router=...)`. What is asked for, and how a capture comes to compute it.
+
+A router of token ids (`moefx.Grouter`) reads no hidden state, so that one result serves all layers. For the length of a
+capture the model's forward runs it first; the graph then holds the router's nodes behind one `moefx.token_route`, from
+which the pass `route_by_token` feeds every MoE layer. The router's parameters are inputs of the graph like the model's
+own, but they belong to no module of the model: its `state_dict` and `parameters` stay as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from . import compat
+from .dialect.token_route import token_route
+from .errors import InputError
+from .graph.edit import find, value
+
+Tensor = torch.Tensor
+GATES, LAYOUTS, NORMALISERS = ("router", "layer"), ("batch", "sequence"), ("softmax", "sigmoid")
+INSIDE = "moefx_router"  # the router's name in the model while it is captured
+OPTIONAL_INPUTS = ("position_ids", "document_ids", "attention_mask")
+
+
+class FutureTokensWarning(UserWarning):
+    """The routing of a token depends on tokens behind it, which a language model is there to predict."""
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How every MoE layer of a model is routed: by a function of the token ids, frozen, the same for all layers.
+
+    Attributes:
+        router: module from token ids [B,S] to logits [B,S,E] (a `moefx.Grouter`), or `Precomputed`. Its forward is
+            given those arguments of a call whose names it has: `input_ids`, and `position_ids`, `document_ids` and a
+            two-dimensional `attention_mask` where the call has them. A buffer `selection_bias` [E], if it has one, is
+            added for the choice alone. It is frozen: put in evaluation mode, its parameters need no gradient.
+        gates: "router": the weights of the chosen experts are the router's, times each layer's own factor. "layer": each
+            layer weighs the given experts by its own, trained router.
+        scale: instead of each layer's own factor ("router" gates only).
+        normalise: gates from the k chosen logits: "softmax" over them, or "sigmoid" divided by their sum.
+        ids: the argument of the model that holds the token ids.
+        causal: whether a router that reads future tokens is an error; with False it is a warning.
+
+    Raises:
+        InputError: values outside of these.
+    """
+
+    router: nn.Module
+    gates: str = "router"
+    scale: float | None = None
+    normalise: str = "softmax"
+    ids: str = "input_ids"
+    causal: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.router, nn.Module):
+            raise InputError(
+                f"the router is a {type(self.router).__name__}, not an nn.Module",
+                todo="pass a moefx.Grouter, a moefx.Precomputed, or a moefx.Routing around one",
+            )
+        for name, given, known in (("gates", self.gates, GATES), ("normalise", self.normalise, NORMALISERS)):
+            if given not in known:
+                raise InputError(f"routing with {name}={given!r}", todo=f"choose one of {', '.join(map(repr, known))}")
+        if self.scale is not None and self.gates == "layer":
+            raise InputError("scale is given for gates='layer'", todo="a layer's own router has its own scale")
+        self.router.eval().requires_grad_(False)
+
+    def inputs(self, named: dict[str, Any]) -> dict[str, Any]:
+        """Those arguments of a call that the router reads, by the router's names. Raises `InputError` for missing ones."""
+        found, signature = {}, inspect.signature(self.router.forward)
+        for name, p in signature.parameters.items():
+            source = self.ids if name == "input_ids" else name
+            given = named.get(source)
+            if name == "attention_mask" and isinstance(given, Tensor) and given.dim() != 2:
+                given = None  # a mask of attention, not of tokens
+            if isinstance(given, Tensor):
+                found[name] = given
+            elif p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
+                raise InputError(
+                    f"the router reads {source!r}, which the call does not have",
+                    where=type(self.router).__qualname__,
+                    why=f"the call has {', '.join(named) or 'no arguments'}",
+                    todo="call the model with token ids (not with embeddings), or name them: moefx.Routing(..., ids=...)",
+                )
+        return found
+
+    def extra(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A call's keywords in two: the model's, and those that the router alone reads."""
+        own = set(getattr(self.router, "extra_inputs", ()))
+        return {k: v for k, v in kwargs.items() if k not in own}, {k: v for k, v in kwargs.items() if k in own}
+
+
+class Precomputed(nn.Module):
+    """Routing that was computed beforehand, as two more keyword arguments of every call of the optimized model.
+
+    `routing_idx` [B,S,k] integer, different experts of a token in any order, and `routing_gates` [B,S,k] floating; or
+    with a leading axis of MoE layers in both, [L,B,S,k].
+    """
+
+    extra_inputs = ("routing_idx", "routing_gates")
+
+    def forward(self, routing_idx: Tensor, routing_gates: Tensor) -> tuple[Tensor, Tensor]:
+        """Both unchanged."""
+        return routing_idx, routing_gates
+
+
+def as_routing(router: Any) -> Routing | None:
+    """What the `router` argument of `optimize` means."""
+    return router if router is None or isinstance(router, Routing) else Routing(router)
+
+
+@contextlib.contextmanager
+def routed(model: nn.Module, routing: Routing | None) -> Iterator[None]:
+    """For the length of a capture, the model runs the router before its own forward."""
+    if routing is None:
+        yield
+        return
+    cls = type(model)
+    names = set(inspect.signature(routing.router.forward).parameters)
+    positional = list(inspect.signature(cls.forward).parameters)[1:]
+    extra, ids = tuple(getattr(routing.router, "extra_inputs", ())), routing.ids
+    biased = isinstance(getattr(routing.router, "selection_bias", None), Tensor)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        named = {**dict(zip(positional, args, strict=False)), **kwargs}
+        reads = {}
+        for name in names:
+            given = named.get(ids if name == "input_ids" else name)
+            if isinstance(given, Tensor) and (name != "attention_mask" or given.dim() == 2):
+                reads[name] = given
+        router = self.moefx_router
+        out = router(**reads)
+        given = list(out) if isinstance(out, tuple) else [out, router.selection_bias] if biased else [out]
+        token_route([t.detach() for t in given])
+        return cls.forward(self, *args, **{k: v for k, v in kwargs.items() if k not in extra})
+
+    body = {"forward": forward, "moefx_signature": _with_keywords(inspect.signature(cls.forward), extra)}
+    model._modules[INSIDE] = routing.router
+    model.__class__ = type(cls.__name__, (cls,), {**body, "__module__": cls.__module__, "__qualname__": cls.__qualname__})
+    try:
+        yield
+    finally:
+        model.__class__ = cls
+        del model._modules[INSIDE]
+
+
+def _with_keywords(own: inspect.Signature, extra: tuple[str, ...]) -> inspect.Signature:
+    """A forward's signature, without its self, with keyword arguments that it does not have."""
+    parameters = list(own.parameters.values())[1:]
+    keywords = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in extra]
+    at = len(parameters) - bool(parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    return own.replace(parameters=[*parameters[:at], *keywords, *parameters[at:]])
+
+
+def check_causal(routing: Routing, named: dict[str, Any], tolerance: float = 1e-3) -> None:
+    """Raise `InputError` (or warn, with `causal=False`) when the routing of a token changes with tokens behind it.
+
+    The router is run on the inputs and on each of a few prefixes of them; logits at a prefix's last token must agree.
+    """
+    reads = routing.inputs(named)
+    ids = reads.get("input_ids")
+    if ids is None or ids.dim() != 2 or ids.shape[1] < 2:
+        return
+    S = ids.shape[1]
+    with torch.no_grad(), compat.no_fake():
+        whole = routing.router(**reads)
+        gap = 0.0
+        for t in sorted({0, S // 3, S // 2, S - 2}):
+            cut = {k: v[:, : t + 1] if v.dim() == 2 and v.shape[1] == S else v for k, v in reads.items()}
+            gap = max(gap, float((routing.router(**cut)[:, t] - whole[:, t]).abs().max()))
+    if gap <= tolerance * max(1.0, float(whole.abs().max())):
+        return
+    what = f"the routing of a token depends on tokens behind it (logits change by {gap:.2g} when they are cut off)"
+    todo = "build the router with causal=True; moefx.Routing(router, causal=False) accepts it as it is"
+    if routing.causal:
+        raise InputError(
+            what,
+            where=type(routing.router).__qualname__,
+            why="a language model trained so is told about the tokens that it is to predict, and loses that when it "
+            "generates",
+            todo=todo,
+        )
+    warnings.warn(f"{what}: report losses with routing of prefixes alone as well", FutureTokensWarning, stacklevel=3)
+
+
+def mark_layout(gm: fx.GraphModule, values: list[Any], names: dict[str, str], ids: str) -> None:
+    """Note at the marker in which order the rows of the experts' inputs are: "batch" for b*S+s, "sequence" for s*B+b.
+
+    By trial: another first sequence changes exactly the rows that belong to it. Raises `InputError` for other orders.
+    """
+    (marker,) = find(gm.graph, token_route)
+    B, S = (compat.size_hint(n) for n in value(marker.args[0][0]).shape[-3:-1])  # type: ignore[index, union-attr]
+    experts = find(gm.graph, torch.ops.moefx.experts)
+    at = next((i for i, n in enumerate(gm.graph.find_nodes(op="placeholder")) if names.get(n.name) == ids), None)
+    marker.meta["moefx_layout"] = "batch"
+    if B == 1 or S == 1 or not experts or at is None:
+        return
+    x: fx.Node = experts[0].args[0]  # type: ignore[assignment]
+    other = list(values)
+    other[at] = values[at].clone()
+    other[at][0] = other[at][0].flip(0).roll(1) if not bool((values[at][0] == values[at][0, 0]).all()) else values[at][1]
+    was, now = (_until(gm, v, x) for v in (values, other))
+    moved = (was != now).flatten(1).any(1)
+    rows = torch.arange(B * S, device=moved.device)
+    changed = values[at][0] != other[at][0]
+    first = int(changed.nonzero()[0]) if bool(changed.any()) else S
+    for layout, b, s in (("batch", rows // S, rows % S), ("sequence", rows % B, rows // B)):
+        if len(moved) == B * S and not bool(moved[b != 0].any()) and bool(moved[(b == 0) & (s == first)].all()):
+            marker.meta["moefx_layout"] = layout
+            return
+    raise InputError(
+        f"the rows of the experts' input are not the {B} x {S} tokens of {ids!r} in order",
+        why=f"with another first sequence, rows {moved.nonzero().flatten().tolist()[:8]} of {len(moved)} changed",
+        todo="routing by token ids needs one row per token, batch-major or sequence-major",
+    )
+
+
+def _until(gm: fx.GraphModule, values: list[Any], wanted: fx.Node) -> Tensor:
+    """The value of one node of a model graph; nothing behind it runs."""
+
+    class Until(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            out = super().run_node(n)
+            if n is wanted:
+                raise _Reached(out)
+            return out
+
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), compat.no_fake():
+        torch.manual_seed(0)
+        try:
+            Until(gm).run(*[v.clone() if isinstance(v, Tensor) else v for v in values], enable_io_processing=False)
+        except _Reached as e:
+            return e.found
+    raise AssertionError("the node is in the graph")
+
+
+class _Reached(BaseException):
+    def __init__(self, found: Tensor) -> None:
+        self.found = found
+
+
+__all__ = ["FutureTokensWarning", "Precomputed", "Routing", "as_routing", "check_causal", "mark_layout", "routed"]

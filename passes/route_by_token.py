@@ -1,0 +1,329 @@
+"""Every MoE layer is routed by the router of token ids that the graph computes; the layers' own routers go."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from moefx import compat
+from moefx.dialect.route import RouteSpec, write_scores, write_weights
+from moefx.errors import PassError
+from moefx.graph.edit import arguments, find, inheriting, module_path, origin, outputs, same_sizes, source_line, value
+from moefx.graph.effects import is_effect, name_of
+from moefx.manager import Context, Pass
+
+ops = torch.ops.moefx
+Tensor = torch.Tensor
+PRODUCTS = ("linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum")
+ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
+
+
+@dataclass(frozen=True)
+class RouteByToken(Pass):
+    """Put the choice (and with gates="router" the weights) of `moefx.token_route` in the place of every layer's own.
+
+    The k best experts are chosen once, for the largest k of the layers; layers with a smaller k take the first of them.
+    What was computed from the old logits besides, an auxiliary or z loss, is taken out of the sum that it was added to;
+    where the model returns the logits themselves it returns the router's. `optimize(router=...)` puts the pass in.
+    """
+
+    requires: ClassVar[set[str]] = {"routers_raised"}
+    provides: ClassVar[set[str]] = {"routed_by_token"}
+    numerics: ClassVar[str] = "changes"
+
+    gates: str = "router"
+    scale: float | None = None
+    normalise: str = "softmax"
+
+    def run(self, graph: fx.Graph, ctx: Context) -> None:
+        markers = find(graph, ops.token_route)
+        if not markers:
+            return  # no router was captured, or it has been read already
+        if odd := find(graph, ops.expert_choice):
+            raise _error(odd[0], "experts that choose their tokens cannot be routed by token", "leave router= out")
+        layers, old = _layers(graph), list[fx.Node]()
+        source = _Source(graph, markers[0], self, max(layer.k for layer in layers))
+        for n, layer in enumerate(layers):
+            ctx.node = layer.experts
+            idx, w = self._new(source, layer, n)
+            for mine, theirs in ((layer.idx, idx), (layer.w, w)):
+                mine.replace_all_uses_with(theirs, delete_user_cb=lambda u: u not in source.made)
+            old += layer.old
+            ctx.matched(layer.experts)
+        ctx.node = None
+        _take_out(graph, old, source, ctx)
+        source.marker.replace_all_uses_with(source.given[0])
+        for node in reversed(list(graph.nodes)):
+            if not node.users and node.op not in ("placeholder", "output") and not is_effect(node):
+                graph.erase_node(node)
+
+    def _new(self, source: _Source, layer: _Layer, n: int) -> tuple[fx.Node, fx.Node]:
+        idx = source.idx(layer, n)
+        if self.gates == "router":
+            factor = layer.spec.factor if layer.spec is not None and self.scale is None else self.scale or 1.0
+            w = source.gates(layer, n, factor)
+            if layer.spec is not None and layer.spec.per_expert:  # no part of the router: it scales outputs
+                call = source.at(layer.route)
+                w = call(torch.mul, w, call(compat.getitem, arguments(layer.route)["scale"], idx))
+            return idx, w
+        if layer.spec is None:
+            raise _error(
+                layer.experts,
+                "the layer's own router has no normal form that could weigh given experts",
+                "use gates='router'; the report's raise_routers row says what the router is",
+            )
+        a, call = arguments(layer.route), source.at(layer.route)
+        logits = a["logits"]
+        scores = write_scores(call, layer.spec, logits, value(logits).dtype)
+        start = call(torch.gather, scores, -1, idx)
+        return idx, write_weights(call, layer.spec, start, idx, a["scale"])
+
+
+@dataclass
+class _Layer:
+    """The routing of one `moefx.experts` call or one raised router: what is to be replaced, and what it was."""
+
+    experts: fx.Node  # where errors point
+    idx: fx.Node
+    w: fx.Node
+    E: int
+    route: fx.Node
+    spec: RouteSpec | None
+    old: list[fx.Node]
+
+    @property
+    def k(self) -> int:
+        return int(value(self.idx).shape[-1])
+
+
+def _layers(graph: fx.Graph) -> list[_Layer]:
+    """Raised routers, and the operands of experts whose router was not raised, in graph order."""
+    found = list[_Layer]()
+    for route in find(graph, ops.route):
+        a, outs = arguments(route), outputs(route)
+        spec = RouteSpec.parse(a["spec"])
+        if 1 in outs and 2 in outs:
+            E = int(value(a["logits"]).shape[-1])
+            found.append(_Layer(route, outs[1], outs[2], E, route, spec, [*_back_to_product(a["logits"], E), route]))
+    floating = {n for n in graph.nodes if isinstance(value(n), Tensor) and value(n).is_floating_point()}
+    fed = _downstream([layer.idx for layer in found], graph, but=floating)
+    for experts in find(graph, ops.experts):
+        a = arguments(experts)
+        if a["idx"] not in fed:
+            E = int(value(a["weights"][0]).shape[0])
+            old = [*_back_to_product(a["w"], E), a["idx"], a["w"]]
+            found.append(_Layer(experts, a["idx"], a["w"], E, experts, None, old))
+    loose = [p for p in find(graph, ops.plan) if p.args[0] not in fed]
+    if loose or not found:
+        raise _error(
+            loose[0] if loose else graph.output_node(),
+            "an MoE layer keeps its own router, which was not raised" if loose else "there is no router to replace",
+            "see the report's raise_routers row for the reason",
+        )
+    return sorted(found, key=lambda layer: layer.experts)
+
+
+def _back_to_product(logits: fx.Node, E: int) -> set[fx.Node]:
+    """The forms that the logits had since the product that made them: before a cast, a bias, a cap."""
+    stack, found = [logits], set[fx.Node]()
+    while stack:
+        n = stack.pop()
+        val = value(n)
+        if n in found or n.op == "placeholder" or not isinstance(val, Tensor) or val.dim() < 2:
+            continue
+        if not same_sizes(val.shape[-1:], (E,)):
+            continue
+        found.add(n)
+        if name_of(n) not in PRODUCTS:
+            stack += n.all_input_nodes
+    return found
+
+
+class _Source:
+    """The nodes made of `token_route`: one choice, its gates by k, and their forms for the layers' rows."""
+
+    def __init__(self, graph: fx.Graph, marker: fx.Node, options: RouteByToken, k: int) -> None:
+        self.graph, self.marker, self.options = graph, marker, options
+        self.given: list[fx.Node] = list(marker.args[0])  # type: ignore[call-overload]
+        self.made = set[fx.Node]()
+        self.cache: dict[tuple[Any, ...], fx.Node] = {}
+        self.sequence_major = marker.meta.get("moefx_layout") == "sequence"
+        self.ready = not value(self.given[0]).is_floating_point()
+        self.experts = None if self.ready else int(value(marker).shape[-1])
+        self.last = marker
+        self.k = int(value(self.given[0]).shape[-1]) if self.ready else k
+        self.per_layer = self.ready and value(self.given[0]).dim() == 4
+        call = self.at(None)
+        if self.ready:
+            self.choice, self.logits = self.given
+            if self.k < k:
+                raise _error(marker, f"the routing has {self.k} experts per token, a layer has {k}", "store more")
+            return
+        biased = call(torch.add, marker, self.given[1]) if len(self.given) > 1 else marker
+        if self.experts is not None and k > self.experts:
+            raise _error(marker, f"a layer takes {k} experts per token of the router's {self.experts}", "expand it")
+        self.choice = call(compat.getitem, call(torch.topk, biased, k, -1), 1)
+        self.logits = call(torch.gather, marker, -1, self.choice)
+
+    def at(self, node: fx.Node | None) -> Callable[..., fx.Node]:
+        """A `call` that inserts in front of a node, or behind what was made so far; the nodes are remembered."""
+
+        def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+            place = self.graph.inserting_after(self.last) if node is None else self.graph.inserting_before(node)
+            with place:
+                if isinstance(target, str):
+                    new = self.graph.call_method(target, args, kwargs)
+                else:
+                    new = self.graph.call_function(target, args, kwargs)
+            new.meta = origin(node or self.marker)
+            self.made.add(new)
+            if node is None:
+                self.last = new
+            return new
+
+        return call
+
+    def _once(self, key: tuple[Any, ...], make: Callable[[], fx.Node]) -> fx.Node:
+        if key not in self.cache:
+            self.cache[key] = make()
+        return self.cache[key]
+
+    def idx(self, layer: _Layer, n: int) -> fx.Node:
+        """The layer's experts, in the shape and integer type of its own idx."""
+        if self.experts is not None and self.experts != layer.E:
+            todo = "moefx.grouter.fold or moefx.grouter.expand gives a router for this number"
+            raise _error(layer.experts, f"the router has {self.experts} experts, the layer has {layer.E}", todo)
+        return self._shaped("idx", self.choice, layer, n, value(layer.idx), lambda t: t)
+
+    def gates(self, layer: _Layer, n: int, factor: float) -> fx.Node:
+        """The layer's weights, in the shape and dtype of its own."""
+        call = self.at(None)
+
+        def normalised(t: fx.Node) -> fx.Node:
+            if not self.ready and self.options.normalise == "softmax":
+                t = call(torch.softmax, call("to", t, torch.float32), -1)
+            else:
+                t = call("to", t, torch.float32)
+                t = t if self.ready else call(torch.sigmoid, t)
+                if not self.ready or self.k > layer.k:
+                    t = call(torch.div, t, call(torch.sum, t, -1, keepdim=True))
+            return t if factor == 1 else call(torch.mul, t, factor)
+
+        return self._shaped(f"gates {factor}", self.logits, layer, n, value(layer.w), normalised)
+
+    def _shaped(
+        self, what: str, source: fx.Node, layer: _Layer, n: int, like: Tensor, make: Callable[[fx.Node], fx.Node]
+    ) -> fx.Node:
+        call, flat, own = self.at(None), like.dim() == 2, n if self.per_layer else None
+        rows = value(self.given[0]).shape[-3:-1]
+        tokens = (rows[0] * rows[1],) if flat else rows[::-1] if self.sequence_major else rows
+        if like.dim() not in (2, 3) or not same_sizes(like.shape[:-1], tokens):
+            raise _error(
+                layer.experts,
+                f"its routing has rows {tuple(like.shape[:-1])}, the token ids are {tuple(rows)}",
+                "routing by token ids needs one row per token",
+            )
+
+        def build() -> fx.Node:
+            t = call(compat.getitem, source, own) if self.per_layer else source
+            if layer.k < self.k:
+                t = call(torch.narrow, t, -1, 0, layer.k)
+            t = make(t)
+            if self.sequence_major:
+                t = call(torch.transpose, t, 0, 1)
+            t = call(torch.flatten, t, 0, 1) if flat else t
+            return call("to", t, like.dtype)
+
+        return self._once((what, layer.k, like.dtype, flat, own), build)
+
+
+# --- what else was computed from the old logits
+
+
+def _downstream(sources: Iterable[fx.Node], graph: fx.Graph, but: Container[fx.Node] = ()) -> set[fx.Node]:
+    """The sources and all that is computed from them, other than through nodes of `but`."""
+    reached = set(sources)
+    for node in graph.nodes:
+        if node not in but and node.op != "output" and any(i in reached for i in node.all_input_nodes):
+            reached.add(node)
+    return reached
+
+
+def _take_out(graph: fx.Graph, old: list[fx.Node], source: _Source, ctx: Context) -> None:
+    """Losses of the old routers leave the sums that they were added to; logits that are returned become the router's."""
+    tainted = _downstream(old, graph, source.made)
+    learned = [n for n in graph.find_nodes(op="placeholder") if getattr(value(n), "is_floating_point", bool)()]
+    trained = _downstream(learned, graph) - tainted
+
+    def rest(node: fx.Node) -> fx.Node | None:
+        """The node without what old routers contribute to it; None when nothing is left."""
+        if node not in tainted:
+            return node
+        if node.target in ADDS:
+            parts = [rest(a) if isinstance(a, fx.Node) else a for a in node.args[:2]]
+            left = [p for p in parts if p is not None]
+            if len(left) == 1 and isinstance(left[0], fx.Node) and _same(left[0], node):
+                ctx.row.notes.append(f"what old routers added at {source_line(node)} is no longer added")
+                if is_effect(node):  # loss += aux writes into the loss
+                    node.replace_all_uses_with(left[0])
+                    graph.erase_node(node)
+                return left[0]
+            if len(left) == 2:
+                return source.at(node)(torch.add, *left)
+        if odd := _reads(node, tainted - set(old), trained):
+            todo = "let the model add its auxiliary loss to its loss, or switch it off"
+            raise _error(node, f"an output mixes the old routers with {name_of(odd)} other than by a sum", todo)
+        return None
+
+    out = graph.output_node()
+    leaves: Any = out.args[0]
+    new = [_returned(v, i, rest(v), source) if isinstance(v, fx.Node) else v for i, v in enumerate(leaves)]
+    if any(a is not b for a, b in zip(new, leaves, strict=True)):
+        out.args = (type(leaves)(new),)
+
+
+def _reads(node: fx.Node, tainted: set[fx.Node], trained: set[fx.Node]) -> fx.Node | None:
+    """What a value computed from old logits (by `tainted` nodes) reads besides them that is trained, if anything."""
+    stack, seen = [node] if node in tainted else [], set[fx.Node]()
+    while stack:
+        n = stack.pop()
+        for i in n.all_input_nodes:
+            if i in trained:
+                return i
+            if i in tainted and i not in seen:
+                seen.add(i)
+                stack.append(i)
+    return None
+
+
+def _returned(node: fx.Node, i: int, rest: fx.Node | None, source: _Source) -> fx.Node:
+    """What stands for an output that was made of old logits: zero for a loss, the router's logits for logits."""
+    if rest is not None:
+        return rest
+    val, call = value(node), source.at(None)
+    if val.dim() == 0:
+        return call(torch.zeros, (), dtype=val.dtype, device=val.device)
+    logits = source.marker
+    if not source.ready and val.dim() in (2, 3) and same_sizes(val.shape[-1:], value(logits).shape[-1:]):
+        t = call(torch.transpose, logits, 0, 1) if source.sequence_major else logits
+        return call("to", call(torch.flatten, t, 0, 1) if val.dim() == 2 else t, val.dtype)
+    raise _error(
+        node,
+        f"output {i} of the model is made of logits of the replaced routers",
+        "call the model so that it does not return them",
+    )
+
+
+def _same(a: fx.Node, b: fx.Node) -> bool:
+    x, y = value(a), value(b)
+    return isinstance(x, Tensor) and same_sizes(x.shape, y.shape) and x.dtype == y.dtype
+
+
+def _error(node: fx.Node, what: str, todo: str) -> PassError:
+    where = ", ".join(p for p in (module_path(node), source_line(node)) if p)
+    return PassError(what, where=where or None, todo=todo)

@@ -1,5 +1,10 @@
 """moefx: a compiler for Mixture-of-Experts training, on torch.fx."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from . import optim
 from .errors import CaptureError, InputError, MissingPackageError, MoefxError, PassError, RecipeError
 from .manager import Context, Pass, PassManager
@@ -12,12 +17,17 @@ from .precision.recipe import Recipe, Rule, register_recipe
 from .report import Report
 from .view import diff, render
 
+if TYPE_CHECKING:
+    from . import grouter
+    from .models.grouter import Grouter
+
 recipes = list(BUILT_IN)
 __version__ = "0.1.0"
 
 __all__ = [
     "CaptureError",
     "Context",
+    "Grouter",
     "InputError",
     "MissingPackageError",
     "MoefxError",
@@ -32,6 +42,7 @@ __all__ = [
     "Rule",
     "dequantize",
     "diff",
+    "grouter",
     "optim",
     "optimize",
     "pipeline",
@@ -41,3 +52,12 @@ __all__ = [
     "register_recipe",
     "render",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when first asked for: `import moefx` stays light.
+    if name == "grouter":
+        return importlib.import_module(".grouter", __name__)
+    if name == "Grouter":
+        return importlib.import_module(".models.grouter", __name__).Grouter
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,16 @@
+"""Preemptive routing: train a Grouter, check it, and fit it to a target (docs/grouter.md)."""
+
+from __future__ import annotations
+
+from ..models.grouter import Grouter, GrouterCache, GrouterConfig, NonCausalWarning
+from .check import Consistency, assert_causal, prefix_consistency
+
+__all__ = [
+    "Consistency",
+    "Grouter",
+    "GrouterCache",
+    "GrouterConfig",
+    "NonCausalWarning",
+    "assert_causal",
+    "prefix_consistency",
+]

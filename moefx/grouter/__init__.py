@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..models.grouter import Grouter, GrouterCache, GrouterConfig, NonCausalWarning
 from .check import Consistency, assert_causal, prefix_consistency
+from .tap import Tap, tap
 
 __all__ = [
     "Consistency",
@@ -11,6 +12,8 @@ __all__ = [
     "GrouterCache",
     "GrouterConfig",
     "NonCausalWarning",
+    "Tap",
     "assert_causal",
     "prefix_consistency",
+    "tap",
 ]

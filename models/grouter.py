@@ -133,10 +133,12 @@ class Grouter(nn.Module):
         )
         return self._run(input_ids, view, None)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The score layer on [.., hidden_size], and folding by logsumexp if any; fp32 [.., num_routed]."""
+    def logits(self, hidden: Tensor, weight: Tensor | None = None) -> Tensor:
+        """The score layer, or another `weight` for it, on [.., hidden_size], and folding by logsumexp if any; fp32
+        [.., num_routed].
+        """
         with torch.autocast(hidden.device.type, enabled=False):
-            scores = F.linear(hidden.float(), self.score.weight.float())
+            scores = F.linear(hidden.float(), (self.score.weight if weight is None else weight).float())
             if self.fold_index is not None:
                 scores = F.pad(scores, (0, 1), value=-math.inf)[..., self.fold_index].logsumexp(-1)
         return scores

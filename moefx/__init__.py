@@ -1,5 +1,10 @@
 """moefx: a compiler for Mixture-of-Experts training, on torch.fx."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from . import optim
 from .errors import CaptureError, InputError, MissingPackageError, MoefxError, PassError, RecipeError
 from .manager import Context, Pass, PassManager
@@ -13,6 +18,10 @@ from .report import Report
 from .routing import FutureTokensWarning, Precomputed, Routing
 from .view import diff, render
 
+if TYPE_CHECKING:
+    from . import grouter
+    from .models.grouter import Grouter
+
 recipes = list(BUILT_IN)
 __version__ = "0.1.0"
 
@@ -20,6 +29,7 @@ __all__ = [
     "CaptureError",
     "Context",
     "FutureTokensWarning",
+    "Grouter",
     "InputError",
     "MissingPackageError",
     "MoefxError",
@@ -36,6 +46,7 @@ __all__ = [
     "Rule",
     "dequantize",
     "diff",
+    "grouter",
     "optim",
     "optimize",
     "pipeline",
@@ -45,3 +56,12 @@ __all__ = [
     "register_recipe",
     "render",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when first asked for: `import moefx` stays light.
+    if name == "grouter":
+        return importlib.import_module(".grouter", __name__)
+    if name == "Grouter":
+        return importlib.import_module(".models.grouter", __name__).Grouter
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,251 @@
+"""Rebalance a Grouter on the target's data (arXiv 2603.06626, section 3.2): its score layer, or a bias, and no more."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, nearest
+from ..models.grouter import Grouter
+from ..optim.schedule import WarmupCosine
+from ..train.loop import DivergedError
+from .check import top_set
+from .distill import kl
+from .running import (
+    Batch,
+    Batches,
+    bar,
+    batches_from,
+    check_figures,
+    for_grouter,
+    max_violation,
+    next_batch,
+    write_report,
+)
+
+OBJECTIVES = ("sequence", "global")
+METHODS = ("score", "bias")
+MEASURED = 8  # first batches of the stream, unless eval_batches are given
+
+
+@dataclass
+class TuneReport:
+    """Balance before and after, on the same tokens.
+
+    Attributes:
+        losses: of the objective times E, per step; 1 is about the least.
+        maxvio_before, maxvio_after: (max - mean) / mean of the experts' loads over all measured tokens.
+        sequence_maxvio_before, sequence_maxvio_after: the same within a sequence, the mean over sequences.
+        balance_before, balance_after: E times the objective.
+        overlap: mean share of the k experts of a token that it had before.
+        load: share of all slots per expert, after.
+    """
+
+    steps: int
+    k: int
+    settings: dict[str, Any]
+    losses: list[float] = field(default_factory=list)
+    maxvio_before: float = math.nan
+    maxvio_after: float = math.nan
+    sequence_maxvio_before: float = math.nan
+    sequence_maxvio_after: float = math.nan
+    balance_before: float = math.nan
+    balance_after: float = math.nan
+    overlap: float = math.nan
+    load: list[float] = field(default_factory=list)
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """What a table shows."""
+        return [
+            ("steps", str(self.steps)),
+            ("MaxVio", f"{self.maxvio_before:.3f} -> {self.maxvio_after:.3f}"),
+            ("MaxVio within a sequence", f"{self.sequence_maxvio_before:.3f} -> {self.sequence_maxvio_after:.3f}"),
+            (
+                f"E x balance loss ({self.settings['objective']})",
+                f"{self.balance_before:.3f} -> {self.balance_after:.3f}",
+            ),
+            (f"top-{self.k} overlap with the untuned router", f"{self.overlap:.1%}"),
+            ("measured on", f"{self.tokens:,} tokens"),
+            ("seconds", f"{self.seconds:.1f}"),
+        ]
+
+    def write(self, folder: str | Path) -> None:
+        """`report.json` and `report.md`."""
+        write_report(folder, self.to_dict(), "Tuning a Grouter", self.rows())
+
+
+def tune(
+    grouter: Grouter,
+    batches: Batches,
+    *,
+    k: int,
+    steps: int = 400,
+    lr: float = 1e-3,
+    weight_decay: float = 0.01,
+    objective: str = "sequence",
+    anchor: float = 0.0,
+    clip: float = 1.0,
+    method: str = "score",
+    eval_batches: Sequence[Batch] | None = None,
+    report: str | Path | None = None,
+    progress: bool = True,
+) -> TuneReport:
+    """Train the score layer of `grouter`, in place, on the balance loss alone. 0 steps change nothing.
+
+    The loss is sum_i f_i p_i, with f_i the share of slots that expert i gets (no gradient) and p_i its mean softmax
+    probability. Its trivial optimum is a router without preferences: few steps, or the anchor, keep the structure.
+
+    Args:
+        k: experts per token of the target.
+        steps, lr, weight_decay, clip: AdamW, cosine to 0 without warm-up, gradient norm at most `clip`.
+        objective: "sequence" balances every sequence (the published one; it also wears down the specialisation by topic
+            that placement lives on), "global" the batch as a whole.
+        anchor: weight of KL(router before || router now) beside the balance loss.
+        method: "score", or "bias": `selection_bias` -= lr * sign(load - 1/E), which leaves all logits and the gates of
+            chosen experts as they are; lr does not decay, and objective, anchor, clip and weight_decay do not apply.
+        eval_batches: what the report measures on, before and after; None for the first 8 batches of the data.
+
+    The score layer is trained in fp32 and rounded once, at the end. Padding does not count.
+
+    Raises:
+        InputError: settings or data that do not fit.
+        DivergedError: the loss is not finite; the Grouter is as it was.
+    """
+    for name, given, known in (("objective", objective, OBJECTIVES), ("method", method, METHODS)):
+        if given not in known:
+            raise InputError(f"unknown {name}={given!r}", todo=nearest(str(given), known))
+    check_figures(steps=(steps, 0), lr=(lr, 0), weight_decay=(weight_decay, 0), anchor=(anchor, 0), clip=(clip, 1e-12))
+    if not 1 <= k <= grouter.num_routed:
+        raise InputError(f"top-{k} of {grouter.num_routed} experts", todo="choose another k")
+    settings = {
+        "lr": lr, "weight_decay": weight_decay, "objective": objective, "anchor": anchor, "clip": clip, "method": method
+    }  # fmt: skip
+    found, begin = TuneReport(steps, k, settings), time.perf_counter()
+    stream = batches_from(batches, 0)
+    if eval_batches is None:
+        eval_batches = list(itertools.islice(stream, MEASURED))
+        stream = itertools.chain(eval_batches, stream)
+    training = grouter.training
+    grouter.eval()
+    try:
+        raw = [_logits(grouter, batch) for batch in eval_batches]
+        if not sum(counted.sum() for _, counted in raw):
+            raise InputError("there is no token to measure balance on", todo="give batches")
+        bias = grouter.selection_bias.clone()
+        found.maxvio_before, found.sequence_maxvio_before, found.balance_before, _ = _balance(raw, bias, k, objective)
+        with bar("tune", steps, 0, progress) as show:
+            if method == "bias":
+                _train_bias(grouter, stream, found, show)
+            else:
+                _train_score(grouter, stream, found, show)
+        new = [_logits(grouter, batch) for batch in eval_batches]
+        now = grouter.selection_bias
+        found.maxvio_after, found.sequence_maxvio_after, found.balance_after, load = _balance(new, now, k, objective)
+        found.load = (load / load.sum()).tolist()
+        common = [
+            (top_set(a + bias, k) & top_set(b + now, k)).sum(-1)[c] for (a, c), (b, _) in zip(raw, new, strict=True)
+        ]
+        found.overlap = float(torch.cat(common).double().mean() / k)
+        found.tokens = sum(len(c) for c in common)
+    finally:
+        grouter.train(training)
+    found.seconds = time.perf_counter() - begin
+    if report is not None:
+        found.write(report)
+    return found
+
+
+def balance_loss(logits: Tensor, bias: Tensor, counted: Tensor, k: int, objective: str) -> Tensor:
+    """sum_i f_i p_i of logits [B, S, E], the mean over sequences or of the whole batch; at about 1/E when balanced.
+
+    Args:
+        bias: [E], added for the choice.
+        counted: bool [B, S]; other tokens do not take part. A sequence without any is left out.
+    """
+    weight = counted[..., None].float()
+    slots, scores = top_set(logits.detach() + bias, k).float() * weight, logits.softmax(-1) * weight
+    if objective == "global":
+        slots, scores, weight = (x.flatten(0, 1)[None] for x in (slots, scores, weight))
+    tokens = weight.sum(1)
+    rows = (slots.sum(1) / k * scores.sum(1)).sum(-1, keepdim=True) / tokens.clamp_min(1) ** 2
+    return rows.sum() / (tokens > 0).sum().clamp_min(1)
+
+
+def _train_score(grouter: Grouter, stream: Iterable[Batch], found: TuneReport, show: Any) -> None:
+    s, E = found.settings, grouter.num_routed
+    if not found.steps:
+        return
+    before = grouter.score.weight.detach().float().clone()
+    master = before.clone().requires_grad_(True)
+    optimizer = torch.optim.AdamW([master], lr=s["lr"], weight_decay=s["weight_decay"])
+    schedule = WarmupCosine(s["lr"], 0, found.steps, 0.0)
+    stream = iter(stream)
+    for step in range(found.steps):
+        ids, masks, counted = for_grouter(grouter, next_batch(stream, step, found.steps))
+        with torch.no_grad():
+            hidden = grouter.hidden(ids, **masks)
+        logits = grouter.logits(hidden, master)
+        loss = balance = balance_loss(logits, grouter.selection_bias, counted, found.k, s["objective"])
+        if s["anchor"]:
+            with torch.no_grad():
+                raw = grouter.logits(hidden, before)
+            loss = loss + s["anchor"] * kl(raw[counted], logits[counted])
+        if not loss.isfinite():
+            raise DivergedError(f"the loss is {float(loss)} at step {step + 1}", todo="lower lr")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([master], s["clip"])
+        optimizer.param_groups[0]["lr"] = schedule(step)
+        optimizer.step()
+        found.losses.append(E * float(balance.detach()))
+        show(step + 1, f"E x balance {found.losses[-1]:.3f}")
+    with torch.no_grad():
+        grouter.score.weight.copy_(master)
+
+
+@torch.no_grad()
+def _train_bias(grouter: Grouter, stream: Iterable[Batch], found: TuneReport, show: Any) -> None:
+    stream, E = iter(stream), grouter.num_routed
+    for step in range(found.steps):
+        logits, counted = _logits(grouter, next_batch(stream, step, found.steps))
+        bias = grouter.selection_bias
+        found.losses.append(E * float(balance_loss(logits, bias, counted, found.k, found.settings["objective"])))
+        load = top_set(logits + bias, found.k)[counted].double().mean(0) / found.k
+        bias -= found.settings["lr"] * (load - 1 / E).sign().to(bias.dtype)
+        show(step + 1, f"E x balance {found.losses[-1]:.3f}")
+
+
+@torch.no_grad()
+def _logits(grouter: Grouter, batch: Batch) -> tuple[Tensor, Tensor]:
+    ids, masks, counted = for_grouter(grouter, batch)
+    return grouter(ids, **masks), counted
+
+
+@torch.no_grad()
+def _balance(
+    measured: Sequence[tuple[Tensor, Tensor]], bias: Tensor, k: int, objective: str
+) -> tuple[float, float, float, Tensor]:
+    """MaxVio of all, its mean within sequences, E times the balance loss, and the loads."""
+    per_sequence = torch.cat([(top_set(x + bias, k) & c[..., None]).sum(1) for x, c in measured])
+    per_sequence = per_sequence[per_sequence.sum(-1) > 0]
+    load = per_sequence.sum(0)
+    if objective == "global":
+        flat = [(x.flatten(0, 1)[None], c.reshape(1, -1)) for x, c in measured]
+        measured = [(torch.cat([x for x, _ in flat], 1), torch.cat([c for _, c in flat], 1))]
+    losses = torch.stack([balance_loss(x, bias, c, k, objective) * len(x) for x, c in measured])
+    balance = float(losses.sum() / sum(len(x) for x, _ in measured))
+    return float(max_violation(load)), float(max_violation(per_sequence).mean()), len(load) * balance, load

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Outermost first. A module imports from its own layer or from one further down, never from one further up.
 LAYERS = (
-    ("moefx", "moefx.cli", "moefx.train", "moefx.plan"),
+    ("moefx", "moefx.cli", "moefx.train", "moefx.grouter", "moefx.plan"),
     ("moefx.models",),
     ("moefx.optimize", "moefx.backend", "moefx.module", "moefx.program", "moefx.precision_metrics"),
     ("moefx.passes",),
@@ -46,10 +46,13 @@ LAYERS = (
     ("moefx.errors",),
 )
 DEPTH = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}
-USES_MODELS = ("moefx", "moefx.models", "moefx.cli", "moefx.train")
+USES_MODELS = ("moefx", "moefx.models", "moefx.cli", "moefx.train", "moefx.grouter")
 PRIVATE_TORCH = ("torch._dynamo", "torch._functorch", "torch._inductor", "torch._guards", "torch._subclasses")
 # In extras, or on some platforms only: `import moefx` and every module under it must work without them.
-OPTIONAL = ("transformers", "tensorboard", "torch.utils.tensorboard", "safetensors", "triton", "transformer_engine")
+OPTIONAL = (
+    *("transformers", "tensorboard", "torch.utils.tensorboard", "safetensors", "triton", "transformer_engine"),
+    *("scipy", "sklearn"),
+)
 
 
 class Import(NamedTuple):

@@ -92,7 +92,7 @@ def affinity(routing: Routing | Iterable[Routing], num_experts: int) -> Affinity
     return AffinityResult(pairs, chosen, tokens, k)
 
 
-def _chunks(batch: Routing, num_experts: int) -> Iterator[Ints]:
+def _chunks(batch: Any, num_experts: int) -> Iterator[Ints]:
     """The batch as int64 [tokens, k] pieces whose routing maps are of a bounded size."""
     ids = batch.cpu().numpy() if isinstance(batch, Tensor) else batch
     if not isinstance(ids, np.ndarray) or ids.ndim < 1 or not np.issubdtype(ids.dtype, np.integer):

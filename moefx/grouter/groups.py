@@ -16,6 +16,9 @@ Groups = tuple[tuple[int, ...], ...]
 
 METHODS = ("refined", "greedy", "balance", "random")
 RESTARTS = 8  # random starts of the refined method, besides greedy from four orders of seeds
+PATIENCE = (
+    24  # exchanges without a new best after which a pass ends; whole passes take 256 experts several times as long
+)
 _EPS = 1e-12  # of the total affinity: gains below it are rounding
 
 
@@ -77,7 +80,7 @@ def retained(P: AffinityResult | npt.NDArray[Any] | Tensor, groups: Sequence[Seq
 
 
 def affinity_matrix(P: AffinityResult | npt.NDArray[Any] | Tensor) -> Floats:
-    """A checked float64 copy [E, E] with a zero diagonal. Raises InputError unless square, symmetric, finite and >= 0."""
+    """A float64 copy [E, E] with a zero diagonal. Raises InputError unless square, symmetric, finite and >= 0."""
     found = P.P if isinstance(P, AffinityResult) else P.cpu().numpy() if isinstance(P, Tensor) else P
     matrix = np.array(found, dtype=np.float64)
     square = matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1] and matrix.size > 0
@@ -94,7 +97,7 @@ def affinity_matrix(P: AffinityResult | npt.NDArray[Any] | Tensor) -> Floats:
 
 
 def check_partition(groups: Sequence[Sequence[int]], experts: int) -> Groups:
-    """The groups as tuples; InputError unless each of the experts 0 .. experts-1 is in exactly one, and none is empty."""
+    """The groups as tuples. Raises InputError unless every expert is in exactly one, and no group is empty."""
     checked = tuple(tuple(int(i) for i in g) for g in groups)
     if sorted(i for g in checked for i in g) != list(range(experts)) or not all(checked):
         raise InputError(
@@ -175,11 +178,11 @@ def _exchange(P: Floats, groups: Groups) -> Groups:
 
 def _pass(P: Floats, group_of: Ints, experts: int, groups: int) -> tuple[Ints, float]:
     """One pass over seats; returns the best assignment met and its gain (0 and the given one if none is better)."""
-    current, best, total, best_total = group_of.copy(), group_of, 0.0, 0.0
+    current, best, total, best_total, left = group_of.copy(), group_of, 0.0, 0.0, PATIENCE
     empty = np.arange(len(P)) >= experts
     open_ = np.ones(len(P), dtype=bool)
     to_group = np.stack([P[:, current == g].sum(1) for g in range(groups)], 1)  # affinity of a seat to a group
-    while open_.sum() > 1:
+    while left and open_.sum() > 1:
         own = to_group[np.arange(len(P)), current]
         toward = to_group[:, current] - own[:, None]  # [i, j]: gain of i when it joins j's group, j still there
         gains = toward + toward.T - 2 * P
@@ -197,6 +200,7 @@ def _pass(P: Floats, group_of: Ints, experts: int, groups: int) -> tuple[Ints, f
         to_group[:, b] += P[:, i] - P[:, j]
         current[i], current[j] = b, a
         open_[[i, j]] = False
+        left -= 1
         if total > best_total:
-            best, best_total = current.copy(), total
+            best, best_total, left = current.copy(), total, PATIENCE
     return best, best_total

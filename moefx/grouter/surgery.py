@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import InputError
 
@@ -16,21 +15,23 @@ if TYPE_CHECKING:
 
 
 def with_score(grouter: Grouter, weight: Tensor, bias: Tensor, **changes: Any) -> Grouter:
-    """A deep copy with score layer `weight` [E, hidden] and selection bias `bias`; its config says E experts.
+    """A copy with score layer `weight` [E, hidden] and selection bias `bias`; its config says E experts.
 
-    Dtype, device and `requires_grad` of the score layer are kept; no random number is drawn.
+    Dtypes, device, mode and `requires_grad` are those of the original; the state of the random generator is kept.
 
     Args:
         changes: further fields of the config.
     """
     old = grouter.score.weight
-    new = copy.deepcopy(grouter)
-    new.config = dataclasses.replace(grouter.config, num_experts=len(weight), **changes)
-    new.score = nn.Linear(old.shape[1], len(weight), bias=False, device="meta")
-    new.score.weight = nn.Parameter(weight.to(old.device, old.dtype).clone(), requires_grad=old.requires_grad)
-    new.score.train(grouter.score.training)
-    new.selection_bias = bias.to(grouter.selection_bias.device, torch.float32).clone()
-    return new
+    state = {name: t.detach().clone() for name, t in grouter.state_dict().items()}
+    state["score.weight"] = weight.to(old.device, old.dtype, copy=True)
+    state["selection_bias"] = bias.to(grouter.selection_bias.device, torch.float32, copy=True)
+    with torch.random.fork_rng(devices=[]):  # random weights that the state replaces
+        new = type(grouter)(dataclasses.replace(grouter.config, num_experts=len(weight), **changes))
+    new.to(old.device).load_state_dict(state, assign=True)
+    for parameter, its_old in zip(new.parameters(), grouter.parameters(), strict=True):
+        parameter.requires_grad_(its_old.requires_grad)
+    return new.train(grouter.training)
 
 
 def require_unfolded(grouter: Grouter) -> None:

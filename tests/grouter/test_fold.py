@@ -1,4 +1,4 @@
-"""Grouping: greedy against a transcription in plain Python, refined against greedy and brute force. Folding: invariants."""
+"""Grouping: greedy against a transcription, refined against greedy and brute force. Folding: its invariants."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 Tokens = npt.NDArray[Any] | Tensor | Iterable[npt.NDArray[Any] | Tensor]
 
 
-def window_batches(tokens: Tokens, window: int | None, batch: int, start: int = 0) -> Iterator[Ints]:
-    """int64 [up to batch, length] pieces in order, from window `start` on; a tail shorter than a window is left out.
+def window_batches(tokens: Tokens, window: int | None, batch: int) -> Iterator[Ints]:
+    """int64 [up to batch, length] pieces in order, at least one; a tail shorter than a window is left out.
 
     Args:
         tokens: see `Tokens`; a memory map is read piece by piece.
@@ -31,20 +31,13 @@ def window_batches(tokens: Tokens, window: int | None, batch: int, start: int = 
     Raises:
         InputError: no window length, batches of different lengths, ids that are no integers, not one whole window.
     """
-    if isinstance(tokens, (np.ndarray, Tensor)):
-        rows = _rows(tokens, window)
-        for first in range(start, len(rows), batch):
-            yield _int64(rows[first : first + batch])
-        return
-    length, skip = window, start
-    for part in tokens:
+    length, empty = window, True
+    for part in [tokens] if isinstance(tokens, (np.ndarray, Tensor)) else tokens:
         rows = _rows(part, length)
-        length = int(rows.shape[1])
-        taken = rows[min(skip, len(rows)) :]
-        skip -= len(rows) - len(taken)
-        for first in range(0, len(taken), batch):
-            yield _int64(taken[first : first + batch])
-    if length is None:
+        length, empty = int(rows.shape[1]), False
+        for first in range(0, len(rows), batch):
+            yield _int64(rows[first : first + batch])
+    if empty:
         raise InputError("no tokens", todo="give at least one batch [windows, length]")
 
 
@@ -71,7 +64,7 @@ def document_ids(windows: Ints, eod_id: int) -> Ints:
     return ends.cumsum(1) - ends
 
 
-def masks(grouter: Grouter, windows: Ints, eod_id: int | None) -> tuple[Tensor, dict[str, Tensor]]:
+def masks(grouter: Grouter, windows: Ints, eod_id: int | None) -> tuple[Tensor, dict[str, Any]]:
     """The windows on the Grouter's device, and the keyword arguments that keep documents apart."""
     device = grouter.score.weight.device
     ids = torch.from_numpy(windows).to(device)
@@ -88,12 +81,13 @@ def routed(
         ids, kwargs = masks(grouter, windows, eod_id)
         with torch.no_grad():
             idx, _ = grouter.route(ids, k, **kwargs)
-        yield idx.cpu().numpy()
+        found: Ints = idx.cpu().numpy()
+        yield found
 
 
 def _rows(tokens: Any, window: int | None) -> Any:
     """`tokens` as [windows, length], without a copy."""
-    kind = getattr(tokens, "dtype", None)
+    kind: Any = getattr(tokens, "dtype", None)
     numpy_integer = isinstance(tokens, np.ndarray) and np.issubdtype(tokens.dtype, np.integer)
     torch_integer = isinstance(tokens, Tensor) and not (kind.is_floating_point or kind.is_complex)
     if not (numpy_integer or torch_integer) or tokens.ndim not in (1, 2):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,6 +51,25 @@ class AffinityResult:
     def load(self) -> Floats:
         """float64 [E]: share of the tokens that chose the expert; sums to k."""
         return self.chosen / self.tokens
+
+    def save(self, path: str | Path) -> None:
+        """Write the counts as a NumPy .npz archive."""
+        with Path(path).open("wb") as file:
+            np.savez(file, pairs=self.pairs, chosen=self.chosen, tokens=self.tokens, k=self.k)
+
+    @classmethod
+    def open(cls, path: str | Path) -> AffinityResult:
+        """Read what `save` wrote. Raises InputError for another file."""
+        try:
+            with np.load(path) as found:
+                return cls(found["pairs"], found["chosen"], int(found["tokens"]), int(found["k"]))
+        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+            raise InputError(
+                "no affinity can be read from this file",
+                where=str(path),
+                why=str(error),
+                todo="name an affinity.npz that moefx grouter affinity wrote",
+            ) from error
 
     def __add__(self, other: AffinityResult) -> AffinityResult:
         if (self.num_experts, self.k) != (other.num_experts, other.k):

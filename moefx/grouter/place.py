@@ -99,7 +99,7 @@ class Placement:
         Path(path).write_text(json.dumps(entries) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, path: str | Path) -> Placement:
+    def open(cls, path: str | Path) -> Placement:
         """Read what `save` wrote. Raises InputError for another file."""
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -209,7 +209,8 @@ def place_samples(hits: Ints, *, equal: bool = True) -> Ints:
         int64 [samples]; the first place of equally good ones where counts are free.
     """
     if not equal:
-        return hits.argmax(1).astype(np.int64)
+        cheapest: Ints = np.argmax(hits, axis=1)
+        return cheapest
     assign = optional("scipy.optimize", "to assign samples to places").linear_sum_assignment
     places = hits.shape[1]
     step = max(CHUNK // places, 1) * places

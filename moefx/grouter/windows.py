@@ -60,8 +60,8 @@ def sample_windows(tokens: Tokens, window: int | None, max_tokens: int) -> Ints:
 
 def document_ids(windows: Ints, eod_id: int) -> Ints:
     """[windows, length]: the number of end-of-document tokens before each token; such a token ends its own document."""
-    ends = (windows == eod_id).astype(np.int64)
-    return ends.cumsum(1) - ends
+    ends: Ints = (windows == eod_id).astype(np.int64)
+    return np.cumsum(ends, axis=1) - ends
 
 
 def masks(grouter: Grouter, windows: Ints, eod_id: int | None) -> tuple[Tensor, dict[str, Any]]:

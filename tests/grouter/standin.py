@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,6 +65,15 @@ class Grouter(nn.Module):
         chosen = logits.gather(-1, idx)
         gates = chosen.softmax(-1) if normalise == "softmax" else chosen.sigmoid()
         return idx, scale * gates / gates.sum(-1, keepdim=True)
+
+    def save_pretrained(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        torch.save(self, directory / "standin.pt")
+
+    @classmethod
+    def from_pretrained(cls, directory: Path) -> Grouter:
+        found: Grouter = torch.load(directory / "standin.pt", weights_only=False)
+        return found
 
 
 def small(seed: int = 0, **config: Any) -> Grouter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -102,3 +103,17 @@ def test_different_routers_do_not_add_up() -> None:
 def test_public_name() -> None:
     assert affinity_function is affinity
     assert isinstance(affinity(np.array([[0, 1]]), 2), AffinityResult)
+
+
+def test_counts_are_saved_and_read(tmp_path: Path) -> None:
+    counts = affinity(random_routing(0, 50, 8, 3), 8)
+    counts.save(tmp_path / "affinity.npz")
+    again = AffinityResult.open(tmp_path / "affinity.npz")
+    np.testing.assert_array_equal(again.pairs, counts.pairs)
+    np.testing.assert_array_equal((again + counts).P, counts.P)
+    np.savez(tmp_path / "other.npz", a=1)
+    (tmp_path / "text.npz").write_text("text")
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    for name in ("other.npz", "text.npz", "one.npy", "absent.npz"):
+        with pytest.raises(InputError, match="no affinity"):
+            AffinityResult.open(tmp_path / name)

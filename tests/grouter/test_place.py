@@ -220,14 +220,14 @@ def test_relabelled_experts_compute_the_same() -> None:
 def test_placement_is_saved_and_loaded(tmp_path: Path) -> None:
     found = place(topical_routing(0, 2.0, samples=16), 32, 4)
     found.save(tmp_path / "placement.json")
-    again = Placement.load(tmp_path / "placement.json")
+    again = Placement.open(tmp_path / "placement.json")
     np.testing.assert_array_equal(again.place, found.place)
     np.testing.assert_array_equal(again.home, found.home)
     assert (again.num_places, again.report) == (4, found.report)
     for text in ("{}", "no json"):
         (tmp_path / "other.json").write_text(text)
         with pytest.raises(InputError, match="no placement"):
-            Placement.load(tmp_path / "other.json")
+            Placement.open(tmp_path / "other.json")
 
 
 def test_graph_of_coactivation() -> None:

@@ -14,6 +14,7 @@ import typer
 import moefx
 
 from .errors import InputError, MoefxError
+from .grouter.cli import app as grouter_app
 from .passes import get_pass, pass_names
 from .precision.recipe import get_recipe
 from .view.casts import cast_table
@@ -24,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # a MoefxError is a message, not a traceback
     help="A compiler for Mixture-of-Experts training.",
 )
+app.add_typer(grouter_app, name="grouter")
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 MODEL_HELP = "'default', a transformers config.json or its folder, or module:factory."
 Model = Annotated[str, typer.Argument(help=MODEL_HELP)]

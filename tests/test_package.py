@@ -50,7 +50,10 @@ DEPTH = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}
 USES_MODELS = ("moefx", "moefx.models", "moefx.cli", "moefx.train", "moefx.grouter")
 PRIVATE_TORCH = ("torch._dynamo", "torch._functorch", "torch._inductor", "torch._guards", "torch._subclasses")
 # In extras, or on some platforms only: `import moefx` and every module under it must work without them.
-OPTIONAL = ("transformers", "tensorboard", "torch.utils.tensorboard", "safetensors", "triton", "transformer_engine")
+OPTIONAL = (
+    *("transformers", "tensorboard", "torch.utils.tensorboard", "safetensors", "triton", "transformer_engine"),
+    *("scipy", "sklearn"),
+)
 
 
 class Import(NamedTuple):

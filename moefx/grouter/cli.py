@@ -1,0 +1,268 @@
+"""`moefx grouter`: every command writes what it makes and a report (JSON and Markdown) into `--out`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import numpy.typing as npt
+import typer
+
+from ..errors import InputError
+from .affinity import AffinityResult
+from .affinity import affinity as count_affinity
+from .expand import expand as expand_grouter
+from .fold import fold as fold_grouter
+from .fold import fold_report
+from .groups import group_experts
+from .place import place as place_routing
+from .precompute import precompute as write_records
+from .records import RoutingRecords
+from .reports import share, write_report
+from .traffic import max_over_mean
+from .windows import routed, sample_windows
+
+if TYPE_CHECKING:
+    from ..models.grouter import Grouter
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Preemptive routing: a small frozen network decides from token ids.",
+)
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Folder = Annotated[Path, typer.Argument(help="Folder of a Grouter (save_pretrained).")]
+Out = Annotated[Path, typer.Option(help="Folder for the result and its report.")]
+Data = Annotated[
+    list[Path] | None, typer.Option(help="Text files, or one .bin file of tokens; none: the embedded corpus.")
+]
+Split = Annotated[str, typer.Option(help="train or val.")]
+Window = Annotated[int, typer.Option(help="Tokens per window, as in training.")]
+MaxTokens = Annotated[int, typer.Option(help="Use evenly spaced windows with up to so many tokens.")]
+K = Annotated[int, typer.Option("--k", help="Experts per token.")]
+EodId = Annotated[int | None, typer.Option(help="Token that ends a document; keeps documents of a window apart.")]
+
+
+@app.command()
+def affinity(
+    grouter: Folder,
+    k: K,
+    data: Data = None,
+    split: Split = "train",
+    window: Window = 128,
+    max_tokens: MaxTokens = 1 << 20,
+    eod_id: EodId = None,
+    out: Out = Path("runs/affinity"),
+    as_json: AsJson = False,
+) -> None:
+    """Count which experts are chosen together: affinity.npz, for `fold`."""
+    model = load_grouter(grouter)
+    counts = _count(model, _tokens(data, split), k, window, max_tokens, eod_id)
+    out.mkdir(parents=True, exist_ok=True)
+    counts.save(out / "affinity.npz")
+    i, j = np.triu_indices(counts.num_experts, 1)
+    top = np.argsort(-counts.P[i, j], kind="stable")[:10]
+    pairs = [(int(i[n]), int(j[n])) for n in top]
+    result = {
+        "experts": counts.num_experts, "k": k, "tokens": counts.tokens, "window": window,
+        "load": counts.load.tolist(), "max_vio": max_over_mean(counts.load) - 1,
+        "pairs": [{"experts": [a, b], "share": float(counts.P[a, b])} for a, b in pairs],
+    }  # fmt: skip
+    rows = {
+        "experts, k": f"{counts.num_experts}, {k}",
+        "tokens": f"{counts.tokens}",
+        "MaxVio of the load": f"{result['max_vio']:.3f}",
+        "most often together": "; ".join(f"{a} and {b} ({share(float(counts.P[a, b]))})" for a, b in pairs[:3]),
+    }
+    _emit(out, "affinity", "Affinity of experts", result, rows, as_json)
+
+
+@app.command()
+def fold(
+    grouter: Folder,
+    targets: Annotated[int, typer.Option(help="Experts of the target.")],
+    affinity: Annotated[
+        list[Path] | None, typer.Option(help="affinity.npz; several are added up. None: counted from --data.")
+    ] = None,
+    k: Annotated[int | None, typer.Option("--k", help="Source experts per token, to count the affinity.")] = None,
+    target_k: Annotated[int | None, typer.Option(help="Measure the load of the folded router at this k.")] = None,
+    method: Annotated[str, typer.Option(help="refined, greedy, balance or random.")] = "refined",
+    reduce: Annotated[str, typer.Option(help="sum, mean or logsumexp of the logits of a group.")] = "sum",
+    data: Data = None,
+    split: Split = "train",
+    window: Window = 128,
+    max_tokens: MaxTokens = 1 << 20,
+    eod_id: EodId = None,
+    out: Out = Path("runs/fold"),
+    as_json: AsJson = False,
+) -> None:
+    """Fold a Grouter to fewer experts, by affinity."""
+    model = load_grouter(grouter)
+    if affinity:
+        counts = sum_affinities(affinity)
+    elif k is None:
+        raise InputError("no affinity to fold by", todo="give --affinity, or the router's --k to count it from --data")
+    else:
+        counts = _count(model, _tokens(data, split), k, window, max_tokens, eod_id)
+    groups = group_experts(counts, targets, method=method)
+    folded = fold_grouter(model, groups, reduce=reduce)
+    folded.save_pretrained(out)
+    report = fold_report(counts, groups)
+    result: dict[str, Any] = {"method": method, "reduce": reduce, "tokens": counts.tokens, **report.to_dict()}
+    rows = {
+        "experts": f"{counts.num_experts} to {targets}",
+        "affinity retained": share(report.retained),
+        "by the greedy procedure, at random": f"{share(report.retained_greedy)}, {share(report.retained_random)}",
+        "MaxVio of summed loads": f"{report.max_vio:.3f}",
+    }
+    if target_k is not None:
+        after = _count(folded, _tokens(data, split), target_k, window, max_tokens, eod_id)
+        result["routed"] = {"k": target_k, "load": after.load.tolist(), "max_vio": max_over_mean(after.load) - 1}
+        rows[f"MaxVio of the folded router, top-{target_k}"] = f"{result['routed']['max_vio']:.3f}"
+    _emit(out, "fold", "Folded Grouter", result, rows, as_json)
+
+
+@app.command()
+def expand(
+    grouter: Folder,
+    targets: Annotated[int, typer.Option(help="Experts of the target.")],
+    k: K,
+    data: Data = None,
+    split: Split = "train",
+    window: Window = 128,
+    max_tokens: MaxTokens = 1 << 18,
+    eod_id: EodId = None,
+    quantile: Annotated[float, typer.Option(help="Share of the tokens that counts as claimed by no expert.")] = 0.2,
+    seed: Annotated[int, typer.Option(help="Seed of k-means.")] = 0,
+    out: Out = Path("runs/expand"),
+    as_json: AsJson = False,
+) -> None:
+    """Expand a Grouter to more experts, aimed at tokens that none claims; tune it afterwards."""
+    model, tokens = load_grouter(grouter), _tokens(data, split)
+    larger = expand_grouter(
+        model, tokens, targets, window=window, eod_id=eod_id, max_tokens=max_tokens, quantile=quantile, seed=seed
+    )
+    larger.save_pretrained(out)
+    before, after = (_count(m, tokens, k, window, max_tokens, eod_id) for m in (model, larger))
+    old = before.num_experts
+    result = {
+        "experts_before": old, "experts": targets, "k": k, "tokens": after.tokens, "load": after.load.tolist(),
+        "new_share": float(after.load[old:].sum() / k), "max_vio_before": max_over_mean(before.load) - 1,
+        "max_vio": max_over_mean(after.load) - 1,
+    }  # fmt: skip
+    rows = {
+        "experts": f"{old} to {targets}",
+        f"slots of the new experts, top-{k}": share(float(after.load[old:].sum() / k)),
+        "MaxVio before, after": f"{result['max_vio_before']:.3f}, {result['max_vio']:.3f}",
+    }
+    _emit(out, "expand", "Expanded Grouter", result, rows, as_json)
+
+
+@app.command()
+def precompute(
+    grouter: Folder,
+    k: K,
+    data: Data = None,
+    split: Split = "train",
+    window: Window = 128,
+    batch: Annotated[int, typer.Option(help="Windows per forward pass.")] = 8,
+    scale: Annotated[float, typer.Option(help="Sum of the gates of a token.")] = 1.0,
+    normalise: Annotated[str, typer.Option(help="softmax or sigmoid.")] = "softmax",
+    gates: Annotated[str, typer.Option(help="Store gates as bf16 or fp32.")] = "bf16",
+    eod_id: EodId = None,
+    out: Out = Path("runs/records"),
+    as_json: AsJson = False,
+) -> None:
+    """Route a data set once and store ids and gates; run again after an interruption, it goes on."""
+    model, tokens = load_grouter(grouter), _tokens(data, split)
+    with _progress() as progress:
+        records = write_records(
+            model, tokens, k, out, window=window, batch=batch, scale=scale, normalise=normalise, gates=gates,
+            eod_id=eod_id, progress=progress,
+        )  # fmt: skip
+    header = records.header
+    size = {f.name: f.stat().st_size for f in sorted(out.glob("*.bin"))}
+    recorded = header.windows * header.window
+    result = {**vars(header), "left_out": len(tokens) - recorded, "bytes": size}
+    rows = {
+        "windows": f"{header.windows} of {header.window} tokens; {result['left_out']} tokens at the end left out",
+        "experts, k": f"{header.num_experts}, {header.k}",
+        "bytes per token": f"{(size['ids.bin'] + size['gates.bin']) / recorded:g} for ids and gates",
+    }
+    _emit(out, "precompute", "Routing records", result, rows, as_json)
+
+
+@app.command()
+def place(
+    records: Annotated[Path, typer.Argument(help="Folder of routing records (moefx grouter precompute).")],
+    places: Annotated[int, typer.Option(help="Devices of a node, or nodes; divides the number of experts.")],
+    equal: Annotated[bool, typer.Option(help="Equally many samples per place.")] = True,
+    max_entropy: Annotated[float | None, typer.Option(help="Leave flatter samples (bits) out of clusters.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of k-means.")] = 42,
+    out: Out = Path("runs/placement"),
+    as_json: AsJson = False,
+) -> None:
+    """Place experts and samples so that fewer tokens travel: placement.json."""
+    found = RoutingRecords.open(records)
+    placement = place_routing(
+        found.idx, found.header.num_experts, places, equal=equal, max_entropy=max_entropy, seed=seed
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    placement.save(out / "placement.json")
+    r = placement.report
+    rows = {
+        "experts, k, places": f"{found.header.num_experts}, {found.header.k}, {places}",
+        "remote sends of tokens per token, before, after": f"{r.tokens_before:.3f}, {r.tokens_after:.3f}",
+        "with uniform routing": f"{r.tokens_uniform:.3f}",
+        "remote sends of slots per token, before, after": f"{r.slots_before:.3f}, {r.slots_after:.3f}",
+        "expert work per place, max/mean, before, after": f"{r.work_before:.3f}, {r.work_after:.3f}",
+        "samples per place": f"{min(r.samples)} to {max(r.samples)}",
+    }
+    _emit(out, "place", "Placement of experts and samples", {"places": places, **r.to_dict()}, rows, as_json)
+
+
+def load_grouter(folder: Path) -> Grouter:
+    """A frozen Grouter of a folder."""
+    from ..models.grouter import Grouter
+
+    return Grouter.from_pretrained(folder).eval().requires_grad_(False)
+
+
+def sum_affinities(files: list[Path]) -> AffinityResult:
+    """The affinity of all shards."""
+    first, *rest = map(AffinityResult.open, files)
+    for other in rest:
+        first = first + other
+    return first
+
+
+def _tokens(data: list[Path] | None, split: str) -> npt.NDArray[Any]:
+    from ..train.data import open_dataset
+
+    return open_dataset(data or ()).tokens(split)
+
+
+def _count(
+    model: Grouter, tokens: npt.NDArray[Any], k: int, window: int, max_tokens: int, eod_id: int | None
+) -> AffinityResult:
+    sample = sample_windows(tokens, window, max_tokens)
+    return count_affinity(routed(model, sample, k, eod_id=eod_id), len(model.selection_bias))
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[int, int | None], None]]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("windows")
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _emit(out: Path, name: str, title: str, result: Mapping[str, Any], rows: Mapping[str, str], as_json: bool) -> None:
+    text = write_report(out, name, title, result, rows)
+    print(json.dumps(result) if as_json else f"{text}\nwritten to {out}")

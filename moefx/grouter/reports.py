@@ -1,0 +1,27 @@
+"""What a command leaves behind: JSON for programs and a short table for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def write_report(out: Path, name: str, title: str, result: Mapping[str, Any], rows: Mapping[str, str]) -> str:
+    """Write `name`.json (all of `result`) and `name`.md (title and `rows`, figure -> value) into `out`.
+
+    Returns:
+        The text of the second.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    table = "".join(f"| {figure} | {value} |\n" for figure, value in rows.items())
+    text = f"# {title}\n\n| figure | value |\n|---|---|\n{table}"
+    (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (out / f"{name}.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def share(value: float) -> str:
+    """0.123 as 12.3 %."""
+    return f"{100 * value:.1f} %"

@@ -1,0 +1,117 @@
+"""`moefx grouter affinity | fold | expand | precompute | place`, end to end and into files that the API reads."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import moefx.cli
+from moefx.errors import InputError
+from moefx.grouter import AffinityResult, Placement, RoutingRecords
+
+from .standin import Grouter, small
+
+LENGTH = 32
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Grouter of bytes with 8 experts, and a text."""
+    monkeypatch.setattr("moefx.grouter.cli.load_grouter", Grouter.from_pretrained)
+    small(vocab_size=256).save_pretrained(tmp_path / "grouter")
+    rng = np.random.default_rng(0)
+    words = ["routing", "expert", "token", "gate", "of", "the", "a", "place", "sample", "window"]
+    (tmp_path / "text.txt").write_text(" ".join(rng.choice(words, 1500)))
+    return tmp_path
+
+
+def run(folder: Path, *args: str, window: bool = True) -> dict[str, Any]:
+    more = ("--data", str(folder / "text.txt"), "--window", str(LENGTH)) if window else ()
+    done = CliRunner().invoke(moefx.cli.app, ["grouter", *args, *more, "--json"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def grouter(folder: Path) -> str:
+    return str(folder / "grouter")
+
+
+def test_affinity_then_fold(folder: Path) -> None:
+    made = run(folder, "affinity", grouter(folder), "--k", "3", "--out", str(folder / "a"))
+    counts = AffinityResult.open(folder / "a" / "affinity.npz")
+    assert (made["experts"], made["tokens"]) == (8, counts.tokens)
+    assert made["load"] == counts.load.tolist()
+    assert made["pairs"][0]["share"] == counts.P.max()
+    assert json.loads((folder / "a" / "affinity.json").read_text()) == made
+    shard = str(folder / "a" / "affinity.npz")
+    twice = ("--affinity", shard, "--affinity", shard)
+    folded = run(
+        folder, "fold", grouter(folder), "--targets", "3", *twice, "--target-k", "2", "--out", str(folder / "f")
+    )
+    assert folded["tokens"] == 2 * counts.tokens
+    assert folded["sizes"] == [3, 3, 2]
+    assert folded["retained"] >= folded["retained_greedy"]
+    assert sum(folded["routed"]["load"]) == pytest.approx(2)
+    assert Grouter.from_pretrained(folder / "f").config.num_experts == 3
+    assert "affinity retained" in (folder / "f" / "fold.md").read_text()
+    counted = run(folder, "fold", grouter(folder), "--targets", "3", "--k", "3", "--out", str(folder / "g"))
+    assert counted["groups"] == folded["groups"]
+
+
+def test_expand(folder: Path) -> None:
+    made = run(folder, "expand", grouter(folder), "--targets", "12", "--k", "2", "--out", str(folder / "e"))
+    assert (made["experts_before"], made["experts"]) == (8, 12)
+    assert 0 < made["new_share"] < 1
+    assert Grouter.from_pretrained(folder / "e").score.out_features == 12
+
+
+def test_precompute_then_place(folder: Path) -> None:
+    made = run(folder, "precompute", grouter(folder), "--k", "2", "--out", str(folder / "r"))
+    records = RoutingRecords.open(folder / "r")
+    text = (folder / "text.txt").read_bytes()
+    train = np.frombuffer(text[: len(text) - len(text) // 20], dtype=np.uint8)
+    records.check(train, Grouter.from_pretrained(folder / "grouter"))
+    assert made["left_out"] == len(train) % LENGTH
+    assert (made["windows"], made["complete"]) == (len(records), True)
+    assert made["bytes"]["ids.bin"] + made["bytes"]["gates.bin"] == len(records) * LENGTH * 2 * 3
+    placed = run(folder, "place", str(folder / "r"), "--places", "4", "--out", str(folder / "p"), window=False)
+    placement = Placement.open(folder / "p" / "placement.json")
+    assert placed["tokens_after"] == placement.report.tokens_after <= placed["tokens_before"]
+    assert sum(placed["samples"]) == len(records) == len(placement.home)
+    assert torch.equal(torch.from_numpy(placement.slot).sort().values, torch.arange(8))
+
+
+def test_reports_for_people_and_missing_options(folder: Path) -> None:
+    base = ["grouter", "fold", grouter(folder), "--targets", "4", "--data", str(folder / "text.txt")]
+    said = CliRunner().invoke(moefx.cli.app, [*base, "--k", "3", "--out", str(folder / "f")]).stdout
+    assert "| experts | 8 to 4 |" in said
+    with pytest.raises(InputError, match="--affinity"):
+        run(folder, *base[1:4], "4", "--out", str(folder / "f"))
+    with pytest.raises(InputError, match="use expand"):
+        run(folder, "fold", grouter(folder), "--targets", "9", "--k", "3", "--out", str(folder / "f"))
+
+
+def test_an_error_is_a_message_and_exit_status_2(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-c",
+        "from moefx.cli import main; main()",
+        "grouter",
+        "place",
+        "--places",
+        "2",
+        "--json",
+    ]
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert json.loads(done.stdout)["error"]["what"] == "there are no routing records here"
+    assert "Traceback" not in done.stderr

@@ -1,6 +1,6 @@
 """moefx: a compiler for Mixture-of-Experts training, on torch.fx."""
 
-from . import optim
+from . import losses, optim
 from .errors import CaptureError, InputError, MissingPackageError, MoefxError, PassError, RecipeError
 from .manager import Context, Pass, PassManager
 from .module import OptimizedModule
@@ -32,6 +32,7 @@ __all__ = [
     "Rule",
     "dequantize",
     "diff",
+    "losses",
     "optim",
     "optimize",
     "pipeline",

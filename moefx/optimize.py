@@ -21,9 +21,10 @@ from .errors import CaptureError, InputError, PassError, nearest
 from .graph.edit import copy_plain, value
 from .joint import Joint, compiler, split, trace_joint
 from .ledger import ledger
+from .losses import Item, as_losses
 from .manager import Pass, PassManager
 from .module import OptimizedModule, Variant
-from .passes import as_pipeline
+from .passes import as_pipeline, observing, with_losses
 from .passes.raise_experts import Block, raised, to_observe
 from .precision.recipe import Recipe, get_recipe
 from .precision_metrics import Meter
@@ -46,6 +47,7 @@ class Options:
     verify: bool
     dynamic: compat.DynamicDims | None
     strict: bool = False
+    losses: tuple[Item, ...] = ()
 
 
 def optimize(
@@ -54,7 +56,7 @@ def optimize(
     *,
     recipe: str | Recipe = "bf16",
     router: Any = None,
-    losses: Sequence[Any] = (),
+    losses: str | Sequence[Any] = (),
     passes: PassManager | Sequence[Pass | str] | None = None,
     regions: str = "model",
     codegen: str = "inductor",
@@ -76,7 +78,9 @@ def optimize(
         verify: compare outputs and gradients around every pass on the example inputs, within its numerics class.
         dynamic: input name -> axes whose size may vary without a new compilation.
         strict: an MoE-looking block that cannot be raised is an error; otherwise the report says why it was left alone.
-        router, losses, regions, mesh: reserved; only the defaults are accepted in this version.
+        losses: what to add to the model's loss, or to measure: objects of `moefx.losses` or their short names, as
+            ["sp", "cp", "lb", "metrics"]. Their values are in `.losses` and `.routing` after each call.
+        router, regions, mesh: reserved; only the defaults are accepted in this version.
 
     Returns:
         An `OptimizedModule` with `.original`, `.report` and `.graphs`.
@@ -86,7 +90,6 @@ def optimize(
     """
     reserved = {
         "router": (router, None),
-        "losses": (tuple(losses), ()),
         "mesh": (mesh, None),
         "regions": (regions, "model"),
     }
@@ -100,7 +103,9 @@ def optimize(
     if codegen not in CODEGENS:
         raise InputError(f"unknown codegen {codegen!r}", todo=nearest(str(codegen), CODEGENS))
     chosen = get_recipe(recipe)
-    options = Options(chosen, as_pipeline(passes, chosen, codegen), codegen, verify, dynamic, strict)
+    wanted = as_losses(losses)
+    chain = with_losses(as_pipeline(passes, chosen, codegen), wanted)
+    options = Options(chosen, chain, codegen, verify, dynamic, strict, wanted)
     options.passes.ordered()  # an unsatisfiable order is an error now, not after a long capture
     opt = reoptimize(model.original if isinstance(model, OptimizedModule) else model, options)
     args, kwargs = as_call(example_inputs)
@@ -141,7 +146,9 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
         with stage("model passes") as done:  # stage 3
             verifier = Verifier(compat.flat_inputs(captured.gm, args, kwargs), grad) if o.verify else None
             fakes = [value(n) for n in captured.graph.find_nodes(op="placeholder")]
-            o.passes.run("model", captured.gm, report, compat.fake_mode_of(fakes), verifier)
+            chain = o.passes if grad and model.training else observing(o.passes)
+            chain.run("model", captured.gm, report, compat.fake_mode_of(fakes), verifier)
+            report.losses = captured.graph.output_node().meta.get("moefx_losses", [])
             rows = [r for r in report.passes if r.name in GRAPH_LEVEL]
             if not blocks and not any(r.matched for r in rows):
                 raise _not_raised(model, blocks)

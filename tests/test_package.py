@@ -39,6 +39,7 @@ LAYERS = (
         "moefx.delayed",
         "moefx.raising",
     ),
+    ("moefx.losses",),
     ("moefx.dialect",),
     ("moefx.kernels",),
     ("moefx.precision", "moefx.optim"),

@@ -29,8 +29,8 @@ Tensor = torch.Tensor
 # Config entries that no forward depends on: captures run without a cache, and `save_pretrained` notes the other ones.
 _NOT_COMPUTED_WITH = frozenset({"use_cache", "dtype", "architectures", "_name_or_path", "transformers_version"})
 _OWN = frozenset({
-    "_history", "_indices", "_original", "_options", "_compile", "_variants", "_structure", "_report", "_refs", "_extras",
-    "_counts",
+    "_history", "_indices", "_original", "_options", "_compile", "_variants", "_structure", "_report", "_refs",
+    "_extras", "_counts",
 })  # fmt: skip
 
 

@@ -89,7 +89,9 @@ class ERC(Loss):
             apart = torch.cdist(fixed, fixed) + torch.diag_embed(fixed.new_full((E,), float("inf")))
             eps = apart.amin(-1) / (2 * torch.linalg.vector_norm(fixed, dim=-1)).clamp_min(1e-12)
             R_EH = R_EH * (1 + eps.unsqueeze(-1) * (2 * torch.rand_like(fixed) - 1)).type_as(R_EH)
-        answers = torch.matmul(tap.gate, R_EH.type_as(tap.gate).t())  # [E (j), I, E (i)]
+        # A batched product takes the gate half as it lies in the fused weight; a folded one would copy it.
+        rows = R_EH.type_as(tap.gate).t().unsqueeze(0).expand((E, -1, -1))
+        answers = torch.bmm(tap.gate, rows)  # [E (j), I, E (i)]
         M = torch.linalg.vector_norm(answers.to(tap.dtype), dim=1).t()
         own = self.a * M.diagonal().unsqueeze(-1)
         excess = torch.relu(M - own) + torch.relu(M.t() - own)

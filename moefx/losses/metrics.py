@@ -28,8 +28,9 @@ SHAPES = {
 class RoutingMetrics(Item):
     """Routing statistics of every MoE layer, in `opt.routing` after each step, on this rank's tokens that count.
 
-    Names, shapes and meanings are in `moefx.losses.metrics.SHAPES`. All fp32. Where layers have different numbers of experts,
-    rows are filled up with zeros. Entries of `transitions` between layers that do not see the same tokens are zero.
+    Names, shapes and meanings are in `moefx.losses.metrics.SHAPES`. All fp32. Where layers have different numbers of
+    experts, rows are filled up with zeros. Entries of `transitions` between layers that do not see the same tokens are
+    zero.
     """
 
     name: ClassVar[str] = "metrics"

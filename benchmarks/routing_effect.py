@@ -200,7 +200,10 @@ def prepare(seed: int, out: Path) -> None:
             moefx.grouter.tune(folded, stream(300 + seed), steps=100, lr=1e-3, k=TOP_K, progress=False)
             folded.save_pretrained(out / f"folded-{seed}")
         tuned = moefx.grouter.tune(router, stream(300 + seed), steps=100, lr=1e-3, k=TOP_K, progress=False)
-        rows += [(seed, kind, 100, "MaxVio raw", tuned.maxvio_before), (seed, kind, 100, "MaxVio tuned", tuned.maxvio_after)]
+        rows += [
+            (seed, kind, 100, "MaxVio raw", tuned.maxvio_before),
+            (seed, kind, 100, "MaxVio tuned", tuned.maxvio_after),
+        ]
         record(out, rows)
         router.save_pretrained(folder)
 
@@ -241,7 +244,9 @@ def run(arm: str, seed: int, out: Path) -> None:
 
 def record(out: Path, rows: list[tuple[Any, ...]]) -> None:
     """Append rows; one write, so that two processes do not mix."""
-    text = "".join(",".join(f"{v:.6g}" if isinstance(v, float) else str(v).replace(",", ";") for v in r) + "\n" for r in rows)
+    text = "".join(
+        ",".join(f"{v:.6g}" if isinstance(v, float) else str(v).replace(",", ";") for v in r) + "\n" for r in rows
+    )
     with open(out / "rows.csv", "a") as f:
         f.write(text)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import optim
+from . import losses, optim
 from .errors import CaptureError, InputError, MissingPackageError, MoefxError, PassError, RecipeError
 from .manager import Context, Pass, PassManager
 from .module import OptimizedModule
@@ -47,6 +47,7 @@ __all__ = [
     "dequantize",
     "diff",
     "grouter",
+    "losses",
     "optim",
     "optimize",
     "pipeline",

@@ -154,6 +154,7 @@ def capture(
     placeholders = gm.graph.find_nodes(op="placeholder")
     values = compat.flat_inputs(gm, args, kwargs)
     names = {p.name: known.get(id(v), p.name) for p, v in zip(placeholders, values, strict=True)}
+    gm.graph.output_node().meta["moefx_outputs"] = compat.output_names(gm, args, kwargs)
     return Captured(gm, args, kwargs, names, axes)
 
 

@@ -89,6 +89,31 @@ def flat_inputs(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any
     return list(flatten(*args, *kwargs.values()))
 
 
+def output_names(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
+    """Positions of a captured graph's outputs by the keys under which the model returns them at its top level."""
+    marks = [torch.empty(()) for _ in gm.graph.output_node().args[0]]  # type: ignore[union-attr]
+    unflatten: Any = gm._dynamo_bytecode_unflatten
+    returned = unflatten(tuple(marks), (*args, *kwargs.values()))
+    named = returned if isinstance(returned, Mapping) else getattr(returned, "__dict__", {})
+    if isinstance(returned, tuple) and hasattr(returned, "_fields"):
+        named = dict(zip(returned._fields, returned, strict=True))
+    position = {id(mark): i for i, mark in enumerate(marks)}
+    return {str(key): position[id(v)] for key, v in named.items() if id(v) in position}
+
+
+def return_extras(gm: fx.GraphModule, count: int) -> None:
+    """Let a captured graph return (what the model returns, tuple of the last `count` outputs)."""
+    unflatten: Any = gm._dynamo_bytecode_unflatten
+
+    def both(outputs: Any, inputs: Any) -> Any:
+        own = len(outputs) - count
+        return unflatten(outputs[:own], inputs), tuple(outputs[own:])
+
+    codegen: Any = gm.graph._codegen
+    codegen.dynamo_bytecode_unflatten = both
+    gm._dynamo_bytecode_unflatten = both  # type: ignore[assignment]
+
+
 @contextlib.contextmanager
 def dynamic_dims(tensors: Mapping[str, Tensor], dims: DynamicDims) -> Iterator[None]:
     """While active, the given axes of the given tensors are captured as symbols; marks are taken off at the end."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ class Joint:
     fake_mode: Any
     passthrough: dict[int, int]  # plain outputs that are an input unchanged: {output position: index into `inputs`}
     grad: bool
+    extras: list[tuple[str, str]] = field(default_factory=list)  # kind and name of the outputs behind the model's own
 
     @property
     def graph(self) -> fx.Graph:
@@ -60,6 +61,9 @@ def trace_joint(captured: Captured, *, grad: bool, codegen: str) -> Joint:
     Raises `CaptureError` for aliasing or mutation that the runtime does not reproduce.
     """
     inductor = codegen == "inductor"
+    extras = list(captured.graph.output_node().meta.get("moefx_extras", ()))
+    if extras:
+        compat.return_extras(captured.gm, len(extras))
     exported = _export(captured, grad, inductor)
     views = [i for i in exported.aliases if i not in exported.input_outputs]
     if views:
@@ -70,10 +74,11 @@ def trace_joint(captured: Captured, *, grad: bool, codegen: str) -> Joint:
         exported.gm,
         exported.inputs,
         exported.outputs,
-        exported.out_spec,
+        exported.out_spec.child(0) if extras else exported.out_spec,
         exported.fake_mode,
         exported.input_outputs,
         grad,
+        extras,
     )
     _refuse_unknown(joint)
     for node in joint.graph.nodes:

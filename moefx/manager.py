@@ -37,6 +37,7 @@ class Pass:
         requires, provides: tags that order passes; a pass runs after all that provide what it requires.
         conflicts: tags that no other pass of the pipeline may provide.
         numerics: "exact" (bitwise), "rounding" (same mathematics, other rounding) or "changes".
+        adds_outputs: whether the pass may append outputs behind those that the graph has.
     """
 
     level: ClassVar[str] = "model"
@@ -44,6 +45,7 @@ class Pass:
     provides: ClassVar[frozenset[str] | set[str]] = frozenset()
     conflicts: ClassVar[frozenset[str] | set[str]] = frozenset()
     numerics: ClassVar[str] = "exact"
+    adds_outputs: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -275,10 +277,10 @@ class Kept:
         now = Kept(graph)
         if now.inputs != self.inputs:
             raise PassError("the graph's inputs changed", todo="add, remove and move no placeholder")
-        if len(now.outputs) != len(self.outputs):
+        if len(now.outputs) != len(self.outputs) and not (p.adds_outputs and len(now.outputs) > len(self.outputs)):
             what = f"the graph had {len(self.outputs)} outputs and now has {len(now.outputs)}"
             raise PassError(what, todo="a pass keeps the graph's outputs")
-        for i, (node, val, was) in enumerate(zip(_flat_outputs(graph), now.outputs, self.outputs, strict=True)):
+        for i, (node, val, was) in enumerate(zip(_flat_outputs(graph), now.outputs, self.outputs, strict=False)):
             if not edit.same_value(val, was):
                 raise PassError(
                     f"output {i} changed from {_typed(was)} to {_typed(val)}",

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from . import compat
 from .delayed import AmaxHistory
 from .errors import InputError
+from .losses import BiasUpdate, sign_update
 from .precision_metrics import Meter
 from .program import Program
 from .raising.replay import Assembly
@@ -28,9 +29,10 @@ from .routing import INSIDE
 Tensor = torch.Tensor
 # Config entries that no forward depends on: captures run without a cache, and `save_pretrained` notes the other ones.
 _NOT_COMPUTED_WITH = frozenset({"use_cache", "dtype", "architectures", "_name_or_path", "transformers_version"})
-_OWN = frozenset(
-    {"_history", "_indices", "_original", "_options", "_compile", "_variants", "_structure", "_report", "_refs"}
-)
+_OWN = frozenset({
+    "_history", "_indices", "_original", "_options", "_compile", "_variants", "_structure", "_report", "_refs",
+    "_extras", "_counts",
+})  # fmt: skip
 
 
 @dataclass
@@ -60,6 +62,7 @@ class OptimizedModule(nn.Module):
         own["_original"] = original
         own["_compile"], own["_options"], own["_report"] = compile_variant, options, report
         own["_variants"], own["_structure"], own["_refs"] = {}, None, {}
+        own["_extras"], own["_counts"] = {}, {}
         own["_history"], own["_indices"] = AmaxHistory(options.recipe.amax_history), {}
         super().__init__()
         del own["_is_full_backward_hook"]
@@ -194,7 +197,45 @@ class OptimizedModule(nn.Module):
             found: Tensor = leaves[where] if isinstance(where, int) else where[0][where[1]]
             return found
 
+        if program.extras:
+            self._keep(program.returned_extras(outs))
         return program.finish(outs, primals, target)
+
+    def _keep(self, extras: dict[tuple[str, str], Tensor]) -> None:
+        """Remember what a call returned beside the model's outputs; choices are added up until biases are updated."""
+        self.__dict__["_extras"] = extras
+        for (kind, name), counts in extras.items():
+            if kind == "count":
+                before = self._counts.get(name)
+                self._counts[name] = counts if before is None else before + counts
+
+    @property
+    def losses(self) -> dict[str, Tensor]:
+        """Unweighted losses of the last call by short name, and `total`, the weighted sum that was added. Detached."""
+        return {name: v for (kind, name), v in self._extras.items() if kind == "loss"}
+
+    @property
+    def routing(self) -> dict[str, Tensor]:
+        """Routing metrics of the last call by name (`moefx.losses.metrics.SHAPES`). Detached."""
+        return {name: v for (kind, name), v in self._extras.items() if kind == "routing"}
+
+    def update_router_bias(self, rate: float | None = None) -> None:
+        """Move every router's correction bias by `rate` towards balance, by the choices since the last update.
+
+        To be called after an optimizer step, on all ranks together. `rate` is that of `BiasUpdate` if not given.
+
+        Raises:
+            InputError: `losses=` had no `BiasUpdate`, or no training step was run since the last update.
+        """
+        item = next((i for i in self.options.losses if isinstance(i, BiasUpdate)), None)
+        if item is None:
+            raise InputError("nothing counts the choices of this model's routers", todo='add "bias" to losses')
+        if not self._counts:
+            raise InputError("no choices were counted since the last update", todo="run a training step first")
+        for name, counts in self._counts.items():
+            path, _, leaf = name.rpartition(".")
+            sign_update(getattr(self.original.get_submodule(path), leaf), counts, item.rate if rate is None else rate)
+        self._counts.clear()
 
     def precision_metrics(self, *args: Any, tangents: Any = None, **kwargs: Any) -> list[dict[str, Any]]:
         """What the precision casts of one training step of this call lose, on the present weights.

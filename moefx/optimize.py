@@ -21,9 +21,10 @@ from .errors import CaptureError, InputError, PassError, nearest
 from .graph.edit import copy_plain, value
 from .joint import Joint, compiler, split, trace_joint
 from .ledger import ledger
+from .losses import Item, as_losses
 from .manager import Pass, PassManager
 from .module import OptimizedModule, Variant
-from .passes import RouteByToken, as_pipeline
+from .passes import RouteByToken, as_pipeline, observing, with_losses
 from .passes.raise_experts import Block, raised, to_observe
 from .precision.recipe import Recipe, get_recipe
 from .precision_metrics import Meter
@@ -47,6 +48,7 @@ class Options:
     verify: bool
     dynamic: compat.DynamicDims | None
     strict: bool = False
+    losses: tuple[Item, ...] = ()
     routing: Routing | None = None
 
 
@@ -56,7 +58,7 @@ def optimize(
     *,
     recipe: str | Recipe = "bf16",
     router: Any = None,
-    losses: Sequence[Any] = (),
+    losses: str | Sequence[Any] = (),
     passes: PassManager | Sequence[Pass | str] | None = None,
     regions: str = "model",
     codegen: str = "inductor",
@@ -80,7 +82,9 @@ def optimize(
         strict: an MoE-looking block that cannot be raised is an error; otherwise the report says why it was left alone.
         router: a `moefx.Grouter`, a `moefx.Precomputed` or a `moefx.Routing` around one: every MoE layer is routed by it,
             from token ids alone, and the layers' own routers go (docs/grouter.md).
-        losses, regions, mesh: reserved; only the defaults are accepted in this version.
+        regions, mesh: reserved; only the defaults are accepted in this version.
+        losses: what to add to the model's loss, or to measure: objects of `moefx.losses` or their short names, as
+            ["sp", "cp", "lb", "metrics"]. Their values are in `.losses` and `.routing` after each call.
 
     Returns:
         An `OptimizedModule` with `.original`, `.report` and `.graphs`.
@@ -89,7 +93,6 @@ def optimize(
         InputError, CaptureError, RecipeError, PassError: with what, where, why and what to do.
     """
     reserved = {
-        "losses": (tuple(losses), ()),
         "mesh": (mesh, None),
         "regions": (regions, "model"),
     }
@@ -103,11 +106,13 @@ def optimize(
     if codegen not in CODEGENS:
         raise InputError(f"unknown codegen {codegen!r}", todo=nearest(str(codegen), CODEGENS))
     chosen = get_recipe(recipe)
-    routing, pipeline = as_routing(router), as_pipeline(passes, chosen, codegen)
-    if routing is not None and "route_by_token" not in pipeline.names:
+    routing, wanted = as_routing(router), as_losses(losses)
+    chain = as_pipeline(passes, chosen, codegen)
+    if routing is not None and "route_by_token" not in chain.names:
         by_token = RouteByToken(routing.gates, routing.scale, routing.normalise)
-        pipeline = pipeline.insert(by_token, after="raise_routers")
-    options = Options(chosen, pipeline, codegen, verify, dynamic, strict, routing)
+        chain = chain.insert(by_token, after="raise_routers")
+    chain = with_losses(chain, wanted)
+    options = Options(chosen, chain, codegen, verify, dynamic, strict, wanted, routing)
     options.passes.ordered()  # an unsatisfiable order is an error now, not after a long capture
     opt = reoptimize(model.original if isinstance(model, OptimizedModule) else model, options)
     args, kwargs = as_call(example_inputs)
@@ -156,7 +161,9 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
         with stage("model passes") as done:  # stage 3
             verifier = Verifier(compat.flat_inputs(captured.gm, args, kwargs), grad) if o.verify else None
             fakes = [value(n) for n in captured.graph.find_nodes(op="placeholder")]
-            o.passes.run("model", captured.gm, report, compat.fake_mode_of(fakes), verifier)
+            chain = o.passes if grad and model.training else observing(o.passes)
+            chain.run("model", captured.gm, report, compat.fake_mode_of(fakes), verifier)
+            report.losses = captured.graph.output_node().meta.get("moefx_losses", [])
             rows = [r for r in report.passes if r.name in GRAPH_LEVEL]
             if not blocks and not any(r.matched for r in rows):
                 raise _not_raised(model, blocks)

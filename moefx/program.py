@@ -54,7 +54,7 @@ class Program:
         placeholders = list(joint.graph.find_nodes(op="placeholder"))
         names = [n.name for n, s in zip(placeholders, joint.inputs, strict=True) if s.kind != "tangent"]
         self.inputs = [s for s in joint.inputs if s.kind != "tangent"]
-        self.out_spec, self.passthrough = joint.out_spec, joint.passthrough
+        self.out_spec, self.passthrough, self.extras = joint.out_spec, joint.passthrough, joint.extras
         self.fw_graph, self.bw_graph, self._compile_bw = fw, bw, compile_bw
 
         outs = joint.outputs[: joint.fwd_outputs]
@@ -122,7 +122,12 @@ class Program:
         values = [outs[i] for i in self.results]
         for position, index in self.passthrough.items():
             values[position] = primals[index]
-        return pytree.tree_unflatten(values, self.out_spec)
+        return pytree.tree_unflatten(values[: len(values) - len(self.extras)], self.out_spec)
+
+    def returned_extras(self, outs: Sequence[Any]) -> dict[tuple[str, str], Tensor]:
+        """Values of losses, metrics and counts by kind and name."""
+        behind = self.results[len(self.results) - len(self.extras) :]
+        return {extra: outs[i].detach() for extra, i in zip(self.extras, behind, strict=True)}
 
     def backward(self, saved: dict[str, Any], tangents: Sequence[Tensor | None]) -> Sequence[Any]:
         """Gradients of all inputs, None where there is none.

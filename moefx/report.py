@@ -90,6 +90,7 @@ class Report:
     )  # fmt: skip
     memory: dict[str, Any] = field(default_factory=dict)
     signatures: list[dict[str, Any]] = field(default_factory=list)
+    losses: list[dict[str, Any]] = field(default_factory=list)
     graphs: Graphs = field(default_factory=Graphs)
 
     @property
@@ -98,7 +99,8 @@ class Report:
         return providers.used()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: blocks, passes, casts, stages, memory, providers, signatures, and what was optimized how."""
+        """Plain data: blocks, passes, casts, stages, memory, providers, signatures, losses, and what was optimized
+        how."""
         data = {
             "model": self.model,
             "recipe": self.recipe,
@@ -110,6 +112,7 @@ class Report:
             "memory": self.memory,
             "providers": self.providers,
             "signatures": self.signatures,
+            "losses": self.losses,
         }
         return copy.deepcopy(data)
 
@@ -150,6 +153,9 @@ class Report:
                 f"saved for backward: {self.memory['saved_bytes'] / 2**20:.2f} MiB besides parameters and inputs",
             ]
         lines.append(summary(self.casts))
+        for row in self.losses:
+            weight = "" if row["weight"] is None else f", weight {row['weight']:g}"
+            lines.append(f"losses: {row['kind']} ({row['name']}{weight}) taps {len(row['layers'])} layers")
         lines.append(f"signatures compiled: {len(self.signatures)}")
         return "\n".join(lines)
 

@@ -144,7 +144,9 @@ def routed(model: nn.Module, routing: Routing | None) -> Iterator[None]:
 
     body = {"forward": forward, "moefx_signature": _with_keywords(inspect.signature(cls.forward), extra)}
     model._modules[INSIDE] = routing.router
-    model.__class__ = type(cls.__name__, (cls,), {**body, "__module__": cls.__module__, "__qualname__": cls.__qualname__})
+    model.__class__ = type(
+        cls.__name__, (cls,), {**body, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    )
     try:
         yield
     finally:
@@ -206,7 +208,9 @@ def mark_layout(gm: fx.GraphModule, values: list[Any], names: dict[str, str], id
     x: fx.Node = experts[0].args[0]  # type: ignore[assignment]
     other = list(values)
     other[at] = values[at].clone()
-    other[at][0] = other[at][0].flip(0).roll(1) if not bool((values[at][0] == values[at][0, 0]).all()) else values[at][1]
+    other[at][0] = (
+        other[at][0].flip(0).roll(1) if not bool((values[at][0] == values[at][0, 0]).all()) else values[at][1]
+    )
     was, now = (_until(gm, v, x) for v in (values, other))
     moved = (was != now).flatten(1).any(1)
     rows = torch.arange(B * S, device=moved.device)

@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from moefx.errors import PassError, nearest
+from moefx.losses import Item
 from moefx.manager import Pass, PassManager, check_pass
 from moefx.precision.recipe import Recipe, get_recipe
 
+from .add_losses import AddLosses
 from .align_plans import AlignPlans
 from .dead_code import DeadCode
 from .drop_noops import DropNoops
@@ -56,6 +58,7 @@ for _factory in (
     ExpandRouters,
     MergeRouters,
     ExpandExperts,
+    AddLosses,
     SharePlans,
     FoldCombine,
     AlignPlans,
@@ -125,7 +128,28 @@ def as_pipeline(passes: PassManager | Sequence[Pass | str] | None, recipe: str |
     return PassManager(tuple(get_pass(p) if isinstance(p, str) else p for p in passes))
 
 
+def with_losses(passes: PassManager, losses: Sequence[Item]) -> PassManager:
+    """The pipeline with `losses` in it, behind `raise_routers`: experts are expanded there, and routers not yet."""
+    if not losses:
+        return passes
+    if "add_losses" in passes.names:
+        raise PassError("the pipeline holds add_losses, and losses are given too", todo="give them in one place")
+    early = [p for p in passes.passes if p.name == "expand_experts"]
+    rest = [p for p in passes.passes if p.name != "expand_experts"]
+    at = max((i + 1 for i, p in enumerate(rest) if p.name in ("raise_routers", "route_by_token")), default=0)
+    return PassManager((*rest[:at], *early, AddLosses(tuple(losses)), *rest[at:]), passes.given)
+
+
+def observing(passes: PassManager) -> PassManager:
+    """The pipeline for a graph that does not train: losses only measure."""
+    return PassManager(
+        tuple(dataclasses.replace(p, training=False) if isinstance(p, AddLosses) else p for p in passes.passes),
+        passes.given,
+    )
+
+
 __all__ = [
+    "AddLosses",
     "AlignPlans",
     "DeadCode",
     "DropNoops",
@@ -150,7 +174,9 @@ __all__ = [
     "UnbindExperts",
     "as_pipeline",
     "get_pass",
+    "observing",
     "pass_names",
     "pipeline",
     "register_pass",
+    "with_losses",
 ]

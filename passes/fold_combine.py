@@ -22,7 +22,7 @@ class FoldCombine(Pass):
 
     The output rows then need not be kept for the backward, and the gradient of the weights is an inner product of width
     I computed where the activation's gradient is at hand (SonicMoE's identity, arXiv 2512.14080). Not legal with a bias
-    behind the product.
+    behind the product. `moefx.overlap` reads the weighted activation as well: it does not see the length of a row.
     """
 
     requires: ClassVar[set[str]] = {"experts_expanded"}
@@ -43,7 +43,12 @@ class FoldCombine(Pass):
                 ctx.rejected(node, "its rows do not come from one product that nobody else reads")
                 continue
             act = arguments(y)["x"]
-            if act.target not in targets(ops.glu) or len(act.users) > 1 or arguments(act)["w"] is not None:
+            others = [u for u in act.users if u is not y]
+            if (
+                act.target not in targets(ops.glu)
+                or any(u.target not in targets(ops.overlap) for u in others)
+                or arguments(act)["w"] is not None
+            ):
                 ctx.rejected(node, "the product does not read an unweighted activation of its own")
                 continue
             glu, product = arguments(act), arguments(y)
@@ -62,5 +67,6 @@ class FoldCombine(Pass):
                 new = call(ops.unpermute, rows, a["token"], a["order"], a["slot"], None)
             replace(graph, node, new)
             graph.erase_node(y)
+            act.replace_all_uses_with(new_act)
             graph.erase_node(act)
             ctx.matched(new)

@@ -64,6 +64,7 @@ class RaiseRouters(Pass):
                     break
             else:
                 nearest = max(misses, key=lambda e: e.stage, default=NoRouter("no logits [.., E] in front of it", 0))
+                experts.meta["moefx_router"] = nearest.why  # for losses, which need to know the router
                 ctx.rejected(experts, f"router left as it is: {nearest.why}")
 
 

@@ -40,6 +40,7 @@ LAYERS = (
         "moefx.delayed",
         "moefx.raising",
     ),
+    ("moefx.losses",),
     ("moefx.dialect",),
     ("moefx.kernels",),
     ("moefx.precision", "moefx.optim"),

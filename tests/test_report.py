@@ -14,7 +14,7 @@ from moefx.manager import Context
 from moefx.report import Graphs, Report
 from tests import reference
 
-KEYS = {"blocks", "passes", "casts", "stages", "memory", "providers", "signatures"}
+KEYS = {"blocks", "passes", "casts", "stages", "memory", "providers", "signatures", "losses"}
 WHAT_WAS_DONE = {"model", "recipe", "codegen"}
 PASS_KEYS = {"name", "level", "numerics", "matched", "rejected", "seconds"}
 BLOCK_KEYS = {"path", "raised", "idiom", "error", "reason"}

@@ -5,7 +5,21 @@ reference that runs on any device, and a backward written in the same dialect, s
 and wgrad as nodes of one kind.
 """
 
-from . import delayed, experts, gemm, glu, route, routing, scaled, scaled_gemm, scaled_glu, token_route, wires
+from . import (
+    delayed,
+    experts,
+    gemm,
+    glu,
+    inject,
+    overlap,
+    route,
+    routing,
+    scaled,
+    scaled_gemm,
+    scaled_glu,
+    token_route,
+    wires,
+)
 from .experts import ExpertsSpec
 from .glu import GluKind
 from .route import RouteSpec
@@ -25,6 +39,10 @@ OPS = (
     "group_sum",
     "glu",
     "glu_backward",
+    "overlap",
+    "overlap_backward",
+    "inject",
+    "inject_seed",
     "experts",
     "expert_choice",
     "route",
@@ -54,6 +72,8 @@ __all__ = [
     "experts",
     "gemm",
     "glu",
+    "inject",
+    "overlap",
     "route",
     "routing",
     "scaled",

@@ -20,7 +20,15 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from moefx import compat
 
 # Meta keys that say where a node came from; they are inherited by what replaces it.
-ORIGIN_KEYS = ("nn_module_stack", "fwd_nn_module_stack", "stack_trace", "seq_nr", "partitioner_tag", "custom")
+ORIGIN_KEYS = (
+    "nn_module_stack",
+    "fwd_nn_module_stack",
+    "stack_trace",
+    "seq_nr",
+    "partitioner_tag",
+    "custom",
+    "moefx_router",
+)
 
 
 def value(node: fx.Node) -> Any:

@@ -36,6 +36,7 @@ TRAINING = (
     "quantize_delayed",
     "gather_amax",
 )
+CONSTANT = ("token_route", "plan", "choice_plan", "inject_seed")  # integers, or a number: nothing to differentiate
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ def calls(r: Routing, dtype: torch.dtype = torch.float32) -> dict[str, Call]:
         randn(S, I, dtype=dtype, seed=8),
         randn(E, H, dtype=dtype, seed=9),
     )
+    seed_T, loss = randn(T, dtype=torch.promote_types(dtype, torch.float32), seed=14), randn(1, dtype=dtype, seed=15)[0]
     up_bias = randn(E, 2 * I, dtype=dtype, seed=10)
     maps = r.token, r.order, r.slot
     ends, clamp = r.offsets, "interleaved clamp(7,1.702)"
@@ -110,6 +112,10 @@ def calls(r: Routing, dtype: torch.dtype = torch.float32) -> dict[str, Call]:
         "glu_plain": Call("glu", (h, rows, "plain relu2"), (0, 1)),
         "glu_backward": Call("glu_backward", (da, h, None, "silu"), (0, 1)),
         "glu_backward_weighted": Call("glu_backward", (da, h, rows, "gelu"), (0, 1, 2)),
+        "overlap": Call("overlap", (y, r.slot, 1e-12), (0,)),
+        "overlap_backward": Call("overlap_backward", (seed_T, y, r.slot, 1e-12), (0, 1)),
+        "inject": Call("inject", (x, loss), (0,)),
+        "inject_seed": Call("inject_seed", (x, torch.float32)),
         "experts": Call("experts", (x, r.idx, w, [up, down], "silu | nk"), (0, 2, 3)),
         "experts_gptoss": Call("experts", (x, r.idx, w, gptoss, "interleaved clamp(7,1.702) | kn bias"), (0, 2, 3)),
         "expert_choice": Call("expert_choice", (x, chosen, w_EC, [up, down], "silu | nk"), (0, 2, 3)),
@@ -156,8 +162,7 @@ def calls(r: Routing, dtype: torch.dtype = torch.float32) -> dict[str, Call]:
 
 NAMES = tuple(calls(oracles.CASES["balanced"]))
 each_call = pytest.mark.parametrize("name", NAMES)
-WITHOUT_GRADIENT = (*TRAINING, "plan", "choice_plan", "token_route")
-DIFFERENTIABLE = tuple(n for n, c in calls(oracles.CASES["balanced"]).items() if c.op not in WITHOUT_GRADIENT)
+DIFFERENTIABLE = tuple(n for n, c in calls(oracles.CASES["balanced"]).items() if c.op not in (*TRAINING, *CONSTANT))
 each_differentiable = pytest.mark.parametrize("name", DIFFERENTIABLE)
 each_training = pytest.mark.parametrize(
     "name", [n for n, c in calls(oracles.CASES["balanced"]).items() if c.op in TRAINING]

@@ -21,7 +21,16 @@ from .oracles import KINDS, Tensor, ops, randn
 
 COMPOSITE = ("experts", "expert_choice", "route")
 # The identity needs no kernel; codes and scales have their definition, on any device.
-REFERENCE_ONLY = ("choice_plan", *TRAINING, "dispatch", "combine")
+REFERENCE_ONLY = (
+    "overlap",
+    "overlap_backward",
+    "inject",
+    "inject_seed",
+    "choice_plan",
+    *TRAINING,
+    "dispatch",
+    "combine",
+)
 
 
 @pytest.fixture

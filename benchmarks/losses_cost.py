@@ -1,0 +1,157 @@
+"""What the losses of routing cost: work and saved bytes counted in the graphs, and seconds measured on this machine.
+
+    python benchmarks/losses_cost.py [--time]
+
+Counted on a transformers Qwen3-MoE of two layers with the widths of Qwen3-30B-A3B (H = 2048, I = 768, top-8) but 16
+experts and a small vocabulary, which makes every share larger than in the full model. Flops: 2 M N K for products, the
+terms of the formulas in docs/losses.md for `moefx.overlap`, one per element written or summed for everything else.
+Seconds are process CPU time on one thread, of smaller models; the median of `REPEATS` steps after one that is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import flop_registry
+
+import moefx
+from moefx.capture import capture, warm_up
+from moefx.graph.edit import arguments, value
+from moefx.joint import split, trace_joint
+from moefx.losses import as_losses
+from moefx.manager import PassManager
+from moefx.passes import pipeline, with_losses
+from moefx.passes.raise_experts import raised
+from moefx.program import _bytes
+from moefx.report import Report
+
+RESULTS = Path(__file__).parent / "results" / "losses_cost.csv"
+REPEATS = 5
+CASES = ("", "sp", "cp", "lb", "sp,cp", "sp,cp,lb,z", "metrics", "var", "orth", "erc")
+Inputs = dict[str, torch.Tensor]
+
+
+def model(H: int = 2048, I: int = 768, k: int = 8, E: int = 16, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """Two layers with random weights."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        vocab_size=512, hidden_size=H, intermediate_size=H, num_hidden_layers=2, num_attention_heads=max(H // 128, 1),
+        num_key_value_heads=max(H // 512, 1), head_dim=128, num_experts=E, num_experts_per_tok=k,
+        moe_intermediate_size=I, attn_implementation="sdpa", dtype=dtype,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return Qwen3MoeForCausalLM._from_config(config, dtype=dtype).train()
+
+
+def batch(T: int) -> Inputs:
+    """Two sequences of T / 2 tokens."""
+    ids = torch.randint(0, 512, (2, T // 2), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+def halves(net: Any, inputs: Inputs, losses: str, codegen: str) -> tuple[fx.GraphModule, fx.GraphModule, int]:
+    """Forward and backward graphs of a training step, and how many outputs the forward has before what it saves."""
+    passes: PassManager = with_losses(pipeline("bf16", codegen=codegen), as_losses(losses))
+    with contextlib.ExitStack() as stack:
+        warm_up(net, (), inputs)
+        stack.enter_context(raised(net))
+        captured = capture(net, (), inputs)
+        passes.run("model", captured.gm, Report(), captured.gm.meta["fake_mode"])
+        joint = trace_joint(captured, grad=True, codegen=codegen)
+    passes.run("training", joint.gm, Report(), joint.fake_mode)
+    return (*split(joint, codegen=codegen), joint.fwd_outputs)
+
+
+def flops(graph: fx.Graph) -> int:
+    """Work of all nodes of a training graph."""
+    return sum(_flops(n) for n in graph.nodes if n.op == "call_function")
+
+
+def _flops(node: fx.Node) -> int:
+    name = getattr(getattr(node.target, "_schema", None), "name", "")
+    outs = [v for v in pytree.tree_leaves(value(node)) if isinstance(v, torch.Tensor)]
+    ins = [v for n in node.all_input_nodes for v in pytree.tree_leaves(value(n)) if isinstance(v, torch.Tensor)]
+    if name in ("moefx::grouped_mm", "moefx::grouped_wgrad"):
+        a = [value(n) for n in node.args[:2]]  # type: ignore[union-attr]
+        return 2 * a[0].shape[0] * a[0].shape[1] * (a[1].shape[1])
+    if name in ("moefx::overlap", "moefx::overlap_backward"):
+        z, slot = (value(arguments(node)[key]) for key in ("z", "slot"))
+        T, k, I = *slot.shape, z.shape[1]
+        # Rows: square, sum, scale. Gram: k^2 products of rows. Backward: both again, C U, and the projection.
+        return T * (3 * k * I + 2 * k * k * I) + (T * (2 * k * k * I + 5 * k * I) if "backward" in name else 0)
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet in flop_registry:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+        return int(flop_registry[packet](*args, **kwargs, out_val=value(node)))
+    if node.target is moefx.compat.getitem or name.startswith(("aten::view", "aten::detach", "aten::permute")):
+        return 0
+    return max((math.prod(v.shape) for v in (*outs, *ins)), default=0)
+
+
+def count(net: Any, inputs: Inputs, losses: str, codegen: str) -> tuple[int, int]:
+    """Flops of a step, bytes that its forward keeps for the backward."""
+    fw, bw, outputs = halves(net, inputs, losses, codegen)
+    saved: Sequence[Any] = fw.graph.output_node().args[0][outputs:]  # type: ignore[index, assignment]
+    return flops(fw.graph) + flops(bw.graph), _bytes(saved) or 0
+
+
+def seconds(net: Any, inputs: Inputs, losses: str) -> float:
+    """Median CPU seconds of a training step with Inductor."""
+    opt = moefx.optimize(net, inputs, losses=losses)
+    taken = []
+    for _ in range(REPEATS + 1):
+        start = time.process_time()
+        opt(**inputs).loss.backward()
+        taken.append(time.process_time() - start)
+        opt.zero_grad(set_to_none=True)
+    return statistics.median(taken[1:])
+
+
+def main() -> None:
+    """Write the CSV and print it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--time", action="store_true", help="measure seconds too (minutes)")
+    measure = parser.parse_args().time
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+    net, inputs = model(), batch(512)
+    for codegen in ("eager", "inductor"):
+        base = count(net, inputs, "", codegen)
+        for losses in CASES:
+            work, saved = count(net, inputs, losses, codegen)
+            rows.append({
+                "what": f"counted, {codegen}", "losses": losses or "none", "value": work, "unit": "flop",
+                "extra_percent": f"{100 * (work / base[0] - 1):.3f}", "saved_bytes": saved,
+                "extra_saved_percent": f"{100 * (saved / base[1] - 1):.3f}",
+            })  # fmt: skip
+            print(rows[-1], flush=True)
+    if measure:
+        net, inputs = model(H=512, I=256, dtype=torch.float32), batch(512)
+        first = seconds(net, inputs, "")
+        for losses in CASES:
+            took = seconds(net, inputs, losses) if losses else first
+            rows.append({
+                "what": "measured, inductor, CPU, H=512 I=256 T=512", "losses": losses or "none",
+                "value": f"{took:.4f}", "unit": "s", "extra_percent": f"{100 * (took / first - 1):.1f}",
+            })  # fmt: skip
+            print(rows[-1], flush=True)
+    with RESULTS.open("w", newline="") as f:
+        writer = csv.DictWriter(f, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

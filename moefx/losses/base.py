@@ -1,0 +1,82 @@
+"""What all losses have in common: a name, a weight, reductions that say what they do, and two steps.
+
+`local` computes from one layer what is best computed beside it, `combine` makes one number of all layers. Both are
+plain torch calls on tensors or on `fx.Proxy` alike, so that the same lines run in tests and write the graph.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from moefx.errors import InputError
+
+from .taps import Taps
+
+REDUCTIONS = ("sum", "mean")
+
+
+class Item:
+    """Base of everything that `losses=` takes.
+
+    Class attributes:
+        name: the short name, of the string form, of `opt.losses` and of the report.
+        needs_router: whether the router must be known (`moefx.route`).
+    """
+
+    name: ClassVar[str]
+    needs_router: ClassVar[bool] = True
+
+    def refuses(self, tap: Taps) -> str | None:
+        """Why this layer cannot have the loss; None when it can."""
+        if self.needs_router and tap.logits is None:
+            return "its router is not in a known normal form, so that its full scores are not known"
+        return None
+
+    def check(self, taps: Sequence[Taps]) -> None:
+        """Raise `InputError` naming the first layer that refuses."""
+        for tap in taps:
+            if (why := self.refuses(tap)) is not None:
+                raise InputError(f"loss {self.name!r} is not defined for {tap.path or 'the layer'}", why=why)
+
+
+@dataclass(frozen=True)
+class Loss(Item):
+    """Base of all losses. `loss(taps)` is the unweighted scalar; a training step adds `weight` times it."""
+
+    weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.weight, int | float) and abs(self.weight) < float("inf")):
+            raise InputError(f"{type(self).__name__} has weight {self.weight!r}", todo="give a finite number")
+        for option in ("pair_reduction", "layer_reduction"):
+            one_of(self, option, REDUCTIONS)
+
+    def local(self, tap: Taps) -> Any:
+        """What of one layer enters `combine`."""
+        raise NotImplementedError
+
+    def combine(self, parts: Sequence[Any], taps: Sequence[Taps]) -> Any:
+        """The loss, of one part per layer: their sum or mean, as `layer_reduction` says."""
+        return over_layers(parts, getattr(self, "layer_reduction", "sum"))
+
+    def __call__(self, taps: Sequence[Taps]) -> Any:
+        """The unweighted loss of all layers in execution order, a scalar. Raises `InputError` where it is undefined."""
+        self.check(taps)
+        return self.combine([self.local(t) for t in taps], taps)
+
+
+def one_of(loss: Any, option: str, known: Sequence[str]) -> None:
+    """Raise `InputError` when an option that the loss has is none of the known values."""
+    given = getattr(loss, option, known[0])
+    if given not in known:
+        raise InputError(f"{type(loss).__name__} has {option}={given!r}", todo=f"use one of {', '.join(known)}")
+
+
+def over_layers(parts: Sequence[Any], reduction: str) -> Any:
+    """Sum or mean over layers."""
+    total = functools.reduce(operator.add, parts)
+    return total / len(parts) if reduction == "mean" else total

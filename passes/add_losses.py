@@ -1,0 +1,308 @@
+"""Losses of routing become part of the model graph, before autograd sees it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from moefx import compat
+from moefx.dialect.glu import GluKind
+from moefx.dialect.route import DTYPES, RouteSpec
+from moefx.errors import InputError, PassError
+from moefx.graph.edit import arguments, find, module_path, origin, same_sizes, source_line, targets, value
+from moefx.graph.effects import name_of
+from moefx.losses import BiasUpdate, Item, LoadBalance, Loss, RoutingMetrics, Taps
+from moefx.manager import Context, Pass
+
+ops = torch.ops.moefx
+MOVES = ("view", "reshape", "flatten", "contiguous", "squeeze", "to", "int", "long", "type", "float", "detach")
+# Inputs that show how many sequences there are, by their first axis.
+BATCHED = ("input_ids", "inputs_embeds", "attention_mask", "labels", "position_ids")
+
+
+@dataclass(frozen=True)
+class AddLosses(Pass):
+    """Write each loss beside the layers that it reads, add their weighted sum to the model's loss, return the values.
+
+    Runs where experts are expanded and routers are still `moefx.route`, which names the logits, the choice and how the
+    router scores. The sum goes into the output called `loss`; a model without one gets it through `moefx.inject`, in
+    the backward of its first differentiable output. Values of losses, metrics and counts become outputs of the graph
+    behind the model's own ones; they have no gradient.
+
+    Attributes:
+        losses: what to add (`moefx.losses`).
+        training: whether the graph is one that trains; else only metrics are written.
+    """
+
+    losses: tuple[Item, ...] = ()
+    training: bool = True
+
+    requires: ClassVar[set[str]] = {"routers_raised", "experts_expanded"}
+    provides: ClassVar[set[str]] = {"losses_added"}
+    numerics: ClassVar[str] = "changes"
+    adds_outputs: ClassVar[bool] = True
+
+    def run(self, graph: fx.Graph, ctx: Context) -> None:
+        out = graph.output_node()
+        items = [i for i in self.losses if self.training or isinstance(i, RoutingMetrics)]
+        if not items or "moefx_extras" in out.meta:
+            return
+        write = Writer(graph)
+        layers = list(ctx.at(find(graph, ops.unpermute)))
+        if not layers:
+            raise PassError(
+                "no routed experts are left for losses to read", todo="put add_losses behind expand_experts"
+            )
+        taps: list[Taps] = []
+        parts: dict[str, list[Any]] = {item.name: [] for item in items}
+        for node in ctx.at(layers):
+            with write.behind(node):
+                tap = _taps(write, node)
+                for item in items:
+                    if (why := item.refuses(tap)) is not None:
+                        raise _refused(item, node, f"{why}{_reason(node, tap)}")
+                    parts[item.name].append(item.local(tap))  # type: ignore[attr-defined]
+            taps.append(tap)
+            ctx.matched(node, f"{tap.path}: {', '.join(i.name for i in items)} of top-{tap.k} of {tap.experts} experts")
+        try:
+            for item in items:
+                item.check(taps)
+        except InputError as e:
+            raise PassError(e.what, e.where, e.why, e.todo) from e
+        with write.behind(layers[-1], last=True):
+            _finish(write, items, parts, taps)
+        write.sweep()
+        out.meta["moefx_losses"] = [_row(item, taps) for item in items]
+
+
+class Writer(fx.proxy.GraphAppendingTracer):
+    """Writes torch calls on proxies into a graph; the nodes inherit the origin of the layer that they belong to."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        super().__init__(graph)
+        self.anchor: fx.Node = graph.output_node()
+        self.made: list[fx.Node] = []
+
+    def behind(self, node: fx.Node, *, last: bool = False) -> Any:
+        """Write directly behind a node, or in front of the graph's outputs."""
+        self.anchor = node
+        return self.graph.inserting_before(self.graph.output_node() if last else node.next)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """A node with the origin of the anchor."""
+        node = super().create_node(*args, **kwargs)
+        node.meta = origin(self.anchor)
+        self.made.append(node)
+        return node
+
+    def __call__(self, node: Any) -> Any:
+        """A node as a proxy; None stays None."""
+        return fx.Proxy(node, self) if isinstance(node, fx.Node) else node
+
+    def sweep(self) -> None:
+        """Take out what was written and is not read."""
+        for node in reversed(self.made):
+            if not node.users:
+                self.graph.erase_node(node)
+
+
+# --- what there is of a layer
+
+
+def _taps(write: Writer, node: fx.Node) -> Taps:
+    """Everything that a loss may read of the layer whose rows `node` brings back to token order."""
+    a = arguments(node)
+    plan = a["slot"].args[0]
+    if plan.target in targets(ops.choice_plan):
+        raise PassError(
+            "losses are not defined where experts choose their tokens",
+            where=_place(node),
+            why="a token has no k experts of its own",
+            todo="leave losses out for this model",
+        )
+    idx = arguments(plan)["idx"]
+    product = a["y"]
+    while product.target in targets(ops.grouped_bias):
+        product = arguments(product)["y"]
+    activation = arguments(product)["x"]
+    T, k = value(a["slot"]).shape
+    found: dict[str, Any] = {
+        "path": module_path(node), "k": int(k), "experts": int(arguments(plan)["E"]), "idx": write(idx),
+        "z": write(activation), "y": write(a["y"]), "slot": write(a["slot"]), "order": write(a["order"]),
+        "mask": _mask(write, T), "batch": _batch(write, T), "chain": _chain(module_path(node), T),
+    }  # fmt: skip
+    route = _route(idx)
+    return Taps(**found, **(_router(write, route, activation) if route is not None else {}))
+
+
+def _router(write: Writer, route: fx.Node, activation: fx.Node) -> dict[str, Any]:
+    r, rows = arguments(route), value(route.args[0]).shape
+    spec = RouteSpec.parse(r["spec"])
+
+    def flat(p: Any) -> Any:
+        return p.flatten(0, -2) if len(rows) > 2 else p
+
+    own = spec.score == "softmax" and DTYPES[spec.dtype] == torch.float32
+    found: dict[str, Any] = {
+        "logits": flat(write(r["logits"])),
+        "score": spec.score,
+        "full": flat(write(route)[0]) if own else None,
+        "bias": _name(r["bias"]),
+    }
+    w, gate = _linear_weight(r["logits"]), _gate(write, activation)
+    if w is not None and gate is not None and value(w).shape[-1] == value(gate[0]).shape[-1]:
+        found |= {"router": write(w), "gate": gate[1]}
+    return found
+
+
+def _route(idx: Any) -> fx.Node | None:
+    """The `moefx.route` node that made the indices, through reshapes and casts."""
+    while isinstance(idx, fx.Node) and idx.args and name_of(idx) in MOVES:
+        idx = idx.args[0]
+    source = idx.args[0] if isinstance(idx, fx.Node) and idx.target is compat.getitem else None
+    return source if isinstance(source, fx.Node) and source.target in targets(ops.route) else None
+
+
+def _name(bias: Any) -> str:
+    """Dotted name of the buffer or parameter behind casts and views."""
+    while isinstance(bias, fx.Node) and bias.op != "placeholder":
+        if name_of(bias) not in (*MOVES, "unsqueeze"):
+            return ""
+        bias = bias.args[0]
+    return str(bias.meta.get("moefx_name", "")) if isinstance(bias, fx.Node) else ""
+
+
+def _linear_weight(logits: Any) -> fx.Node | None:
+    """[E, H] weight of the linear layer that makes the logits."""
+    while isinstance(logits, fx.Node) and logits.args and name_of(logits) in MOVES:
+        logits = logits.args[0]
+    if not isinstance(logits, fx.Node) or name_of(logits) != "linear" or len(logits.args) < 2:
+        return None
+    return logits.args[1] if isinstance(logits.args[1], fx.Node) else None
+
+
+def _gate(write: Writer, activation: fx.Node) -> tuple[fx.Node, Any] | None:
+    """The up weights [E, 2I, H], and their gate half [E, I, H]."""
+    a = arguments(activation)
+    kind, h = GluKind.parse(a["kind"]), a["h"]
+    while h.target in targets(ops.grouped_bias):
+        h = arguments(h)["y"]
+    if h.target not in targets(ops.grouped_mm):
+        return None
+    w = arguments(h)["w"]
+    if not kind.gated:
+        return w, write(w)
+    half = value(w).shape[1] // 2
+    return w, write(w)[:, ::2] if kind.interleaved else write(w)[:, :half]
+
+
+def _mask(write: Writer, T: Any) -> Any:
+    """[T] bool of an input called attention_mask [B, S] that has one entry per token."""
+    for node in write.graph.find_nodes(op="placeholder"):
+        val = value(node)
+        if node.meta.get("moefx_name") == "attention_mask" and val.dim() == 2:
+            return write(node).flatten().bool() if same_sizes([val.shape[0] * val.shape[1]], [T]) else None
+    return None
+
+
+def _batch(write: Writer, T: Any) -> Any:
+    """Number of sequences, from an input [B, S, ..] with B * S tokens."""
+    for node in write.graph.find_nodes(op="placeholder"):
+        val = value(node)
+        if node.meta.get("moefx_name") in BATCHED and val.dim() > 1:
+            B, S = val.shape[:2]
+            if same_sizes([B * S], [T]):
+                return B if isinstance(B, int) else write(node).size(0)
+    return None
+
+
+def _chain(path: str, T: Any) -> str:
+    """Layers that see the same tokens: as many, and of one stack."""
+    stack = next((part for part in path.split(".") if part in ("encoder", "decoder")), "")
+    return f"{stack} {T}"
+
+
+# --- what comes of it
+
+
+def _finish(write: Writer, items: Sequence[Item], parts: dict[str, list[Any]], taps: Sequence[Taps]) -> None:
+    """Losses of all layers, their sum into the backward, and everything that is returned."""
+    kept: list[tuple[str, str, Any]] = []
+    weighted = []
+    for item in items:
+        if isinstance(item, Loss):
+            loss = item.combine(parts[item.name], taps)
+            kept.append(("loss", item.name, loss))
+            weighted.append(loss * item.weight)
+        elif isinstance(item, RoutingMetrics):
+            kept += [("routing", name, v) for name, v in item.combine(parts[item.name], taps).items()]
+        elif isinstance(item, BiasUpdate):
+            kept += [("count", tap.bias, v) for tap, v in zip(taps, parts[item.name], strict=True)]
+    out = write.graph.output_node()
+    outputs = list(out.args[0])  # type: ignore[arg-type]
+    if weighted:
+        total = reduce(operator.add, weighted)
+        kept.append(("loss", "total", total))
+        _add(write, outputs, total, any(isinstance(i, LoadBalance) for i in items))
+    out.args = ((*outputs, *(v.detach().clone().node for _, _, v in kept)),)
+    out.meta["moefx_extras"] = [(kind, name) for kind, name, _ in kept]
+
+
+def _add(write: Writer, outputs: list[Any], total: Any, balance: bool) -> None:
+    """Put the sum of the losses into the model's own loss, or into the backward of its first output."""
+    named: dict[str, int] = write.graph.output_node().meta.get("moefx_outputs", {})
+    if balance and "aux_loss" in named:
+        raise PassError(
+            "the model adds a load-balancing loss of its own, its output aux_loss",
+            why="with LoadBalance beside it the experts would be balanced twice",
+            todo="set config.output_router_logits=False, or leave LoadBalance out of losses",
+        )
+    position = named.get("loss", -1)
+    val = value(outputs[position]) if position >= 0 else None
+    if isinstance(val, torch.Tensor) and not val.dim() and val.requires_grad:
+        loss = write(outputs[position])
+        outputs[position] = (loss + total.to(val.dtype)).node
+        return
+    for i, node in enumerate(outputs):
+        val = value(node) if isinstance(node, fx.Node) else None
+        if isinstance(val, torch.Tensor) and val.requires_grad:
+            outputs[i] = ops.inject(write(node), total).node
+            return
+    raise PassError(
+        "no output of the model is differentiable, so that losses would train nothing",
+        todo="return the loss (labels=...), or an output that requires gradients",
+    )
+
+
+def _row(item: Item, taps: Sequence[Taps]) -> dict[str, Any]:
+    """What the report says of a loss."""
+    options = {k: v for k, v in vars(item).items() if k != "weight"}
+    return {
+        "name": item.name, "kind": type(item).__name__, "weight": getattr(item, "weight", None), "options": options,
+        "layers": [t.path for t in taps],
+    }  # fmt: skip
+
+
+def _refused(item: Item, node: fx.Node, why: str) -> PassError:
+    return PassError(
+        f"loss {item.name!r} is not defined for {module_path(node) or 'this layer'}",
+        where=_place(node),
+        why=why,
+        todo=f"leave {item.name!r} out of losses for this model",
+    )
+
+
+def _reason(node: fx.Node, tap: Taps) -> str:
+    """Why `raise_routers` left the router alone, which it notes on the experts."""
+    why = node.meta.get("moefx_router")
+    return f" ({why})" if why and tap.logits is None else ""
+
+
+def _place(node: fx.Node) -> str:
+    return ", ".join(p for p in (module_path(node), f"node {node.name}", source_line(node)) if p)

@@ -26,12 +26,10 @@ import subprocess
 import sys
 import time
 import warnings
-from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import regex_pieces as pieces
 import torch
 from torch import Tensor, nn
@@ -292,7 +290,8 @@ def main() -> None:
         lines = sorted(set((a.out / "rows.csv").read_text().splitlines()))
         with open(RESULTS / "routing_effect.csv", "w", newline="") as f:
             f.write(",".join(FIELDS) + "\n" + "\n".join(lines) + "\n")
-        plot(list(csv.DictReader(open(RESULTS / "routing_effect.csv"))))
+        with open(RESULTS / "routing_effect.csv", newline="") as f:
+            plot(list(csv.DictReader(f)))
         return
     if a.jobs > 1:  # one process per seed; arms one after the other
         here = [sys.executable, __file__, "--out", str(a.out), "--arms", *a.arms]

@@ -80,8 +80,8 @@ def optimize(
         verify: compare outputs and gradients around every pass on the example inputs, within its numerics class.
         dynamic: input name -> axes whose size may vary without a new compilation.
         strict: an MoE-looking block that cannot be raised is an error; otherwise the report says why it was left alone.
-        router: a `moefx.Grouter`, a `moefx.Precomputed` or a `moefx.Routing` around one: every MoE layer is routed by it,
-            from token ids alone, and the layers' own routers go (docs/grouter.md).
+        router: a `moefx.Grouter`, a `moefx.Precomputed` or a `moefx.Routing` around one: every MoE layer is routed by
+            it, from token ids alone, and the layers' own routers go (docs/grouter.md).
         regions, mesh: reserved; only the defaults are accepted in this version.
         losses: what to add to the model's loss, or to measure: objects of `moefx.losses` or their short names, as
             ["sp", "cp", "lb", "metrics"]. Their values are in `.losses` and `.routing` after each call.

@@ -42,8 +42,8 @@ class Routing:
             given those arguments of a call whose names it has: `input_ids`, and `position_ids`, `document_ids` and a
             two-dimensional `attention_mask` where the call has them. A buffer `selection_bias` [E], if it has one, is
             added for the choice alone. It is frozen: put in evaluation mode, its parameters need no gradient.
-        gates: "router": the weights of the chosen experts are the router's, times each layer's own factor. "layer": each
-            layer weighs the given experts by its own, trained router.
+        gates: "router": the weights of the chosen experts are the router's, times each layer's own factor. "layer":
+            each layer weighs the given experts by its own, trained router.
         scale: instead of each layer's own factor ("router" gates only).
         normalise: gates from the k chosen logits: "softmax" over them, or "sigmoid" divided by their sum.
         ids: the argument of the model that holds the token ids.
@@ -74,7 +74,7 @@ class Routing:
         self.router.eval().requires_grad_(False)
 
     def inputs(self, named: dict[str, Any]) -> dict[str, Any]:
-        """Those arguments of a call that the router reads, by the router's names. Raises `InputError` for missing ones."""
+        """Those arguments of a call that the router reads, by the router's names; `InputError` for missing ones."""
         found, signature = {}, inspect.signature(self.router.forward)
         for name, p in signature.parameters.items():
             source = self.ids if name == "input_ids" else name
@@ -88,7 +88,7 @@ class Routing:
                     f"the router reads {source!r}, which the call does not have",
                     where=type(self.router).__qualname__,
                     why=f"the call has {', '.join(named) or 'no arguments'}",
-                    todo="call the model with token ids (not with embeddings), or name them: moefx.Routing(..., ids=...)",
+                    todo="call the model with token ids (not embeddings), or name them: moefx.Routing(..., ids=...)",
                 )
         return found
 
@@ -199,7 +199,7 @@ def mark_layout(gm: fx.GraphModule, values: list[Any], names: dict[str, str], id
     By trial: another first sequence changes exactly the rows that belong to it. Raises `InputError` for other orders.
     """
     (marker,) = find(gm.graph, token_route)
-    B, S = (compat.size_hint(n) for n in value(marker.args[0][0]).shape[-3:-1])  # type: ignore[index, union-attr]
+    B, S = (compat.size_hint(n) for n in value(marker.args[0][0]).shape[-3:-1])  # type: ignore[index, arg-type]
     experts = find(gm.graph, torch.ops.moefx.experts)
     at = next((i for i, n in enumerate(gm.graph.find_nodes(op="placeholder")) if names.get(n.name) == ids), None)
     marker.meta["moefx_layout"] = "batch"

@@ -13,7 +13,7 @@ from torch import fx
 from moefx import compat
 from moefx.dialect.route import RouteSpec, write_scores, write_weights
 from moefx.errors import PassError
-from moefx.graph.edit import arguments, find, inheriting, module_path, origin, outputs, same_sizes, source_line, value
+from moefx.graph.edit import arguments, find, module_path, origin, outputs, same_sizes, source_line, value
 from moefx.graph.effects import is_effect, name_of
 from moefx.manager import Context, Pass
 
@@ -255,7 +255,7 @@ def _downstream(sources: Iterable[fx.Node], graph: fx.Graph, but: Container[fx.N
 
 
 def _take_out(graph: fx.Graph, old: list[fx.Node], source: _Source, ctx: Context) -> None:
-    """Losses of the old routers leave the sums that they were added to; logits that are returned become the router's."""
+    """Losses of the old routers leave the sums that they were added to; returned logits become the router's."""
     tainted = _downstream(old, graph, source.made)
     learned = [n for n in graph.find_nodes(op="placeholder") if getattr(value(n), "is_floating_point", bool)()]
     trained = _downstream(learned, graph) - tainted

@@ -41,7 +41,8 @@ def expand(
     Balance it afterwards (`moefx.grouter.tune`): a new expert's logits have the spread of an old one's, not its load.
 
     Args:
-        tokens: see `window_batches`; evenly spaced windows with up to `max_tokens` tokens are used.
+        tokens: see `window_batches`; evenly spaced windows with up to `max_tokens` tokens are used, whose
+            hidden states are held in memory (fp32).
         num_targets: E_T; E_T - E_S is at most hidden size - rank of the old rows, as new rows are orthogonal to all.
         eod_id: token that ends a document, where the target keeps documents of a window apart.
         quantile, iterations, seed: see `new_rows`.

@@ -1,4 +1,4 @@
-"""Routing of samples about topics: expert logits per topic ~ N(0, temp^2), Gumbel noise per token, top-k."""
+"""Routing by topics of equal size: expert logits per topic ~ N(0, temp^2), Gumbel noise per token, top-k."""
 
 from __future__ import annotations
 

@@ -124,10 +124,14 @@ class Grouter(nn.Module):
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         """What enters the score layer, [B, S, hidden_size]; arguments as for the call."""
-        if input_ids.dim() != 2:
-            raise InputError(
-                f"input_ids has {input_ids.dim()} dimensions", where="Grouter", todo="give ids [sequences, tokens]"
-            )
+        for name, t in (
+            ("input_ids", input_ids),
+            ("position_ids", position_ids),
+            ("document_ids", document_ids),
+            ("attention_mask", attention_mask),
+        ):
+            if t is not None and t.dim() != 2:
+                raise InputError(f"{name} has {t.dim()} dimensions", where="Grouter", todo="give [sequences, tokens]")
         view = see(
             input_ids, position_ids, document_ids, attention_mask, attends=self._attends, causal=self.config.causal
         )

@@ -333,6 +333,8 @@ def test_wrong_arguments() -> None:
         g.route(some_ids(), 2, normalise="sum")
     with pytest.raises(InputError, match="dimensions"):
         g(some_ids()[0])
+    with pytest.raises(InputError, match="attention_mask has 4 dimensions"):
+        g(some_ids(), attention_mask=torch.ones(3, 1, 12, 12))
     g.check_ids(some_ids())
     for bad in (VOCAB, -1):
         with pytest.raises(InputError, match=f"token id {bad} is outside"):

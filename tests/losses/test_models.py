@@ -1,0 +1,277 @@
+"""Losses in real models: values, and the gradient of every parameter, against hooks and loops in eager mode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import moefx
+from moefx import losses as L
+from tests.family import zoo
+
+from . import hooked, loops
+
+pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+Tensor = torch.Tensor
+# Heavy weights: what a loss does to the gradients must not drown in the model's own.
+SP, CP, LB, Z = L.Specialization(weight=0.5), L.Coupling(weight=0.5), L.LoadBalance(weight=0.1), L.ZLoss(weight=0.01)
+
+
+def build(name: str, **overrides: Any) -> torch.nn.Module:
+    overrides.setdefault("output_router_logits", False)
+    return zoo.build(zoo.get(name), **overrides)
+
+
+def grads(model: torch.nn.Module) -> dict[str, Tensor]:
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def close(mine: dict[str, Tensor], want: dict[str, Tensor], rtol: float) -> None:
+    """Relative to the largest gradient: those of biases in front of a softmax are noise."""
+    assert mine.keys() == want.keys()
+    largest = max(float(g.norm()) for g in want.values())
+    for n, g in want.items():
+        assert float((mine[n] - g).norm()) <= rtol * max(float(g.norm()), 1e-3 * largest), n
+
+
+def expected(
+    name: str, model: torch.nn.Module, inputs: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
+    out, layers = hooked.run(name, model, inputs)
+    parts = {
+        "sp": loops.specialization(layers), "cp": loops.coupling(layers),
+        "lb": sum(loops.switch(m) for m in layers), "z": sum(loops.z(m) for m in layers),
+    }  # fmt: skip
+    weights = {i.name: i.weight for i in (SP, CP, LB, Z)}
+    loss = out.loss + sum(weights[n] * v for n, v in parts.items())
+    loss.backward()
+    return loss.detach(), grads(model), {n: v.item() for n, v in parts.items()}
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", hooked.FAMILIES)
+def test_gradients_of_all_parameters(name: str, padded: bool) -> None:
+    model, inputs = build(name), zoo.batch(zoo.get(name), padded=padded)
+    plain = model(**inputs).loss
+    plain.backward()
+    without = grads(model)
+    loss, want, parts = expected(name, model, inputs)
+    opt = moefx.optimize(model, inputs, codegen="eager", verify=True, losses=[SP, CP, LB, Z, "metrics"])
+    out = opt(**inputs)
+    assert type(out) is type(model(**inputs))
+    out.loss.backward()
+    mine = grads(model)
+    torch.testing.assert_close(out.loss.detach(), loss, rtol=1e-5, atol=0)
+    assert {n: v.item() for n, v in opt.losses.items() if n != "total"} == pytest.approx(parts, rel=1e-4)
+    assert opt.losses["total"].item() == pytest.approx((loss - plain.detach()).item(), rel=1e-3)
+    close(mine, want, 1e-4)
+    with pytest.raises(AssertionError):
+        close(mine, without, 1e-4)  # the losses are in there
+    assert not any(v.requires_grad for v in (*opt.losses.values(), *opt.routing.values()))
+
+
+def test_what_specialization_reaches() -> None:
+    """Gate and up weights of the chosen experts, and what is in front; not the last layer's down weights and router."""
+    model, inputs = build("qwen3_moe"), zoo.batch(zoo.get("qwen3_moe"))
+    found = []
+    for weight in (0.0, 1.0):
+        opt = moefx.optimize(model, inputs, codegen="eager", losses=[L.Specialization(weight=weight)])
+        opt(**inputs).loss.backward()
+        found.append(grads(model))
+    moved = {n for n, g in found[0].items() if float((found[1][n] - g).norm()) > 1e-5 * float(g.norm())}
+    assert "model.layers.2.mlp.experts.gate_up_proj" in moved
+    assert "model.layers.0.mlp.experts.gate_up_proj" in moved
+    assert "model.layers.0.self_attn.q_proj.weight" in moved
+    assert not {
+        n
+        for n in moved
+        if n in ("model.layers.2.mlp.experts.down_proj", "model.layers.2.mlp.gate.weight", "lm_head.weight")
+    }
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "fp8_flow"])
+def test_bf16_and_a_recipe_with_casts(recipe: str) -> None:
+    name = "qwen3_moe"
+    overrides = {} if recipe == "bf16" else {"hidden_size": 128, "moe_intermediate_size": 128, "head_dim": 16}
+    model, inputs = (
+        zoo.build(zoo.get(name), dtype=torch.bfloat16, output_router_logits=False, **overrides),
+        zoo.batch(zoo.get(name)),
+    )
+    loss, want, parts = expected(name, model, inputs)
+    opt = moefx.optimize(model, inputs, recipe=recipe, codegen="eager", losses=[SP, CP, LB, Z])
+    out = opt(**inputs)
+    out.loss.backward()
+    rtol = 0.05 if recipe == "bf16" else 0.3
+    assert {n: v.item() for n, v in opt.losses.items() if n != "total"} == pytest.approx(parts, rel=rtol)
+    mine = grads(model)
+    key = "model.layers.2.mlp.experts.gate_up_proj"
+    assert float((mine[key] - want[key]).norm()) <= rtol * float(want[key].norm())
+    assert opt.losses["sp"].dtype == torch.float32
+    assert out.loss.item() == pytest.approx(loss.item(), rel=0.05)
+
+
+def test_a_router_that_is_not_known_has_specialization_alone() -> None:
+    model, inputs = build("phimoe"), zoo.batch(zoo.get("phimoe"))
+    opt = moefx.optimize(model, inputs, codegen="eager", losses=["sp", "orth"])
+    opt(**inputs).loss.backward()
+    assert 0 < opt.losses["sp"].item() < 2 * 2
+    with pytest.raises(
+        moefx.PassError, match=r"loss 'cp' is not defined for model\.layers\.0\.mlp\.experts[\s\S]*exponential_"
+    ):
+        moefx.optimize(model, inputs, codegen="eager", losses=["cp"])
+
+
+def test_top_1_is_refused() -> None:
+    model, inputs = build("qwen3_moe", num_experts_per_tok=1), zoo.batch(zoo.get("qwen3_moe"))
+    with pytest.raises(moefx.PassError, match=r"loss 'sp' is not defined for model\.layers\.0[\s\S]*makes no pair"):
+        moefx.optimize(model, inputs, codegen="eager", losses="sp")
+    opt = moefx.optimize(model, inputs, codegen="eager", losses="cp,lb,metrics")
+    opt(**inputs)
+    assert opt.routing["overlap"].tolist() == [0, 0]
+
+
+def test_a_model_that_balances_itself_is_not_balanced_twice() -> None:
+    model, inputs = build("qwen3_moe", output_router_logits=True), zoo.batch(zoo.get("qwen3_moe"))
+    with pytest.raises(moefx.PassError, match=r"loss of its own[\s\S]*output_router_logits=False"):
+        moefx.optimize(model, inputs, codegen="eager", losses="lb")
+    opt = moefx.optimize(model, inputs, codegen="eager", losses="sp")
+    assert opt(**inputs).aux_loss is not None
+
+
+def test_the_transformers_form_is_what_the_model_would_add() -> None:
+    inputs = zoo.batch(zoo.get("qwen3_moe"), padded=True)
+    own = build("qwen3_moe", output_router_logits=True)
+    want = own(**inputs)
+    want.loss.backward()
+    expected_grads = grads(own)
+    loss = L.LoadBalance(form="transformers", weight=own.config.router_aux_loss_coef)
+    opt = moefx.optimize(build("qwen3_moe"), inputs, codegen="eager", losses=[loss])
+    out = opt(**inputs)
+    out.loss.backward()
+    torch.testing.assert_close(opt.losses["lb"], want.aux_loss.detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(out.loss, want.loss)
+    close(grads(opt), expected_grads, 1e-4)
+
+
+def test_evaluation_measures_and_adds_nothing() -> None:
+    model, inputs = build("qwen3_moe").eval(), zoo.batch(zoo.get("qwen3_moe"))
+    opt = moefx.optimize(model, inputs, codegen="eager", losses="sp,lb,metrics")
+    for context in (torch.enable_grad, torch.no_grad):
+        with context():
+            torch.testing.assert_close(opt(**inputs).loss, model(**inputs).loss)
+        assert opt.losses == {}
+        assert opt.routing["load"].sum(1).tolist() == pytest.approx([1, 1])
+    model.train()
+    with torch.no_grad():
+        assert opt(**inputs).loss.item() == pytest.approx(model(**inputs).loss.item())
+    assert opt(**inputs).loss.item() > model(**inputs).loss.item()
+    assert set(opt.losses) == {"sp", "lb", "total"}
+
+
+def test_a_model_without_a_loss_gets_it_in_the_backward() -> None:
+    model, inputs = build("qwen3_moe"), zoo.batch(zoo.get("qwen3_moe"))
+    labels = inputs.pop("labels")
+
+    def mean(logits: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+    out, layers = hooked.run("qwen3_moe", model, inputs)
+    (mean(out.logits) + 0.5 * loops.specialization(layers)).backward()
+    want = grads(model)
+    opt = moefx.optimize(model, inputs, codegen="eager", verify=True, losses=[SP])
+    torch.testing.assert_close(opt(**inputs).logits, out.logits)
+    mean(opt(**inputs).logits).backward()
+    close(grads(model), want, 1e-4)
+    # Twice the loss is twice the model's gradient, and the same of what was injected.
+    (2 * mean(opt(**inputs).logits)).backward()
+    assert not torch.allclose(
+        grads(model)["model.layers.0.mlp.experts.gate_up_proj"],
+        2 * want["model.layers.0.mlp.experts.gate_up_proj"],
+        rtol=1e-3,
+    )
+
+
+def test_dynamic_sizes() -> None:
+    model, inputs = build("qwen3_moe"), zoo.batch(zoo.get("qwen3_moe"))
+    dynamic = {"input_ids": [0, 1], "labels": [0, 1]}
+    losses = ["sp", "cp", L.LoadBalance(form="sequence"), "metrics"]
+    opt = moefx.optimize(model, inputs, codegen="eager", verify=True, dynamic=dynamic, losses=losses)
+    ids = torch.randint(0, 64, (3, 10), generator=torch.Generator().manual_seed(0))
+    again = {"input_ids": ids, "labels": ids.clone()}
+    opt(**again).loss.backward()
+    assert len(opt.report.signatures) == 1
+    mine, values = grads(model), dict(opt.losses)
+    fixed = moefx.optimize(model, again, codegen="eager", losses=losses)
+    fixed(**again).loss.backward()
+    close(mine, grads(model), 1e-5)
+    assert all(torch.allclose(values[n], v) for n, v in fixed.losses.items())
+
+
+def test_inductor() -> None:
+    model, inputs = build("qwen3_moe"), zoo.batch(zoo.get("qwen3_moe"))
+    _, want, parts = expected("qwen3_moe", model, inputs)
+    opt = moefx.optimize(model, inputs, losses=[SP, CP, LB, Z, "metrics"])
+    opt(**inputs).loss.backward()
+    close(grads(model), want, 1e-4)
+    assert {n: v.item() for n, v in opt.losses.items() if n != "total"} == pytest.approx(parts, rel=1e-4)
+
+
+def test_biases_follow_the_load() -> None:
+    model, inputs = build("deepseek_v3"), zoo.batch(zoo.get("deepseek_v3"))
+    biases = {n: b for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")}
+    before = {n: b.clone() for n, b in biases.items()}
+    _, layers = hooked.run("deepseek_v3", model, inputs)
+    opt = moefx.optimize(model, inputs, codegen="eager", losses=[L.BiasUpdate(rate=0.25)])
+    with pytest.raises(moefx.InputError, match="no choices were counted"):
+        opt.update_router_bias()
+    for _ in range(2):  # two micro-batches count together
+        opt(**inputs).loss.backward()
+    opt.update_router_bias()
+    assert len(biases) == len(layers) == 2
+    for (name, bias), m in zip(biases.items(), layers, strict=True):
+        counts = [m.c(e) for e in range(m.experts)]
+        mean = sum(counts) / len(counts)
+        signs = torch.tensor([(mean > c) - (mean < c) for c in counts])
+        torch.testing.assert_close(bias, before[name] + 0.25 * signs)
+    with pytest.raises(moefx.InputError, match="no choices were counted"):
+        opt.update_router_bias()
+    with pytest.raises(moefx.PassError, match="has no correction bias"):
+        moefx.optimize(build("qwen3_moe"), inputs, codegen="eager", losses="bias")
+    plain = moefx.optimize(model, inputs, codegen="eager")
+    with pytest.raises(moefx.InputError, match="nothing counts"):
+        plain.update_router_bias()
+
+
+def test_the_report_says_what_each_loss_taps() -> None:
+    model, inputs = build("qwen3_moe"), zoo.batch(zoo.get("qwen3_moe"))
+    opt = moefx.optimize(model, inputs, codegen="eager", losses="sp=0.25,erc,metrics")
+    paths = ["model.layers.0.mlp.experts", "model.layers.2.mlp.experts"]
+    rows = opt.report.to_dict()["losses"]
+    assert [(r["name"], r["weight"], r["layers"]) for r in rows] == [
+        ("sp", 0.25, paths), ("erc", 1e-2, paths), ("metrics", None, paths),
+    ]  # fmt: skip
+    assert "losses: Specialization (sp, weight 0.25) taps 2 layers" in str(opt.report)
+    (row,) = [p for p in opt.report.passes if p.name == "add_losses"]
+    assert row.matched == 2
+    assert moefx.optimize(model, inputs, codegen="eager").report.to_dict()["losses"] == []
+
+
+def test_the_weighted_activation_is_read_where_the_combine_is_folded() -> None:
+    model, inputs = build("qwen3_moe"), zoo.batch(zoo.get("qwen3_moe"))
+    opt = moefx.optimize(model, inputs, codegen="eager", verify=True, losses="sp")
+    (row,) = [p for p in opt.report.passes if p.name == "fold_combine"]
+    assert (row.matched, row.rejected) == (2, [])
+    plain = moefx.optimize(model, inputs, codegen="eager")
+    assert opt.report.memory["saved_bytes"] == plain.report.memory["saved_bytes"]
+
+
+def test_losses_are_refused_where_routers_are_not_raised() -> None:
+    model, inputs = build("qwen3_moe"), zoo.batch(zoo.get("qwen3_moe"))
+    passes = moefx.pipeline("bf16", codegen="eager").remove("raise_routers")
+    with pytest.raises(moefx.PassError, match="requires 'routers_raised'"):
+        moefx.optimize(model, inputs, codegen="eager", passes=passes, losses="sp")

@@ -236,6 +236,8 @@ def _cut(
         else:
             v = values[node.name]
             kept[node.name] = v.detach() if isinstance(v, Tensor) else v
+    if IDS not in names.values():
+        raise CaptureError("the router logits do not depend on the token ids", where=module_path(logits))
     gm.recompile()
     return gm, names, kept
 

@@ -45,7 +45,9 @@ def train(
     dtype: Annotated[str, typer.Option(help="fp32, or bf16 (autocast).")] = "fp32",
     optim: Annotated[str, typer.Option(help="adamw, muon, muon-lite, soap or soap-lite.")] = "adamw",
     recipe: Annotated[str, typer.Option(help="Precision recipe (moefx recipes).")] = "bf16",
-    router: Annotated[str, typer.Option(help="learned, distilled (docs/grouter.md), or a Grouter's folder.")] = "learned",
+    router: Annotated[
+        str, typer.Option(help="learned, distilled (docs/grouter.md), or a Grouter's folder.")
+    ] = "learned",
     losses: Annotated[str, typer.Option(help="Losses of routing, as sp,cp,lb,z (docs/losses.md).")] = "",
     codegen: Annotated[str, typer.Option(help="inductor or eager.")] = "inductor",
     compare: Annotated[str, typer.Option(help="Train the original too: all, none, or a number of steps.")] = "all",
@@ -74,8 +76,8 @@ def train(
     if router != "learned":
         from .train.routing_story import run_routing
 
-        extra = {"losses": losses} if losses else {}
-        result = run_routing(**common, router=router, **extra, options={"codegen": codegen}, console=console)
+        options: dict[str, Any] = {"codegen": codegen}
+        result = run_routing(**common, router=router, losses=losses or "lb,z", options=options, console=console)
     else:
         options = {"codegen": codegen, "losses": losses}
         result = story.run_training(**common, compare=compare, options=options, console=console)

@@ -149,7 +149,7 @@ class _Source:
 
     def __init__(self, graph: fx.Graph, marker: fx.Node, options: RouteByToken, k: int) -> None:
         self.graph, self.marker, self.options = graph, marker, options
-        self.given: list[fx.Node] = list(marker.args[0])  # type: ignore[call-overload]
+        self.given: list[fx.Node] = list(arguments(marker)["given"])
         self.made = set[fx.Node]()
         self.cache: dict[tuple[Any, ...], fx.Node] = {}
         self.sequence_major = marker.meta.get("moefx_layout") == "sequence"

@@ -1,4 +1,4 @@
-"""`moefx train --router ...`: a teacher, a Grouter distilled from it, and two targets alike, one routed by the Grouter."""
+"""`moefx train --router ...`: a teacher, a Grouter distilled from it, and two targets, one routed by the Grouter."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def run_routing(
         resume: go on with what was interrupted.
 
     Returns:
-        The content of report.json: per arm the validation losses, the Grouter's distillation and tuning reports, and the
-        compiler's reports.
+        The content of report.json: per arm the validation losses, the Grouter's distillation and tuning reports, and
+        the compiler's reports.
 
     Raises:
         MoefxError, TrainingInterrupted: as `run_training`.
@@ -200,7 +200,7 @@ def _optimized(model: nn.Module, tokens: TokenDataset, cfg: TrainConfig, options
 def _without_own_losses(model: nn.Module) -> nn.Module:
     """A copy that leaves the losses of its routers to `moefx.losses`."""
     model = copy.deepcopy(model)
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if getattr(config, "output_router_logits", False):
         config.output_router_logits = False
     return model

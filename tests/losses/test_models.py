@@ -53,8 +53,18 @@ def expected(
     return loss.detach(), grads(model), {n: v.item() for n, v in parts.items()}
 
 
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("name", hooked.FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "padded"),
+    [
+        ("qwen3_moe", True),
+        ("deepseek_v3", False),
+        ("gpt_oss", False),
+        *(
+            pytest.param(n, p, marks=pytest.mark.nightly)
+            for n, p in (("qwen3_moe", False), ("deepseek_v3", True), ("gpt_oss", True))
+        ),
+    ],
+)
 def test_gradients_of_all_parameters(name: str, padded: bool) -> None:
     model, inputs = build(name), zoo.batch(zoo.get(name), padded=padded)
     plain = model(**inputs).loss
@@ -75,6 +85,7 @@ def test_gradients_of_all_parameters(name: str, padded: bool) -> None:
     assert not any(v.requires_grad for v in (*opt.losses.values(), *opt.routing.values()))
 
 
+@pytest.mark.nightly
 def test_what_specialization_reaches() -> None:
     """Gate and up weights of the chosen experts, and what is in front; not the last layer's down weights and router."""
     model, inputs = build("qwen3_moe"), zoo.batch(zoo.get("qwen3_moe"))
@@ -94,7 +105,7 @@ def test_what_specialization_reaches() -> None:
     }
 
 
-@pytest.mark.parametrize("recipe", ["bf16", "fp8_flow"])
+@pytest.mark.parametrize("recipe", [pytest.param("bf16", marks=pytest.mark.nightly), "fp8_flow"])
 def test_bf16_and_a_recipe_with_casts(recipe: str) -> None:
     name = "qwen3_moe"
     overrides = {} if recipe == "bf16" else {"hidden_size": 128, "moe_intermediate_size": 128, "head_dim": 16}
@@ -143,6 +154,7 @@ def test_a_model_that_balances_itself_is_not_balanced_twice() -> None:
     assert opt(**inputs).aux_loss is not None
 
 
+@pytest.mark.nightly
 def test_the_transformers_form_is_what_the_model_would_add() -> None:
     inputs = zoo.batch(zoo.get("qwen3_moe"), padded=True)
     own = build("qwen3_moe", output_router_logits=True)
@@ -200,7 +212,7 @@ def test_dynamic_sizes() -> None:
     model, inputs = build("qwen3_moe"), zoo.batch(zoo.get("qwen3_moe"))
     dynamic = {"input_ids": [0, 1], "labels": [0, 1]}
     losses = ["sp", "cp", L.LoadBalance(form="sequence"), "metrics"]
-    opt = moefx.optimize(model, inputs, codegen="eager", verify=True, dynamic=dynamic, losses=losses)
+    opt = moefx.optimize(model, inputs, codegen="eager", dynamic=dynamic, losses=losses)
     ids = torch.randint(0, 64, (3, 10), generator=torch.Generator().manual_seed(0))
     again = {"input_ids": ids, "labels": ids.clone()}
     opt(**again).loss.backward()
@@ -212,6 +224,7 @@ def test_dynamic_sizes() -> None:
     assert all(torch.allclose(values[n], v) for n, v in fixed.losses.items())
 
 
+@pytest.mark.nightly
 def test_inductor() -> None:
     model, inputs = build("qwen3_moe"), zoo.batch(zoo.get("qwen3_moe"))
     _, want, parts = expected("qwen3_moe", model, inputs)

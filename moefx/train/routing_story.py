@@ -43,7 +43,8 @@ def run_routing(
     """Train a model twice, from the same weights on the same batches: with learned routers, and routed by a Grouter.
 
     Args:
-        model: as `load_model` takes it, or a module (which is left unchanged).
+        model: as `load_model` takes it, or a module (which is left unchanged, and whose weights the teacher then begins
+            with as well).
         data: as `open_dataset` takes it, or a dataset.
         cfg: of the teacher and of both targets; `cfg.out` receives `teacher/`, `grouter/`, `learned/`, `routed/` and
             `report.json`.

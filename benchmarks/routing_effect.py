@@ -12,7 +12,8 @@ the same windows. Results: benchmarks/results/routing_effect.csv (one row per me
   matched          `learned` with wider experts: as many multiplications per token as `grouter` with its network
   grouter, raw     routing and gates by the causal Grouter, tuned or not
   layer_gates      indices by the tuned Grouter, gates by the layers' own routers (no balance loss)
-  random           a causal Grouter with random weights
+  random           a causal Grouter with random weights, of its own initialisation (std 0.02)
+  random_unit      the same with embeddings of std 1, matrices of std 1/sqrt(fan-in): more context in the routing
   bidirectional    a Grouter that sees later tokens, distilled and tuned likewise: also validated on prefixes alone
   folded           8 experts, the Grouter folded from 16 by affinity; learned_8: 8 experts, learned
 """
@@ -56,6 +57,7 @@ ARMS = (
     "matched",
     "bidirectional",
     "sp_cp",
+    "random_unit",
 )
 LEARNED = ("learned", "learned_8", "matched", "sp_cp")
 
@@ -84,14 +86,19 @@ def build(seed: int, **sizes: int) -> nn.Module:
     return AutoModelForCausalLM.from_config(config(**sizes), dtype=torch.float32).train()
 
 
-def network(seed: int, *, causal: bool = True) -> Any:
+def network(seed: int, *, causal: bool = True, unit: bool = False) -> Any:
     torch.manual_seed(1000 + seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return moefx.Grouter.from_config(
+        made = moefx.Grouter.from_config(
             vocab_size=pieces.VOCABULARY, num_experts=EXPERTS, hidden_size=48, num_layers=2, num_heads=4,
             intermediate_size=128, causal=causal,
         )  # fmt: skip
+    with torch.no_grad():
+        for p in made.parameters() if unit else ():
+            if p.dim() == 2:
+                p.mul_(1 / made.config.init_std / (1 if p is made.embed.weight else math.sqrt(p.shape[1])))
+    return made
 
 
 def stream(seed: int, batch: int = BATCH) -> Any:
@@ -248,7 +255,11 @@ def run(arm: str, seed: int, out: Path) -> None:
         options["losses"] = "lb,z,sp,cp,metrics" if arm == "sp_cp" else "lb,z,metrics"
     else:
         names = {"raw": "causal-raw", "folded": "folded", "bidirectional": "bidirectional"}
-        router = network(seed) if arm == "random" else load(out, f"{names.get(arm, 'causal')}-{seed}")
+        router = (
+            network(seed, unit=arm == "random_unit")
+            if arm.startswith("random")
+            else load(out, f"{names.get(arm, 'causal')}-{seed}")
+        )
         gates = "layer" if arm == "layer_gates" else "router"
         options["router"] = moefx.Routing(router, gates=gates, causal=arm != "bidirectional")
     rows: list[tuple[Any, ...]] = []

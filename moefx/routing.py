@@ -162,6 +162,19 @@ def _with_keywords(own: inspect.Signature, extra: tuple[str, ...]) -> inspect.Si
     return own.replace(parameters=[*parameters[:at], *keywords, *parameters[at:]])
 
 
+def check_vocabulary(routing: Routing, model: nn.Module, named: dict[str, Any]) -> None:
+    """Raise `InputError` for token ids that the router does not know; warn when it was made for another vocabulary."""
+    ids, check = named.get(routing.ids), getattr(routing.router, "check_ids", None)
+    if isinstance(ids, Tensor) and check is not None:
+        check(ids)
+    mine, theirs = (getattr(getattr(m, "config", None), "vocab_size", None) for m in (routing.router, model))
+    if isinstance(mine, int) and isinstance(theirs, int) and mine != theirs:
+        warnings.warn(
+            f"the router has a vocabulary of {mine} token ids, the model of {theirs}: both must use one tokenizer",
+            stacklevel=3,
+        )
+
+
 def compare_prefixes(
     logits: Callable[[dict[str, Tensor]], Tensor], inputs: dict[str, Tensor], lengths: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
@@ -211,6 +224,7 @@ def mark_layout(gm: fx.GraphModule, values: list[Any], names: dict[str, str], id
     By trial: another first sequence changes exactly the rows that belong to it. Raises `InputError` for other orders.
     """
     (marker,) = find(gm.graph, token_route)
+    _check_experts(gm, marker, values)
     B, S = (compat.size_hint(n) for n in value(marker.args[0][0]).shape[-3:-1])  # type: ignore[index, arg-type]
     experts = find(gm.graph, torch.ops.moefx.experts)
     at = next((i for i, n in enumerate(gm.graph.find_nodes(op="placeholder")) if names.get(n.name) == ids), None)
@@ -237,6 +251,27 @@ def mark_layout(gm: fx.GraphModule, values: list[Any], names: dict[str, str], id
         why=f"with another first sequence, rows {moved.nonzero().flatten().tolist()[:8]} of {len(moved)} changed",
         todo="routing by token ids needs one row per token, batch-major or sequence-major",
     )
+
+
+def _check_experts(gm: fx.GraphModule, marker: fx.Node, values: list[Any]) -> None:
+    """Precomputed choices of the example must be experts of every layer, k different ones per token."""
+    source: Any = marker.args[0][0]  # type: ignore[index]
+    if value(source).is_floating_point():
+        return
+    while isinstance(source, fx.Node) and source.op != "placeholder" and source.args:
+        source = source.args[0]
+    idx = dict(zip(gm.graph.find_nodes(op="placeholder"), values, strict=True)).get(source)
+    if not isinstance(idx, Tensor) or not idx.numel():
+        return
+    E = min((int(value(n.args[3][0]).shape[0]) for n in find(gm.graph, torch.ops.moefx.experts)), default=None)  # type: ignore[index, arg-type]
+    low, high = int(idx.min()), int(idx.max())
+    if low < 0 or (E is not None and high >= E):
+        raise InputError(
+            f"routing_idx holds experts {low} to {high}, a layer has {E}",
+            todo="give routing that was computed for this number of experts",
+        )
+    if bool((idx.sort(-1).values.diff(dim=-1) == 0).any()):
+        raise InputError("routing_idx gives a token one expert twice", todo="give k different experts for each token")
 
 
 def _until(gm: fx.GraphModule, values: list[Any], wanted: fx.Node) -> Tensor:

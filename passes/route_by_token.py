@@ -65,7 +65,8 @@ class RouteByToken(Pass):
     def _new(self, source: _Source, layer: _Layer, n: int) -> tuple[fx.Node, fx.Node]:
         idx = source.idx(layer, n)
         if self.gates == "router":
-            factor = layer.spec.factor if layer.spec is not None and self.scale is None else self.scale or 1.0
+            own = 1.0 if layer.spec is None else layer.spec.factor
+            factor = own if self.scale is None else self.scale
             w = source.gates(layer, n, factor)
             if layer.spec is not None and layer.spec.per_expert:  # no part of the router: it scales outputs
                 call = source.at(layer.route)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,12 +14,12 @@ from moefx.dialect.route import RouteSpec, write_scores, write_weights
 from moefx.errors import PassError
 from moefx.graph.edit import arguments, find, module_path, origin, outputs, same_sizes, source_line, value
 from moefx.graph.effects import is_effect, name_of
+from moefx.graph.removal import downstream, take_out
 from moefx.manager import Context, Pass
 
 ops = torch.ops.moefx
 Tensor = torch.Tensor
 PRODUCTS = ("linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum")
-ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,8 @@ class RouteByToken(Pass):
             old += layer.old
             ctx.matched(layer.experts)
         ctx.node = None
-        _take_out(graph, old, source, ctx)
+        for where in take_out(graph, old, source.made, lambda node, i: _returned(node, i, source)):
+            ctx.row.notes.append(f"what old routers added at {where} is no longer added")
         source.marker.replace_all_uses_with(source.given[0])
         for node in reversed(list(graph.nodes)):
             if not node.users and node.op not in ("placeholder", "output") and not is_effect(node):
@@ -112,7 +112,7 @@ def _layers(graph: fx.Graph) -> list[_Layer]:
             E = int(value(a["logits"]).shape[-1])
             found.append(_Layer(route, outs[1], outs[2], E, route, spec, [*_back_to_product(a["logits"], E), route]))
     floating = {n for n in graph.nodes if isinstance(value(n), Tensor) and value(n).is_floating_point()}
-    fed = _downstream([layer.idx for layer in found], graph, but=floating)
+    fed = downstream(graph, [layer.idx for layer in found], but=floating)
     for experts in find(graph, ops.experts):
         a = arguments(experts)
         if a["idx"] not in fed:
@@ -243,69 +243,8 @@ class _Source:
         return self._once((what, layer.k, like.dtype, flat, own), build)
 
 
-# --- what else was computed from the old logits
-
-
-def _downstream(sources: Iterable[fx.Node], graph: fx.Graph, but: Container[fx.Node] = ()) -> set[fx.Node]:
-    """The sources and all that is computed from them, other than through nodes of `but`."""
-    reached = set(sources)
-    for node in graph.nodes:
-        if node not in but and node.op != "output" and any(i in reached for i in node.all_input_nodes):
-            reached.add(node)
-    return reached
-
-
-def _take_out(graph: fx.Graph, old: list[fx.Node], source: _Source, ctx: Context) -> None:
-    """Losses of the old routers leave the sums that they were added to; returned logits become the router's."""
-    tainted = _downstream(old, graph, source.made)
-    learned = [n for n in graph.find_nodes(op="placeholder") if getattr(value(n), "is_floating_point", bool)()]
-    trained = _downstream(learned, graph) - tainted
-
-    def rest(node: fx.Node) -> fx.Node | None:
-        """The node without what old routers contribute to it; None when nothing is left."""
-        if node not in tainted:
-            return node
-        if node.target in ADDS:
-            parts = [rest(a) if isinstance(a, fx.Node) else a for a in node.args[:2]]
-            left = [p for p in parts if p is not None]
-            if len(left) == 1 and isinstance(left[0], fx.Node) and _same(left[0], node):
-                ctx.row.notes.append(f"what old routers added at {source_line(node)} is no longer added")
-                if is_effect(node):  # loss += aux writes into the loss
-                    node.replace_all_uses_with(left[0])
-                    graph.erase_node(node)
-                return left[0]
-            if len(left) == 2:
-                return source.at(node)(torch.add, *left)
-        if odd := _reads(node, tainted - set(old), trained):
-            todo = "let the model add its auxiliary loss to its loss, or switch it off"
-            raise _error(node, f"an output mixes the old routers with {name_of(odd)} other than by a sum", todo)
-        return None
-
-    out = graph.output_node()
-    leaves: Any = out.args[0]
-    new = [_returned(v, i, rest(v), source) if isinstance(v, fx.Node) else v for i, v in enumerate(leaves)]
-    if any(a is not b for a, b in zip(new, leaves, strict=True)):
-        out.args = (type(leaves)(new),)
-
-
-def _reads(node: fx.Node, tainted: set[fx.Node], trained: set[fx.Node]) -> fx.Node | None:
-    """What a value computed from old logits (by `tainted` nodes) reads besides them that is trained, if anything."""
-    stack, seen = [node] if node in tainted else [], set[fx.Node]()
-    while stack:
-        n = stack.pop()
-        for i in n.all_input_nodes:
-            if i in trained:
-                return i
-            if i in tainted and i not in seen:
-                seen.add(i)
-                stack.append(i)
-    return None
-
-
-def _returned(node: fx.Node, i: int, rest: fx.Node | None, source: _Source) -> fx.Node:
+def _returned(node: fx.Node, i: int, source: _Source) -> fx.Node:
     """What stands for an output that was made of old logits: zero for a loss, the router's logits for logits."""
-    if rest is not None:
-        return rest
     val, call = value(node), source.at(None)
     if val.dim() == 0:
         return call(torch.zeros, (), dtype=val.dtype, device=val.device)
@@ -318,11 +257,6 @@ def _returned(node: fx.Node, i: int, rest: fx.Node | None, source: _Source) -> f
         f"output {i} of the model is made of logits of the replaced routers",
         "call the model so that it does not return them",
     )
-
-
-def _same(a: fx.Node, b: fx.Node) -> bool:
-    x, y = value(a), value(b)
-    return isinstance(x, Tensor) and same_sizes(x.shape, y.shape) and x.dtype == y.dtype
 
 
 def _error(node: fx.Node, what: str, todo: str) -> PassError:

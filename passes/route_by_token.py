@@ -20,6 +20,8 @@ from moefx.manager import Context, Pass
 ops = torch.ops.moefx
 Tensor = torch.Tensor
 PRODUCTS = ("linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum")
+# What is left of the layers' own routers, for losses, which need to know them.
+KEPT = {"router": "and its own routers are gone", "layer": "and its own routers only weigh what these choose"}
 ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
 
 
@@ -56,6 +58,8 @@ class RouteByToken(Pass):
             old += layer.old
             ctx.matched(layer.experts)
         ctx.node = None
+        for experts in find(graph, ops.experts):
+            experts.meta["moefx_by_token"] = f"the model is routed by token ids, {KEPT[self.gates]}"
         _take_out(graph, old, source, ctx)
         source.marker.replace_all_uses_with(source.given[0])
         for node in reversed(list(graph.nodes)):

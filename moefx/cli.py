@@ -45,6 +45,7 @@ def train(
     dtype: Annotated[str, typer.Option(help="fp32, or bf16 (autocast).")] = "fp32",
     optim: Annotated[str, typer.Option(help="adamw, muon, muon-lite, soap or soap-lite.")] = "adamw",
     recipe: Annotated[str, typer.Option(help="Precision recipe (moefx recipes).")] = "bf16",
+    losses: Annotated[str, typer.Option(help="Losses of routing, and 'metrics': sp=1e-3,cp,metrics.")] = "",
     codegen: Annotated[str, typer.Option(help="inductor or eager.")] = "inductor",
     compare: Annotated[str, typer.Option(help="Train the original too: all, none, or a number of steps.")] = "all",
     precision_every: Annotated[int, typer.Option(help="Log what casts lose every so many steps; 0: never.")] = 0,
@@ -72,7 +73,7 @@ def train(
         recipe=recipe,
         compare=compare,
         resume=resume,
-        options={"codegen": codegen},
+        options={"codegen": codegen, "losses": losses},
         console=Console(stderr=True) if as_json else Console(),
     )
     if as_json:

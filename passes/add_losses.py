@@ -134,7 +134,8 @@ def _taps(write: Writer, node: fx.Node) -> Taps:
     T, k = value(a["slot"]).shape
     found: dict[str, Any] = {
         "path": module_path(node), "k": int(k), "experts": int(arguments(plan)["E"]), "idx": write(idx),
-        "w": write(a["w"]), "z": write(activation), "y": write(a["y"]), "slot": write(a["slot"]), "order": write(a["order"]),
+        "w": write(a["w"]), "z": write(activation), "y": write(a["y"]),
+        "slot": write(a["slot"]), "order": write(a["order"]),
         "mask": _mask(write, T), "batch": _batch(write, T), "chain": _chain(module_path(node), T),
     }  # fmt: skip
     route = _route(idx)

@@ -23,7 +23,7 @@ SHAPES = {
     "mass": "[L] mean probability of the chosen experts together",
     "overlap": "[L] mean cos^2 over pairs of a token's experts; 0 for k = 1",
     "transitions": "[L-1, E, E] tokens whose first choice is e in one layer and v in the next",
-    "choices": "[L, T, k] int64 chosen experts of every token, -1 for none; with RoutingMetrics(choices=True)",
+    "choices": "[L, T, k] int64 experts of every token, best first, -1 for none; with RoutingMetrics(choices=True)",
 }
 SCORED = ("token_entropy", "marginal_entropy", "mass")
 
@@ -61,7 +61,7 @@ class RoutingMetrics(Item):
             "first": tap.first,
         }
         if self.choices:
-            found["choices"] = torch.where(tap.ones > 0, tap.idx, -1).to(torch.int64)
+            found["choices"] = torch.where(tap.ones > 0, tap.ranked, -1).to(torch.int64)
         return found if tap.logits is None else found | _of_scores(tap)
 
     def combine(self, parts: Sequence[dict[str, Any]], taps: Sequence[Taps]) -> dict[str, Any]:

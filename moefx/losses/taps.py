@@ -108,10 +108,19 @@ class Taps:
         return torch.gather(self.scores, -1, self.idx).sum(-1)
 
     @cached_property
+    def worth(self) -> Any:
+        """[T, k] what a token's choices are ordered by: scores, or routing weights where scores are not known."""
+        return self.w if self.logits is None else torch.gather(self.scores, -1, self.idx)
+
+    @cached_property
     def first(self) -> Any:
-        """[T] the chosen expert with the highest score; by routing weight where scores are not known."""
-        rank = self.w if self.logits is None else torch.gather(self.scores, -1, self.idx)
-        return torch.gather(self.idx, -1, rank.argmax(-1, keepdim=True)).squeeze(-1)
+        """[T] the best of the chosen experts."""
+        return torch.gather(self.idx, -1, self.worth.argmax(-1, keepdim=True)).squeeze(-1)
+
+    @cached_property
+    def ranked(self) -> Any:
+        """[T, k] the chosen experts, best first."""
+        return torch.gather(self.idx, -1, torch.topk(self.worth, self.k)[1])
 
     # --- counts
 

@@ -293,9 +293,7 @@ class Table(torch.nn.Module):
 def test_metrics_of_a_model_that_is_routed_by_token_ids(training: bool) -> None:
     model, inputs = build("qwen3_moe").train(training), zoo.batch(zoo.get("qwen3_moe"))
     E, k = model.config.num_experts, model.config.num_experts_per_tok
-    opt = moefx.optimize(
-        model, inputs, router=Table(E), codegen="eager", losses=["sp", L.RoutingMetrics(choices=True)]
-    )
+    opt = moefx.optimize(model, inputs, router=Table(E), codegen="eager", losses=["sp", L.RoutingMetrics(choices=True)])
     opt(**inputs)
     idx = Table(E)(inputs["input_ids"]).flatten(0, 1).topk(k).indices
     load = torch.bincount(idx.flatten(), minlength=E) / idx.numel()

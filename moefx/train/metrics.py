@@ -21,9 +21,8 @@ _told = False
 class Metrics:
     """Appends one JSON object per line: {"kind": "train" | "val", "step": completed steps, "loss": nats, ...}.
 
-    "train" has the losses of routing, too, as `loss_sp`. Kind "routing" holds `moefx.view.routing_numbers.scalars`, as
-    measured in validation; kind "precision" the figures of `precision.summarize`, under the step that they were measured
-    in.
+    "train" has the losses of routing, too, as `loss_sp`. Kind "routing" holds `moefx.view.routing_numbers.scalars`,
+    measured in validation, and kind "precision" the figures of `precision.summarize`, measured in the step itself.
 
     Args:
         directory: of the run; created when missing.

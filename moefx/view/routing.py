@@ -66,8 +66,7 @@ def load_figure(load: Sequence[Sequence[float]], names: Sequence[str]) -> bytes:
     plt, colors = matplotlib(), importlib.import_module("matplotlib.colors")
     width, height = min(2.4 + 0.5 * E, 14.0), min(1.3 + 0.42 * L, 16.0)
     figure, axes = plt.subplots(figsize=(max(width, 5.0), height), layout="constrained")
-    shades = plt.get_cmap("RdBu_r").copy()
-    shades.set_bad(ABSENT)
+    shades = plt.get_cmap("RdBu_r").with_extremes(bad=ABSENT)
     top = max(2.0, float(np.nanmax(relative)))
     norm = colors.TwoSlopeNorm(1.0, 0.0, top)
     image = axes.imshow(relative, cmap=shades, norm=norm, aspect="auto", interpolation="nearest")
@@ -94,28 +93,32 @@ def load_figure(load: Sequence[Sequence[float]], names: Sequence[str]) -> bytes:
 
 
 def matrices_figure(matrices: Sequence[Matrix], titles: Sequence[str], across: str, down: str, title: str) -> bytes:
-    """PNG of square panels of shares between 0 and 1, on one scale; NaN is drawn grey."""
-    plt = matplotlib()
+    """PNG of square panels of shares between 0 and 1, on one scale; NaN is drawn grey.
+
+    The scale is that of the square root, and ends where a thousandth of the cells is above: with many experts most
+    shares are small, and rows of a few tokens have shares near 1.
+    """
+    plt, colors = matplotlib(), importlib.import_module("matplotlib.colors")
     columns = min(len(matrices), max(4, math.ceil(math.sqrt(len(matrices)))))
     rows = math.ceil(len(matrices) / columns)
     side = 2.4 if len(matrices) <= 12 else 1.7
-    size = (max(columns * side + 1.0, 5.0), rows * (side + 0.15) + 0.6)
+    size = (max(columns * side + 1.2, 5.0), rows * (side + 0.15) + 0.9)
     figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-    shades = plt.get_cmap("YlGnBu").copy()
-    shades.set_bad(ABSENT)
-    largest = max((float(np.nanmax(m)) for m in matrices if not np.isnan(m).all()), default=1.0) or 1.0
+    shades = plt.get_cmap("YlGnBu").with_extremes(bad=ABSENT)
+    shares = np.concatenate([m[~np.isnan(m)] for m in matrices])
+    top = float(np.quantile(shares, 0.999)) if shares.any() else 1.0
+    norm = colors.PowerNorm(0.5, 0.0, top or float(shares.max()), clip=True)
     for axes in grid.flat[len(matrices) :]:
         axes.set_axis_off()
-    for n, (axes, matrix, name) in enumerate(zip(grid.flat, matrices, titles, strict=False)):
-        image = axes.imshow(matrix, cmap=shades, vmin=0.0, vmax=largest, interpolation="nearest")
+    for axes, matrix, name in zip(grid.flat, matrices, titles, strict=False):
+        image = axes.imshow(matrix, cmap=shades, norm=norm, interpolation="nearest")
         axes.set_title(name, fontsize=9)
-        _ticks(axes.yaxis, matrix.shape[0])
-        _ticks(axes.xaxis, matrix.shape[1])
-        if n % columns == 0:
-            axes.set_ylabel(down)
-        if n >= len(matrices) - columns:
-            axes.set_xlabel(across)
-    figure.colorbar(image, ax=grid, label="share of the row", pad=0.02, aspect=30)
+        _ticks(axes.yaxis, matrix.shape[0], most=8)
+        _ticks(axes.xaxis, matrix.shape[1], most=8)
+    figure.supxlabel(across, fontsize=10)
+    figure.supylabel(down, fontsize=10)
+    above = "max" if shares.max() > norm.vmax else "neither"
+    figure.colorbar(image, ax=grid, label="share of the row", pad=0.02, aspect=20 * rows, extend=above)
     figure.suptitle(title)
     return _png(figure)
 
@@ -216,9 +219,9 @@ def _embedded(name: str, image: bytes) -> str:
     return f'<h2>{TITLES[name]}</h2><p>{CAPTIONS[name]}</p><img alt="{alt}" src="data:image/png;base64,{data}">'
 
 
-def _ticks(axis: Any, count: int, names: Sequence[str] | None = None) -> None:
-    """At most about 16 ticks, on whole numbers."""
-    every = next(s for s in (1, 2, 4, 8, 16, 32, 64, 128) if count <= 16 * s or s == 128)
+def _ticks(axis: Any, count: int, names: Sequence[str] | None = None, most: int = 16) -> None:
+    """A tick at each of `count` cells, or at every 2nd, 4th, ..., so that there are at most `most`."""
+    every = 2 ** max(0, math.ceil(math.log2(count / most)))
     at = list(range(0, count, every))
     axis.set_ticks(at, [names[i] if names else str(i) for i in at], fontsize=8)
 

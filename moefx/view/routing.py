@@ -54,7 +54,8 @@ def conditional(counts: npt.ArrayLike) -> Matrix:
     """Rows divided by their sums; rows without a token are NaN."""
     rows = np.asarray(counts, dtype=np.float64)
     sums = rows.sum(-1, keepdims=True)
-    return np.divide(rows, sums, out=np.full_like(rows, np.nan), where=sums > 0)
+    shares: Matrix = np.divide(rows, sums, out=np.full_like(rows, np.nan), where=sums > 0)
+    return shares
 
 
 def load_figure(load: Sequence[Sequence[float]], names: Sequence[str]) -> bytes:
@@ -123,7 +124,9 @@ def matrices_figure(matrices: Sequence[Matrix], titles: Sequence[str], across: s
     return _png(figure)
 
 
-def pictures(found: Mapping[str, Any], transitions: Matrix | None, pairs: Sequence[Matrix]) -> dict[str, bytes]:
+def pictures(
+    found: Mapping[str, Any], transitions: Matrix | None, pairs: Sequence[npt.NDArray[Any]]
+) -> dict[str, bytes]:
     """PNG files by name: "load", and where known "pairs" and "transitions".
 
     Args:

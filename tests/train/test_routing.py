@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 from moefx.errors import InputError, MissingPackageError
 from moefx.train import checkpoint
-from moefx.train.inspect_routing import inspect_routing
+from moefx.train.inspect_routing import example_batches, inspect_routing, observe, together, traffic
 from moefx.train.interrupt import TrainingInterrupted
 from moefx.train.loop import TrainResult
 from moefx.train.metrics import read_metrics
 from moefx.train.models import default_model, load_weights
-from moefx.train.routing import example_batches, observe, together, traffic
 from moefx.train.story import summarize, table
 from tests.view.made import choices, metrics
 

@@ -8,10 +8,12 @@ and tuned. All arms of a seed begin with the same weights, see the same batches 
 the same windows. Results: benchmarks/results/routing_effect.csv (one row per measurement), and a picture of the curves.
 
   learned          the layers' own routers, load-balancing loss 1e-2, z-loss 1e-3
-  matched          the same with wider experts: as many multiplications per token as `grouter` with its network
+  sp_cp            the same with the specialization and the coupling loss besides, at their defaults
+  matched          `learned` with wider experts: as many multiplications per token as `grouter` with its network
   grouter, raw     routing and gates by the causal Grouter, tuned or not
   layer_gates      indices by the tuned Grouter, gates by the layers' own routers (no balance loss)
-  random           a causal Grouter with random weights
+  random           a causal Grouter with random weights, of its own initialisation (std 0.02)
+  random_unit      the same with embeddings of std 1, matrices of std 1/sqrt(fan-in): more context in the routing
   bidirectional    a Grouter that sees later tokens, distilled and tuned likewise: also validated on prefixes alone
   folded           8 experts, the Grouter folded from 16 by affinity; learned_8: 8 experts, learned
 """
@@ -44,7 +46,20 @@ EXPERTS, TOP_K, WIDTH, LAYERS, INNER = 16, 2, 64, 3, 64
 MATCHED = 110  # inner width: 2 * 3 * 64 * (110 - 64) per layer = the Grouter's 55 k, less the routers' 1 k per layer
 EVALUATED = (100, 300, 500, 1000)
 VAL_WINDOWS, PREFIX_WINDOWS = 256, 32
-ARMS = ("learned", "grouter", "random", "layer_gates", "raw", "folded", "learned_8", "matched", "bidirectional")
+ARMS = (
+    "learned",
+    "grouter",
+    "random",
+    "layer_gates",
+    "raw",
+    "folded",
+    "learned_8",
+    "matched",
+    "bidirectional",
+    "sp_cp",
+    "random_unit",
+)
+LEARNED = ("learned", "learned_8", "matched", "sp_cp")
 
 
 @lru_cache
@@ -71,14 +86,19 @@ def build(seed: int, **sizes: int) -> nn.Module:
     return AutoModelForCausalLM.from_config(config(**sizes), dtype=torch.float32).train()
 
 
-def network(seed: int, *, causal: bool = True) -> Any:
+def network(seed: int, *, causal: bool = True, unit: bool = False) -> Any:
     torch.manual_seed(1000 + seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return moefx.Grouter.from_config(
+        made = moefx.Grouter.from_config(
             vocab_size=pieces.VOCABULARY, num_experts=EXPERTS, hidden_size=48, num_layers=2, num_heads=4,
             intermediate_size=128, causal=causal,
         )  # fmt: skip
+    with torch.no_grad():
+        for p in made.parameters() if unit else ():
+            if p.dim() == 2:
+                p.mul_(1 / made.config.init_std / (1 if p is made.embed.weight else math.sqrt(p.shape[1])))
+    return made
 
 
 def stream(seed: int, batch: int = BATCH) -> Any:
@@ -169,6 +189,20 @@ def max_violation(model: nn.Module, router: Any = None) -> float:
     return sum(float(c.max() / c.mean() - 1) for c in counts) / len(counts)
 
 
+@torch.no_grad()
+def specialization(opt: Any) -> dict[str, float]:
+    """Overlap of a token's experts and entropy of its scores on the validation windows, the means over layers."""
+    found: dict[str, list[float]] = {}
+    opt.eval()
+    for ids in windows(VAL_WINDOWS).split(BATCH):
+        opt(input_ids=ids, labels=ids)
+        for name in ("overlap", "token_entropy", "marginal_entropy"):
+            if name in opt.routing:
+                found.setdefault(name, []).append(float(opt.routing[name].mean()))
+    opt.train()
+    return {name: math.fsum(v) / len(v) for name, v in found.items()}
+
+
 def prepare(seed: int, out: Path) -> None:
     """Teacher, Grouters (causal, bidirectional; raw and tuned) and the folded one, in `out`; what is there is kept."""
     teacher = build(100 + seed)
@@ -217,11 +251,15 @@ def run(arm: str, seed: int, out: Path) -> None:
     experts = EXPERTS // 2 if arm in ("folded", "learned_8") else EXPERTS
     inner = MATCHED if arm == "matched" else INNER
     model, router, options = build(seed, experts=experts, inner=inner), None, {}
-    if arm in ("learned", "learned_8", "matched"):
-        options["losses"] = [moefx.losses.LoadBalance(), moefx.losses.ZLoss()]
+    if arm in LEARNED:
+        options["losses"] = "lb,z,sp,cp,metrics" if arm == "sp_cp" else "lb,z,metrics"
     else:
         names = {"raw": "causal-raw", "folded": "folded", "bidirectional": "bidirectional"}
-        router = network(seed) if arm == "random" else load(out, f"{names.get(arm, 'causal')}-{seed}")
+        router = (
+            network(seed, unit=arm == "random_unit")
+            if arm.startswith("random")
+            else load(out, f"{names.get(arm, 'causal')}-{seed}")
+        )
         gates = "layer" if arm == "layer_gates" else "router"
         options["router"] = moefx.Routing(router, gates=gates, causal=arm != "bidirectional")
     rows: list[tuple[Any, ...]] = []
@@ -233,6 +271,7 @@ def run(arm: str, seed: int, out: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         opt = train(model, seed, evaluate=evaluate, **options)
+        rows += [(seed, arm, STEPS, name, v) for name, v in specialization(opt).items()]
         rows.append((seed, arm, STEPS, "MaxVio", max_violation(model, router)))
         if router is not None and arm != "layer_gates":
             full, alone = prefix_gap(model, opt, router)
@@ -294,12 +333,12 @@ def main() -> None:
             plot(list(csv.DictReader(f)))
         return
     if a.jobs > 1:  # one process per seed; arms one after the other
-        here = [sys.executable, __file__, "--out", str(a.out), "--arms", *a.arms]
+        here = [sys.executable, __file__, "--out", str(a.out), "--arms", *a.arms, *(["--prepare"] if a.prepare else [])]
         groups = [a.seeds[i :: a.jobs] for i in range(a.jobs)]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         jobs = [subprocess.Popen([*here, "--seeds", *map(str, g)], env=env) for g in groups if g]
         sys.exit(max(j.wait() for j in jobs))
-    for seed in a.seeds:
+    for seed in a.seeds if a.prepare or not set(a.arms) <= set(LEARNED) else ():
         prepare(seed, a.out)
     for arm in () if a.prepare else a.arms:
         for seed in a.seeds:

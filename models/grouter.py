@@ -19,19 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moefx.errors import InputError, MissingPackageError, nearest
+from moefx.routing import FutureTokensWarning
 
 from .grouter_blocks import make_blocks, rotated
 from .grouter_config import GrouterConfig
 from .grouter_view import GrouterCache, View, see, visible
 
-__all__ = ["Grouter", "GrouterCache", "GrouterConfig", "NonCausalWarning"]
+__all__ = ["FutureTokensWarning", "Grouter", "GrouterCache", "GrouterConfig"]
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MODEL_TYPE = "moefx_grouter"
-
-
-class NonCausalWarning(UserWarning):
-    """A router was built that sees later tokens: a causal model trained on its routing reads the future."""
 
 
 class Grouter(nn.Module):
@@ -63,7 +60,7 @@ class Grouter(nn.Module):
                 "this Grouter is not causal: the routing of a token depends on later tokens. A causal language model "
                 "trained on it reads the future through its routing, its validation loss is too good, and it cannot "
                 "generate with it. Use it for comparison only, and report prefix-only validation.",
-                NonCausalWarning,
+                FutureTokensWarning,
                 stacklevel=2,
             )
 

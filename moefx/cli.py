@@ -45,7 +45,10 @@ def train(
     dtype: Annotated[str, typer.Option(help="fp32, or bf16 (autocast).")] = "fp32",
     optim: Annotated[str, typer.Option(help="adamw, muon, muon-lite, soap or soap-lite.")] = "adamw",
     recipe: Annotated[str, typer.Option(help="Precision recipe (moefx recipes).")] = "bf16",
-    losses: Annotated[str, typer.Option(help="Losses of routing, and 'metrics': sp=1e-3,cp,metrics.")] = "",
+    router: Annotated[
+        str, typer.Option(help="learned, distilled (docs/grouter.md), or a Grouter's folder.")
+    ] = "learned",
+    losses: Annotated[str, typer.Option(help="Losses of routing, and metrics: sp=1e-3,cp,metrics.")] = "",
     codegen: Annotated[str, typer.Option(help="inductor or eager.")] = "inductor",
     compare: Annotated[str, typer.Option(help="Train the original too: all, none, or a number of steps.")] = "all",
     precision_every: Annotated[int, typer.Option(help="Log what casts lose every so many steps; 0: never.")] = 0,
@@ -55,7 +58,9 @@ def train(
 ) -> None:
     """Train a model through moefx on real text, and the original beside it; ends with a table and report.json.
 
-    Without --data the text is the documentation and the sources of the Python standard library, as bytes.
+    Without --data the text is the documentation and the sources of the Python standard library, as bytes. With
+    --router distilled, a teacher is trained first, and the model is trained with learned routers and routed by a
+    Grouter that imitates the teacher's.
     """
     from rich.console import Console
 
@@ -66,16 +71,16 @@ def train(
         steps=steps, batch=batch, seq=seq, grad_accum=grad_accum, lr=lr, seed=seed, dtype=dtype, optim=optim, out=out,
         threads=threads, precision_every=precision_every,
     )  # fmt: skip
-    result = story.run_training(
-        model=model,
-        data=data or (),
-        cfg=cfg,
-        recipe=recipe,
-        compare=compare,
-        resume=resume,
-        options={"codegen": codegen, "losses": losses},
-        console=Console(stderr=True) if as_json else Console(),
-    )
+    console = Console(stderr=True) if as_json else Console()
+    common: dict[str, Any] = {"model": model, "data": data or (), "cfg": cfg, "recipe": recipe, "resume": resume}
+    if router != "learned":
+        from .train.routing_story import run_routing
+
+        options: dict[str, Any] = {"codegen": codegen}
+        result = run_routing(**common, router=router, losses=losses or "lb,z", options=options, console=console)
+    else:
+        options = {"codegen": codegen, "losses": losses}
+        result = story.run_training(**common, compare=compare, options=options, console=console)
     if as_json:
         print(json.dumps(result, default=str))
 

@@ -31,7 +31,7 @@ from .precision_metrics import Meter
 from .program import Assemblies, Program
 from .raising.probe import observed
 from .report import Report
-from .routing import Routing, as_routing, check_causal, mark_layout, routed
+from .routing import Routing, as_routing, check_causal, check_vocabulary, mark_layout, routed
 from .verify import Verifier
 
 CODEGENS = ("inductor", "eager")
@@ -120,6 +120,7 @@ def optimize(
         named = check_call(opt.original, args, kwargs)
     check_dynamic(named, dynamic or {})
     if routing is not None:
+        check_vocabulary(routing, opt.original, named)
         check_causal(routing, named)
     opt.prepare(args, kwargs)
     return opt

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +25,8 @@ from .graph.edit import find, value
 
 Tensor = torch.Tensor
 GATES, LAYOUTS, NORMALISERS = ("router", "layer"), ("batch", "sequence"), ("softmax", "sigmoid")
+TOLERANCE = 1e-4  # of the largest logit; attention over another number of keys rounds differently
 INSIDE = "moefx_router"  # the router's name in the model while it is captured
-OPTIONAL_INPUTS = ("position_ids", "document_ids", "attention_mask")
 
 
 class FutureTokensWarning(UserWarning):
@@ -162,33 +162,58 @@ def _with_keywords(own: inspect.Signature, extra: tuple[str, ...]) -> inspect.Si
     return own.replace(parameters=[*parameters[:at], *keywords, *parameters[at:]])
 
 
-def check_causal(routing: Routing, named: dict[str, Any], tolerance: float = 1e-3) -> None:
+def check_vocabulary(routing: Routing, model: nn.Module, named: dict[str, Any]) -> None:
+    """Raise `InputError` for token ids that the router does not know; warn when it was made for another vocabulary."""
+    ids, check = named.get(routing.ids), getattr(routing.router, "check_ids", None)
+    if isinstance(ids, Tensor) and check is not None:
+        check(ids)
+    mine, theirs = (getattr(getattr(m, "config", None), "vocab_size", None) for m in (routing.router, model))
+    if isinstance(mine, int) and isinstance(theirs, int) and mine != theirs:
+        warnings.warn(
+            f"the router has a vocabulary of {mine} token ids, the model of {theirs}: both must use one tokenizer",
+            stacklevel=3,
+        )
+
+
+def compare_prefixes(
+    logits: Callable[[dict[str, Tensor]], Tensor], inputs: dict[str, Tensor], lengths: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Logits at the last token of prefixes, with the whole window and with the prefix alone: float64 [B, n, E] each.
+
+    `inputs` are what the router reads, [B, S] each; they are cut to each length.
+    """
+    S = inputs["input_ids"].shape[1]
+    with torch.no_grad():
+        whole = logits(inputs)[:, [n - 1 for n in lengths]]
+        cut = [{k: v[:, :n] if v.dim() > 1 and v.shape[1] == S else v for k, v in inputs.items()} for n in lengths]
+        alone = torch.stack([logits(c)[:, -1] for c in cut], 1)
+    return whole.double(), alone.double()
+
+
+def check_causal(routing: Routing, named: dict[str, Any]) -> None:
     """Raise `InputError` (or warn, with `causal=False`) when the routing of a token changes with tokens behind it.
 
-    The router is run on the inputs and on each of a few prefixes of them; logits at a prefix's last token must agree.
+    `moefx.grouter.prefix_consistency` measures the same more finely, on any router and ids.
     """
-    reads = routing.inputs(named)
-    ids = reads.get("input_ids")
+    inputs = routing.inputs(named)
+    ids = inputs.get("input_ids")
     if ids is None or ids.dim() != 2 or ids.shape[1] < 2:
         return
     S = ids.shape[1]
-    with torch.no_grad(), compat.no_fake():
-        whole = routing.router(**reads)
-        gap = 0.0
-        for t in sorted({0, S // 3, S // 2, S - 2}):
-            cut = {k: v[:, : t + 1] if v.dim() == 2 and v.shape[1] == S else v for k, v in reads.items()}
-            gap = max(gap, float((routing.router(**cut)[:, t] - whole[:, t]).abs().max()))
-    if gap <= tolerance * max(1.0, float(whole.abs().max())):
+    with compat.no_fake():
+        lengths = sorted({1, S // 3 or 1, S // 2, S - 1})
+        whole, alone = compare_prefixes(lambda cut: routing.router(**cut), inputs, lengths)
+    gap = float((whole - alone).abs().max())
+    if gap <= TOLERANCE * float(whole.abs().max()):
         return
     what = f"the routing of a token depends on tokens behind it (logits change by {gap:.2g} when they are cut off)"
-    todo = "build the router with causal=True; moefx.Routing(router, causal=False) accepts it as it is"
     if routing.causal:
         raise InputError(
             what,
             where=type(routing.router).__qualname__,
             why="a language model trained so is told about the tokens that it is to predict, and loses that when it "
             "generates",
-            todo=todo,
+            todo="build the router with causal=True; moefx.Routing(router, causal=False) accepts it as it is",
         )
     warnings.warn(f"{what}: report losses with routing of prefixes alone as well", FutureTokensWarning, stacklevel=3)
 
@@ -199,6 +224,7 @@ def mark_layout(gm: fx.GraphModule, values: list[Any], names: dict[str, str], id
     By trial: another first sequence changes exactly the rows that belong to it. Raises `InputError` for other orders.
     """
     (marker,) = find(gm.graph, token_route)
+    _check_experts(gm, marker, values)
     B, S = (compat.size_hint(n) for n in value(marker.args[0][0]).shape[-3:-1])  # type: ignore[index, arg-type]
     experts = find(gm.graph, torch.ops.moefx.experts)
     at = next((i for i, n in enumerate(gm.graph.find_nodes(op="placeholder")) if names.get(n.name) == ids), None)
@@ -225,6 +251,27 @@ def mark_layout(gm: fx.GraphModule, values: list[Any], names: dict[str, str], id
         why=f"with another first sequence, rows {moved.nonzero().flatten().tolist()[:8]} of {len(moved)} changed",
         todo="routing by token ids needs one row per token, batch-major or sequence-major",
     )
+
+
+def _check_experts(gm: fx.GraphModule, marker: fx.Node, values: list[Any]) -> None:
+    """Precomputed choices of the example must be experts of every layer, k different ones per token."""
+    source: Any = marker.args[0][0]  # type: ignore[index]
+    if value(source).is_floating_point():
+        return
+    while isinstance(source, fx.Node) and source.op != "placeholder" and source.args:
+        source = source.args[0]
+    idx = dict(zip(gm.graph.find_nodes(op="placeholder"), values, strict=True)).get(source)
+    if not isinstance(idx, Tensor) or not idx.numel():
+        return
+    E = min((int(value(n.args[3][0]).shape[0]) for n in find(gm.graph, torch.ops.moefx.experts)), default=None)  # type: ignore[index, arg-type]
+    low, high = int(idx.min()), int(idx.max())
+    if low < 0 or (E is not None and high >= E):
+        raise InputError(
+            f"routing_idx holds experts {low} to {high}, a layer has {E}",
+            todo="give routing that was computed for this number of experts",
+        )
+    if bool((idx.sort(-1).values.diff(dim=-1) == 0).any()):
+        raise InputError("routing_idx gives a token one expert twice", todo="give k different experts for each token")
 
 
 def _until(gm: fx.GraphModule, values: list[Any], wanted: fx.Node) -> Tensor:

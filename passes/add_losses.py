@@ -151,7 +151,7 @@ def _unscored(node: fx.Node) -> dict[str, str]:
 
 
 def _router(write: Writer, route: fx.Node, activation: fx.Node) -> dict[str, Any]:
-    r, rows = arguments(route), value(route.args[0]).shape
+    r, rows = arguments(route), value(arguments(route)["logits"]).shape
     spec = RouteSpec.parse(r["spec"])
 
     def flat(p: Any) -> Any:

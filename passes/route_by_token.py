@@ -69,7 +69,8 @@ class RouteByToken(Pass):
     def _new(self, source: _Source, layer: _Layer, n: int) -> tuple[fx.Node, fx.Node]:
         idx = source.idx(layer, n)
         if self.gates == "router":
-            factor = layer.spec.factor if layer.spec is not None and self.scale is None else self.scale or 1.0
+            own = 1.0 if layer.spec is None else layer.spec.factor
+            factor = own if self.scale is None else self.scale
             w = source.gates(layer, n, factor)
             if layer.spec is not None and layer.spec.per_expert:  # no part of the router: it scales outputs
                 call = source.at(layer.route)
@@ -153,7 +154,7 @@ class _Source:
 
     def __init__(self, graph: fx.Graph, marker: fx.Node, options: RouteByToken, k: int) -> None:
         self.graph, self.marker, self.options = graph, marker, options
-        self.given: list[fx.Node] = list(marker.args[0])  # type: ignore[call-overload]
+        self.given: list[fx.Node] = list(arguments(marker)["given"])
         self.made = set[fx.Node]()
         self.cache: dict[tuple[Any, ...], fx.Node] = {}
         self.sequence_major = marker.meta.get("moefx_layout") == "sequence"

@@ -105,3 +105,10 @@ def test_hand_written() -> None:
     assert "gradients equal: True" in printed
     page = (ROOT / "docs" / "raising.md").read_text()
     assert all(words in without_numbers(page) for words in without_numbers(printed))
+
+
+def test_routed() -> None:
+    first, shared, routers = run("routed.py").splitlines()
+    before, after = map(float, re.findall(r"\d+\.\d+", first))
+    assert after < before
+    assert (shared, routers) == ("top-k nodes: 1, plans: 1", "routers of the layers: 3, trained: 0")

@@ -102,9 +102,9 @@ def _second_backward(ctx: Any, ddz: Tensor) -> tuple[Any, ...]:
     dout, z, slot = ctx.saved_tensors
     further = torch.is_grad_enabled()
     with torch.enable_grad():
-        given = [_alone(dout), _alone(z)]
-        out = _overlap_backward(*given, slot, ctx.eps)
-        grads = torch.autograd.grad(out, given, ddz, create_graph=further, allow_unused=True)
+        d, rows = _alone(dout), _alone(z)
+        out = _overlap_backward(d, rows, slot, ctx.eps)
+        grads = torch.autograd.grad(out, (d, rows), ddz, create_graph=further, allow_unused=True)
     return *grads, None, None
 
 

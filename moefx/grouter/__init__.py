@@ -5,7 +5,7 @@ After "Grouter: Decoupling Routing from Representation for Accelerated MoE Train
 
 from __future__ import annotations
 
-from ..models.grouter import Grouter, GrouterCache, GrouterConfig, NonCausalWarning
+from ..models.grouter import FutureTokensWarning, Grouter, GrouterCache, GrouterConfig
 from .affinity import AffinityResult, affinity
 from .check import Consistency, assert_causal, prefix_consistency
 from .distill import DistillReport, distill
@@ -26,10 +26,10 @@ __all__ = [
     "Consistency",
     "DistillReport",
     "FoldReport",
+    "FutureTokensWarning",
     "Grouter",
     "GrouterCache",
     "GrouterConfig",
-    "NonCausalWarning",
     "Placement",
     "PlacementReport",
     "RoutingRecords",

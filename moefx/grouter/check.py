@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..routing import TOLERANCE, compare_prefixes
 
 Router = nn.Module | Callable[[Tensor], Tensor]
-TOLERANCE = 1e-4  # of the largest logit; attention over another number of keys rounds differently
 GRID = 16  # prefixes that are tried unless some are named
 
 
@@ -64,8 +64,7 @@ def prefix_consistency(
     if isinstance(router, nn.Module):
         router.eval()
     try:
-        full = router(ids)[:, [n - 1 for n in lengths]].double()
-        alone = torch.stack([router(ids[:, :n])[:, -1] for n in lengths], 1).double()
+        full, alone = compare_prefixes(lambda cut: router(cut["input_ids"]), {"input_ids": ids}, lengths)
     finally:
         if isinstance(router, nn.Module):
             router.train(training)

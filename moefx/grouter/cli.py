@@ -15,6 +15,7 @@ import typer
 from ..errors import InputError
 from .affinity import AffinityResult
 from .affinity import affinity as count_affinity
+from .cli_training import register
 from .expand import expand as expand_grouter
 from .fold import fold as fold_grouter
 from .fold import fold_report
@@ -266,3 +267,6 @@ def _progress() -> Iterator[Callable[[int, int | None], None]]:
 def _emit(out: Path, name: str, title: str, result: Mapping[str, Any], rows: Mapping[str, str], as_json: bool) -> None:
     text = write_report(out, name, title, result, rows)
     print(json.dumps(result) if as_json else f"{text}\nwritten to {out}")
+
+
+register(app)

@@ -44,7 +44,7 @@ class Tap:
         self.num_experts = int(value(logits).shape[-1])
         self._gm, self._inputs, self._values = gm, inputs, values
         fakes = [value(n) for n in gm.graph.find_nodes(op="placeholder") if n.name in inputs]
-        self._mode = compat.fake_mode_of(fakes)
+        self._mode, self._device = compat.fake_mode_of(fakes), fakes[0].device
         self._sizes = [tuple(s if type(s) is int else None for s in f.shape) for f in fakes]
         # A size of 1 cannot stand for others in a capture: one sequence is run twice.
         self._doubles = {name for name, s in zip(inputs.values(), self._sizes, strict=True) if s and s[0] is None}
@@ -64,7 +64,7 @@ class Tap:
         """
         given = {IDS: batch} if isinstance(batch, Tensor) else dict(batch)
         # Strides and offsets are part of what was captured.
-        given = {name: t.clone(memory_format=torch.contiguous_format) for name, t in given.items()}
+        given = {n: t.to(self._device).clone(memory_format=torch.contiguous_format) for n, t in given.items()}
         known = set(self._gm.meta["accepted"])
         if set(given) != known:
             raise InputError(
@@ -147,6 +147,8 @@ def _batch(teacher: nn.Module, example_inputs: Any) -> dict[str, Tensor]:
             why=f"they name {sorted(named)}",
             todo=f"give {{{IDS!r}: ids}}",
         )
+    device = next((p.device for p in teacher.parameters()), ids.device)
+    named = {k: v.to(device) for k, v in named.items()}
     if (B := ids.shape[0]) == 1:
         named = {k: torch.cat((v, v)) if v.dim() and v.shape[0] == B else v for k, v in named.items()}
     _, named = distinct(teacher, (), named)
@@ -234,6 +236,8 @@ def _cut(
         else:
             v = values[node.name]
             kept[node.name] = v.detach() if isinstance(v, Tensor) else v
+    if IDS not in names.values():
+        raise CaptureError("the router logits do not depend on the token ids", where=module_path(logits))
     gm.recompile()
     return gm, names, kept
 

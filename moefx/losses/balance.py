@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from moefx.errors import InputError
+
 from .base import Loss, one_of, over_layers
 from .ranks import all_reduce
 from .taps import Taps
@@ -66,6 +68,16 @@ class LoadBalance(Loss):
         tokens = (tap.ones.unflatten(0, (tap.batch, -1)).sum((1, 2)) / tap.k).clamp_min(1).unsqueeze(-1)
         mean = scores.unflatten(0, (tap.batch, -1)).sum(1) / tokens
         return (tap.experts / tap.k) * (chosen / tokens * mean).sum(-1).mean()
+
+    def check(self, taps: Sequence[Taps]) -> None:
+        """The transformers form adds up the counts of all layers."""
+        super().check(taps)
+        if self.form == "transformers" and len({t.experts for t in taps}) > 1:
+            raise InputError(
+                "loss 'lb' of form 'transformers' pools layers, and these have different numbers of experts",
+                where=", ".join(f"{t.path}: {t.experts}" for t in taps),
+                todo="use another form",
+            )
 
     def combine(self, parts: Sequence[Any], taps: Sequence[Taps]) -> Any:
         """Over layers; pooled for the transformers form."""

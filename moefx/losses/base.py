@@ -50,7 +50,7 @@ class Loss(Item):
     weight: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.weight, int | float) and abs(self.weight) < float("inf")):
+        if not abs(self.weight) < float("inf"):
             raise InputError(f"{type(self).__name__} has weight {self.weight!r}", todo="give a finite number")
         for option in ("pair_reduction", "layer_reduction"):
             one_of(self, option, REDUCTIONS)

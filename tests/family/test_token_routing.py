@@ -325,6 +325,25 @@ def test_errors_say_what_to_do() -> None:
         moefx.optimize(model, one, router=moefx.Precomputed(), codegen="eager")
     with pytest.raises(moefx.InputError, match="routing_idx"):
         moefx.optimize(model, inputs, router=moefx.Precomputed(), codegen="eager")
+    two = {**inputs, "routing_idx": torch.stack([torch.zeros(B, S), torch.full((B, S), E)], -1).long()}
+    two["routing_gates"] = torch.ones(B, S, 2) / 2
+    with pytest.raises(moefx.InputError, match=f"holds experts 0 to {E}, a layer has {E}"):
+        moefx.optimize(model, two, router=moefx.Precomputed(), codegen="eager")
+    two["routing_idx"].zero_()
+    with pytest.raises(moefx.InputError, match="one expert twice"):
+        moefx.optimize(model, two, router=moefx.Precomputed(), codegen="eager")
+
+
+def test_a_vocabulary_that_does_not_fit_is_noticed() -> None:
+    model, inputs, table = tiny()
+    E = table.table.weight.shape[1]
+    sizes = {"num_experts": E, "hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16}
+    few = moefx.Grouter.from_config(vocab_size=int(inputs["input_ids"].max()), **sizes)
+    with pytest.raises(moefx.InputError, match="vocab"):
+        moefx.optimize(model, inputs, router=few, codegen="eager")
+    many = moefx.Grouter.from_config(vocab_size=model.config.vocab_size + 8, **sizes)
+    with pytest.warns(UserWarning, match="must use one tokenizer"):
+        moefx.optimize(model, inputs, router=many, codegen="eager")
 
 
 def test_a_router_outside_the_normal_form_is_replaced_but_cannot_weigh() -> None:

@@ -13,7 +13,7 @@ from moefx.grouter import expand
 from moefx.grouter.expand import hidden_states, new_rows
 from moefx.grouter.windows import document_ids, sample_windows, window_batches
 
-from .standin import small
+from .small import small
 
 TOKENS = np.random.default_rng(0).integers(0, 64, 4096)
 

@@ -73,7 +73,8 @@ def test_a_causal_student_learns_a_trained_router() -> None:
     assert found.kl < 0.03
     assert found.exact > 0.6
     assert prefix_consistency(g.freeze(), held_out[0], k=K).changed_sets == 0
-    tuned = tune(g, windows(train, 4), k=K, steps=100, eval_batches=held_out, progress=False)
+    # The router is very uneven: without the anchor, balance is bought with more than half of the structure.
+    tuned = tune(g, windows(train, 4), k=K, steps=100, anchor=0.1, eval_batches=held_out, progress=False)
     print(tuned.rows())
-    assert tuned.maxvio_after < tuned.maxvio_before
+    assert tuned.maxvio_after < 0.7 * tuned.maxvio_before
     assert tuned.overlap > 0.5

@@ -18,7 +18,7 @@ from moefx.grouter.fold import membership
 from moefx.grouter.groups import METHODS
 
 from .matrices import noisy, planted, zipf_routing
-from .standin import Grouter, small
+from .small import Grouter, small
 
 sizes = st.tuples(st.integers(2, 14), st.integers(1, 14)).filter(lambda s: s[1] <= s[0])
 

@@ -18,7 +18,7 @@ from torch._dynamo.testing import CompileCounter
 
 import moefx
 from moefx.errors import InputError
-from moefx.models.grouter import Grouter, GrouterCache, NonCausalWarning
+from moefx.models.grouter import FutureTokensWarning, Grouter, GrouterCache
 
 KINDS = ("mha", "mla", "linear", "conv")
 VOCAB, E = 50, 8
@@ -31,7 +31,7 @@ SIZES: dict[str, Any] = dict(
 def make(seed: int = 0, **options: Any) -> Grouter:
     """A tiny frozen Grouter whose logits are of the order of one."""
     with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", NonCausalWarning)
+        warnings.simplefilter("ignore", FutureTokensWarning)
         torch.manual_seed(seed)
         return Grouter.from_config(**{**SIZES, **options}).freeze()
 
@@ -306,7 +306,7 @@ def test_unreadable_folders_are_named(tmp_path: Path) -> None:
 
 
 def test_only_a_leaking_router_warns() -> None:
-    with pytest.warns(NonCausalWarning, match="reads the future"):
+    with pytest.warns(FutureTokensWarning, match="reads the future"):
         Grouter.from_config(**SIZES, causal=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from moefx.errors import InputError
 from moefx.grouter import RoutingRecords, affinity, precompute, routed
 
-from .standin import Grouter, small
+from .small import Grouter, small
 
 TOKENS = np.random.default_rng(0).integers(0, 64, 50 * 16 + 7).astype(np.uint16)
 WINDOWS = torch.from_numpy(TOKENS[:800].astype(np.int64).reshape(50, 16))

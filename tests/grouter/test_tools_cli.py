@@ -17,7 +17,7 @@ import moefx.cli
 from moefx.errors import InputError
 from moefx.grouter import AffinityResult, Placement, RoutingRecords
 
-from .standin import Grouter, small
+from .small import Grouter, small
 
 LENGTH = 32
 

@@ -356,6 +356,17 @@ def test_a_bias_moves_towards_balance() -> None:
     torch.testing.assert_close(bias, torch.tensor([-0.1, 1.1, -1.0, 0.6]))
 
 
+def test_an_injected_loss_has_the_gradient_one() -> None:
+    """Whatever the gradient of y is; and none where y has none."""
+    y, w = (torch.randn(3, dtype=F64).requires_grad_() for _ in range(2))
+    out = ops.inject(y, w.square().sum())
+    assert torch.equal(out, y)
+    (5 * out.sum()).backward()
+    assert torch.equal(y.grad, torch.full((3,), 5.0, dtype=F64))
+    torch.testing.assert_close(w.grad, 2 * w.detach())
+    assert torch.autograd.grad(y.sum(), w, allow_unused=True) == (None,)
+
+
 # -- names -----------------------------------------------------------------------------------------------------------
 
 

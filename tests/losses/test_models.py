@@ -54,8 +54,18 @@ def expected(
     return loss.detach(), grads(model), {n: v.item() for n, v in parts.items()}
 
 
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("name", hooked.FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "padded"),
+    [
+        ("qwen3_moe", True),
+        ("deepseek_v3", False),
+        ("gpt_oss", False),
+        *(
+            pytest.param(n, p, marks=pytest.mark.nightly)
+            for n, p in (("qwen3_moe", False), ("deepseek_v3", True), ("gpt_oss", True))
+        ),
+    ],
+)
 def test_gradients_of_all_parameters(name: str, padded: bool) -> None:
     model, inputs = build(name), zoo.batch(zoo.get(name), padded=padded)
     plain = model(**inputs).loss
@@ -76,6 +86,7 @@ def test_gradients_of_all_parameters(name: str, padded: bool) -> None:
     assert not any(v.requires_grad for v in (*opt.losses.values(), *opt.routing.values()))
 
 
+@pytest.mark.nightly
 def test_what_specialization_reaches() -> None:
     """Gate and up weights of the chosen experts, and what is in front; not the last layer's down weights and router."""
     model, inputs = build("qwen3_moe"), zoo.batch(zoo.get("qwen3_moe"))
@@ -95,7 +106,7 @@ def test_what_specialization_reaches() -> None:
     }
 
 
-@pytest.mark.parametrize("recipe", ["bf16", "fp8_flow"])
+@pytest.mark.parametrize("recipe", [pytest.param("bf16", marks=pytest.mark.nightly), "fp8_flow"])
 def test_bf16_and_a_recipe_with_casts(recipe: str) -> None:
     name = "qwen3_moe"
     overrides = {} if recipe == "bf16" else {"hidden_size": 128, "moe_intermediate_size": 128, "head_dim": 16}
@@ -140,10 +151,9 @@ def test_a_model_that_balances_itself_is_not_balanced_twice() -> None:
     model, inputs = build("qwen3_moe", output_router_logits=True), zoo.batch(zoo.get("qwen3_moe"))
     with pytest.raises(moefx.PassError, match=r"loss of its own[\s\S]*output_router_logits=False"):
         moefx.optimize(model, inputs, codegen="eager", losses="lb")
-    opt = moefx.optimize(model, inputs, codegen="eager", losses="sp")
-    assert opt(**inputs).aux_loss is not None
 
 
+@pytest.mark.nightly
 def test_the_transformers_form_is_what_the_model_would_add() -> None:
     inputs = zoo.batch(zoo.get("qwen3_moe"), padded=True)
     own = build("qwen3_moe", output_router_logits=True)
@@ -162,11 +172,9 @@ def test_the_transformers_form_is_what_the_model_would_add() -> None:
 def test_evaluation_measures_and_adds_nothing() -> None:
     model, inputs = build("qwen3_moe").eval(), zoo.batch(zoo.get("qwen3_moe"))
     opt = moefx.optimize(model, inputs, codegen="eager", losses="sp,lb,metrics")
-    for context in (torch.enable_grad, torch.no_grad):
-        with context():
-            torch.testing.assert_close(opt(**inputs).loss, model(**inputs).loss)
-        assert opt.losses == {}
-        assert opt.routing["load"].sum(1).tolist() == pytest.approx([1, 1])
+    torch.testing.assert_close(opt(**inputs).loss, model(**inputs).loss)
+    assert opt.losses == {}
+    assert opt.routing["load"].sum(1).tolist() == pytest.approx([1, 1])
     model.train()
     with torch.no_grad():
         assert opt(**inputs).loss.item() == pytest.approx(model(**inputs).loss.item())
@@ -201,7 +209,7 @@ def test_dynamic_sizes() -> None:
     model, inputs = build("qwen3_moe"), zoo.batch(zoo.get("qwen3_moe"))
     dynamic = {"input_ids": [0, 1], "labels": [0, 1]}
     losses = ["sp", "cp", L.LoadBalance(form="sequence"), "metrics"]
-    opt = moefx.optimize(model, inputs, codegen="eager", verify=True, dynamic=dynamic, losses=losses)
+    opt = moefx.optimize(model, inputs, codegen="eager", dynamic=dynamic, losses=losses)
     ids = torch.randint(0, 64, (3, 10), generator=torch.Generator().manual_seed(0))
     again = {"input_ids": ids, "labels": ids.clone()}
     opt(**again).loss.backward()
@@ -213,6 +221,7 @@ def test_dynamic_sizes() -> None:
     assert all(torch.allclose(values[n], v) for n, v in fixed.losses.items())
 
 
+@pytest.mark.nightly
 def test_inductor() -> None:
     model, inputs = build("qwen3_moe"), zoo.batch(zoo.get("qwen3_moe"))
     _, want, parts = expected("qwen3_moe", model, inputs)
@@ -248,26 +257,19 @@ def test_biases_follow_the_load() -> None:
         plain.update_router_bias()
 
 
-def test_the_report_says_what_each_loss_taps() -> None:
+def test_the_report_and_what_is_kept() -> None:
+    """Each loss names its layers. The folded combine stays, overlap reads its weighted activation, nothing is kept."""
     model, inputs = build("qwen3_moe"), zoo.batch(zoo.get("qwen3_moe"))
-    opt = moefx.optimize(model, inputs, codegen="eager", losses="sp=0.25,erc,metrics")
+    opt = moefx.optimize(model, inputs, codegen="eager", verify=True, losses="sp=0.25,metrics")
     paths = ["model.layers.0.mlp.experts", "model.layers.2.mlp.experts"]
     rows = opt.report.to_dict()["losses"]
-    assert [(r["name"], r["weight"], r["layers"]) for r in rows] == [
-        ("sp", 0.25, paths), ("erc", 1e-2, paths), ("metrics", None, paths),
-    ]  # fmt: skip
+    assert [(r["name"], r["weight"], r["layers"]) for r in rows] == [("sp", 0.25, paths), ("metrics", None, paths)]
     assert "losses: Specialization (sp, weight 0.25) taps 2 layers" in str(opt.report)
-    (row,) = [p for p in opt.report.passes if p.name == "add_losses"]
-    assert row.matched == 2
-    assert moefx.optimize(model, inputs, codegen="eager").report.to_dict()["losses"] == []
-
-
-def test_the_weighted_activation_is_read_where_the_combine_is_folded() -> None:
-    model, inputs = build("qwen3_moe"), zoo.batch(zoo.get("qwen3_moe"))
-    opt = moefx.optimize(model, inputs, codegen="eager", verify=True, losses="sp")
-    (row,) = [p for p in opt.report.passes if p.name == "fold_combine"]
-    assert (row.matched, row.rejected) == (2, [])
+    passes = {p.name: p for p in opt.report.passes}
+    assert passes["add_losses"].matched == 2
+    assert (passes["fold_combine"].matched, passes["fold_combine"].rejected) == (2, [])
     plain = moefx.optimize(model, inputs, codegen="eager")
+    assert plain.report.to_dict()["losses"] == []
     assert opt.report.memory["saved_bytes"] == plain.report.memory["saved_bytes"]
 
 

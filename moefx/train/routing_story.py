@@ -1,0 +1,214 @@
+"""`moefx train --router ...`: a teacher, a Grouter distilled from it, and two targets, one routed by the Grouter."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from ..errors import InputError
+from .checkpoint import checkpoints
+from .config import TrainConfig
+from .data import TokenDataset, open_dataset
+from .loop import CHECKPOINTS, TrainResult, set_aside, train
+from .models import load_model, vocab_size_of
+from .parts import autocast, device_of
+from .story import REPORT, baseline, write_json
+
+TEACHER, GROUTER, ROUTED, LEARNED = "teacher", "grouter", "routed", "learned"
+DISTILLED = "distilled"
+TEACHER_SEED, DISTILL_SEED, TUNE_SEED = 1, 2, 3  # added to the run's: none sees the targets' batches in their order
+
+
+def run_routing(
+    *,
+    model: str | nn.Module = "default",
+    data: Sequence[str | Path] | TokenDataset = (),
+    cfg: TrainConfig | None = None,
+    router: str = DISTILLED,
+    losses: str = "lb,z",
+    distill_steps: int | None = None,
+    recipe: Any = "bf16",
+    resume: bool = False,
+    options: Mapping[str, Any] | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Train a model twice, from the same weights on the same batches: with learned routers, and routed by a Grouter.
+
+    Args:
+        model: as `load_model` takes it, or a module (which is left unchanged, and whose weights the teacher then begins
+            with as well).
+        data: as `open_dataset` takes it, or a dataset.
+        cfg: of the teacher and of both targets; `cfg.out` receives `teacher/`, `grouter/`, `learned/`, `routed/` and
+            `report.json`.
+        router: "distilled": a teacher is trained first (other weights, other order of data), and a causal Grouter
+            distilled from its first MoE layer and tuned. Or the folder of a Grouter.
+        losses: short names of `moefx.losses`, for the teacher and the target with learned routers; the routed target
+            gets those of them that need no router of a layer.
+        distill_steps: None for as many as `cfg.steps`; a fifth as many for tuning.
+        resume: go on with what was interrupted.
+
+    Returns:
+        The content of report.json: per arm the validation losses, the Grouter's distillation and tuning reports, and
+        the compiler's reports.
+
+    Raises:
+        MoefxError, TrainingInterrupted: as `run_training`.
+    """
+    cfg, console = cfg or TrainConfig(), console or Console()
+    tokens = data if isinstance(data, TokenDataset) else open_dataset(data)
+    target = _without_own_losses(load_model(model, cfg.seed, tokens.vocab_size) if isinstance(model, str) else model)
+    tokens.check(seq=cfg.seq, model_vocab=vocab_size_of(target))
+    for arm in () if resume else (TEACHER, LEARNED, ROUTED):
+        set_aside(cfg.out / arm)
+    shared = {"recipe": recipe, **(options or {})}
+    made: dict[str, Any] = {}
+    if router == DISTILLED:
+        grouter, made = _distilled(model, target, tokens, cfg, losses, distill_steps, shared, resume, console)
+    else:
+        from ..models.grouter import Grouter
+
+        grouter = Grouter.from_pretrained(router)
+    if grouter.config.vocab_size < tokens.vocab_size:
+        raise InputError(
+            f"the Grouter knows {grouter.config.vocab_size} token ids, the data has {tokens.vocab_size}",
+            why="a router of token ids and the model it routes must share a tokenizer",
+            todo="distil a Grouter on data of this tokenizer",
+        )
+    results, reports = {}, {}
+    for arm, asked in ((LEARNED, {"losses": losses}), (ROUTED, {"router": grouter, "losses": _unrouted(losses)})):
+        opt = _optimized(copy.deepcopy(target), tokens, cfg, {**shared, **asked})
+        results[arm] = _train(opt, tokens, cfg, arm, resume, console)
+        reports[arm] = opt.report.to_dict()
+    content = {
+        "arms": {arm: {"val": r.val, "losses": r.losses, "tokens_per_s": r.tokens_per_s} for arm, r in results.items()},
+        "grouter": made,
+        "unigram_nats": baseline(tokens, cfg),
+        "reports": reports,
+    }
+    write_json(cfg.out / REPORT, content)
+    console.print(table(content))
+    console.print(f"written to {cfg.out / REPORT}", markup=False, highlight=False, soft_wrap=True)
+    return content
+
+
+def table(content: Mapping[str, Any]) -> Table:
+    """The closing table: validation losses of both targets by step, and how the Grouter was made."""
+    view, arms = Table(title="moefx train --router"), content["arms"]
+    view.add_column("validation loss, nats per token")
+    for heading in ("learned routers", "routed by a Grouter", "difference"):
+        view.add_column(heading, justify="right")
+    for (step, learned), (_, routed) in zip(arms[LEARNED]["val"], arms[ROUTED]["val"], strict=False):
+        view.add_row(f"step {step}", f"{learned:.4f}", f"{routed:.4f}", f"{routed - learned:+.4f}")
+    if content["unigram_nats"] is not None:
+        view.add_row("unigram baseline", f"{content['unigram_nats']:.4f}")
+    view.add_row("tokens/s", *(f"{arms[a]['tokens_per_s']:,.0f}" for a in (LEARNED, ROUTED)))
+    if content["grouter"]:
+        d, t = content["grouter"]["distill"], content["grouter"]["tune"]
+        view.add_section()
+        view.add_row("[bold]the Grouter")
+        view.add_row("KL to the teacher's router, nats per token", f"{d['kl']:.4f}")
+        view.add_row(f"exact top-{d['k']} set", f"{d['exact']:.1%}")
+        view.add_row("MaxVio before and after tuning", f"{t['maxvio_before']:.2f}", f"{t['maxvio_after']:.2f}")
+    return view
+
+
+def _distilled(
+    model: str | nn.Module,
+    target: nn.Module,
+    tokens: TokenDataset,
+    cfg: TrainConfig,
+    losses: str,
+    steps: int | None,
+    shared: dict[str, Any],
+    resume: bool,
+    console: Console,
+) -> tuple[Any, dict[str, Any]]:
+    """A tuned Grouter, and how it came out; what an earlier session finished is read again."""
+    from ..grouter import distill, tap, tune
+    from ..models.grouter import Grouter
+
+    folder = cfg.out / GROUTER
+    if resume and (folder / "config.json").exists():
+        return Grouter.from_pretrained(folder), _read(folder)
+    seed = cfg.seed + TEACHER_SEED
+    teacher = _without_own_losses(load_model(model, seed, tokens.vocab_size) if isinstance(model, str) else model)
+    own = replace(cfg, seed=seed)
+    trained = _optimized(teacher, tokens, own, {**shared, "losses": losses})
+    _train(trained, tokens, own, TEACHER, resume, console)
+
+    def batches(seed: int, first: int) -> Iterator[torch.Tensor]:
+        return tokens.batches("train", cfg.batch, cfg.seq, cfg.seed + seed, first)
+
+    cut = tap(teacher, next(batches(DISTILL_SEED, 0)))
+    experts = cut(next(batches(DISTILL_SEED, 0))).shape[-1]
+    torch.manual_seed(seed)
+    grouter = _network(target, tokens.vocab_size, experts)
+    steps = cfg.steps if steps is None else steps
+    kept = folder / CHECKPOINTS
+    distilled = distill(
+        cut, grouter, lambda step: batches(DISTILL_SEED, step), steps=steps, lr=2e-3, checkpoint=kept,
+        resume=resume and bool(checkpoints(kept)), report=folder / "distill",
+    )  # fmt: skip
+    tuned = tune(
+        grouter, lambda step: batches(TUNE_SEED, step), steps=max(1, steps // 5), lr=1e-3, k=cut.spec.k,
+        report=folder / "tune",
+    )  # fmt: skip
+    grouter.save_pretrained(folder)
+    return grouter, {"distill": distilled.to_dict(), "tune": tuned.to_dict()}
+
+
+def _network(target: nn.Module, vocab_size: int, experts: int) -> Any:
+    """A Grouter of two layers, three quarters as wide as the target."""
+    from ..models.grouter import Grouter
+
+    config = getattr(target, "config", None)
+    width = max(32, int(getattr(config, "hidden_size", 64)) * 3 // 4 // 8 * 8)
+    return Grouter.from_config(
+        vocab_size=vocab_size, num_experts=experts, hidden_size=width, num_layers=2, num_heads=4,
+        intermediate_size=8 * width // 3,
+    )  # fmt: skip
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    import json
+
+    found = {name: folder / name / "report.json" for name in ("distill", "tune")}
+    return {n: json.loads(p.read_text(encoding="utf-8")) for n, p in found.items()} if found["tune"].exists() else {}
+
+
+def _train(opt: Any, tokens: TokenDataset, cfg: TrainConfig, arm: str, resume: bool, console: Console) -> TrainResult:
+    own = replace(cfg, out=cfg.out / arm)
+    begun = resume and bool(checkpoints(own.out / CHECKPOINTS))
+    return train(opt, tokens, own, resume=begun, label=arm, console=console)
+
+
+def _optimized(model: nn.Module, tokens: TokenDataset, cfg: TrainConfig, options: dict[str, Any]) -> Any:
+    from ..optimize import optimize
+
+    ids = next(tokens.batches("train", cfg.batch, cfg.seq, cfg.seed)).to(device_of(model))
+    with autocast(model, cfg):
+        return optimize(model.train(), {"input_ids": ids, "labels": ids}, **options)
+
+
+def _without_own_losses(model: nn.Module) -> nn.Module:
+    """A copy that leaves the losses of its routers to `moefx.losses`."""
+    model = copy.deepcopy(model)
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "output_router_logits", False):
+        config.output_router_logits = False
+    return model
+
+
+def _unrouted(losses: str) -> list[Any]:
+    """Those losses that need no router of a layer's own."""
+    from ..losses import as_losses
+
+    return [item for item in as_losses(losses) if not item.needs_router]

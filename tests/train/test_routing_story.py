@@ -1,0 +1,94 @@
+"""`moefx train --router`: teacher, Grouter and two targets, at the smallest sizes that run through every part."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import moefx
+from moefx.train.interrupt import TrainingInterrupted
+from moefx.train.metrics import read_metrics
+from moefx.train.routing_story import run_routing
+
+from .toy import VOCAB, quiet, toy_config, toy_data
+
+pytest.importorskip("transformers")
+CONFIG = {
+    "model_type": "qwen3_moe", "vocab_size": VOCAB, "hidden_size": 32, "moe_intermediate_size": 16,
+    "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "num_experts": 4,
+    "num_experts_per_tok": 2, "norm_topk_prob": True, "max_position_embeddings": 64, "intermediate_size": 16,
+}  # fmt: skip
+
+
+def tell(tmp_path: Path, name: str = "run", **options: Any) -> dict[str, Any]:
+    spec = tmp_path / "model.json"
+    spec.write_text(json.dumps(CONFIG))
+    settings: dict[str, Any] = {
+        "model": str(spec), "data": toy_data(), "cfg": toy_config(tmp_path / name), "distill_steps": 5,
+        "options": {"codegen": "eager"}, "console": quiet(),
+    }  # fmt: skip
+    return run_routing(**{**settings, **options})
+
+
+def test_teacher_grouter_and_two_targets(tmp_path: Path) -> None:
+    content = tell(tmp_path)
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"teacher", "grouter", "learned", "routed", "report.json"}
+    assert content["grouter"]["distill"]["steps"] == 5
+    assert len(content["grouter"]["distill"]["losses"]) == 5
+    arms = content["arms"]
+    assert [len(arms[a]["losses"]) for a in ("learned", "routed")] == [12, 12]
+    # The same weights and the same batches, routed otherwise.
+    assert arms["learned"]["losses"] != arms["routed"]["losses"]
+    assert arms["learned"]["losses"][0] == pytest.approx(arms["routed"]["losses"][0], abs=0.2)
+    rows = {p["name"]: p for p in content["reports"]["routed"]["passes"]}
+    assert rows["route_by_token"]["matched"] == 2
+    assert "route_by_token" not in {p["name"] for p in content["reports"]["learned"]["passes"]}
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["arms"] == json.loads(json.dumps(arms))
+    # A second target on the same Grouter is the same target.
+    again = tell(tmp_path, "again", router=str(tmp_path / "run" / "grouter"))
+    assert again["arms"]["routed"]["losses"] == arms["routed"]["losses"]
+    assert not (tmp_path / "again" / "teacher").exists()
+
+
+@pytest.mark.nightly
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = tell(tmp_path, "whole")
+    from moefx.train import routing_story
+
+    train, calls = routing_story.train, list[str]()
+
+    def cut(*args: Any, label: str, **kwargs: Any) -> Any:
+        calls.append(label)
+
+        def stop(step: int, loss: float) -> None:
+            if label == "learned" and step == 4:
+                raise KeyboardInterrupt
+
+        return train(*args, label=label, on_step=stop, **kwargs)
+
+    monkeypatch.setattr(routing_story, "train", cut)
+    with pytest.raises(TrainingInterrupted):
+        tell(tmp_path, "cut")
+    assert calls == ["teacher", "learned"]
+    monkeypatch.setattr(routing_story, "train", train)
+    resumed = tell(tmp_path, "cut", resume=True)
+    assert resumed["arms"]["routed"]["losses"] == whole["arms"]["routed"]["losses"]
+    assert resumed["arms"]["learned"]["losses"] == whole["arms"]["learned"]["losses"]
+    assert resumed["grouter"]["distill"]["losses"] == whole["grouter"]["distill"]["losses"]
+    assert len(read_metrics(tmp_path / "cut" / "teacher")) > 0
+
+
+def test_a_grouter_of_another_vocabulary_or_number_of_experts_is_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16}
+    moefx.Grouter.from_config(vocab_size=VOCAB - 1, num_experts=4, **sizes).save_pretrained(tmp_path / "few")
+    with pytest.raises(moefx.InputError, match=re.escape(f"knows {VOCAB - 1} token ids, the data has {VOCAB}")):
+        tell(tmp_path, router=str(tmp_path / "few"))
+    moefx.Grouter.from_config(vocab_size=VOCAB, num_experts=8, **sizes).save_pretrained(tmp_path / "many")
+    with pytest.raises(moefx.PassError, match="the router has 8 experts, the layer has 4"):
+        tell(tmp_path, "many", router=str(tmp_path / "many"))

@@ -48,7 +48,7 @@ def train(
     router: Annotated[
         str, typer.Option(help="learned, distilled (docs/grouter.md), or a Grouter's folder.")
     ] = "learned",
-    losses: Annotated[str, typer.Option(help="Losses of routing, as sp,cp,lb,z (docs/losses.md).")] = "",
+    losses: Annotated[str, typer.Option(help="Losses of routing, and metrics: sp=1e-3,cp,metrics.")] = "",
     codegen: Annotated[str, typer.Option(help="inductor or eager.")] = "inductor",
     compare: Annotated[str, typer.Option(help="Train the original too: all, none, or a number of steps.")] = "all",
     precision_every: Annotated[int, typer.Option(help="Log what casts lose every so many steps; 0: never.")] = 0,
@@ -95,11 +95,33 @@ def inspect(
     verify: Annotated[bool, typer.Option(help="Compare outputs and gradients around every pass.")] = False,
     stage: Annotated[str | None, typer.Option(help="Print the graph after this stage or pass.")] = None,
     diff: Annotated[tuple[str, str] | None, typer.Option(help="Print what changed between two stages.")] = None,
+    routing: Annotated[bool, typer.Option("--routing", help="Measure routing instead: load, entropy, paths.")] = False,
+    out: Annotated[Path | None, typer.Option(help="With --routing: draw PNG files and routing.html there.")] = None,
+    batches: Annotated[int, typer.Option(help="With --routing: example inputs to measure.")] = 16,
+    data: Annotated[list[Path] | None, typer.Option(help="With --routing: text files, or one .bin file.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="With --routing: .safetensors file or checkpoint.")] = None,
+    places: Annotated[int | None, typer.Option(help="With --routing: traffic of experts on N places.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Optimize a model and show the report, the graph of a stage, or the difference between two."""
+    """Optimize a model and show the report, the graph of a stage, or the difference between two.
+
+    With --routing, run text (random ids where the vocabulary is not that of bytes) through it, and show its routing.
+    """
     from .train.models import load_model
 
+    if routing:
+        from .train.inspect_routing import inspect_routing
+
+        found, said = inspect_routing(
+            model, batch=batch, seq=seq, batches=batches, data=data or (), weights=weights, places=places, out=out,
+            options={"recipe": recipe, "codegen": codegen},
+        )  # fmt: skip
+        print(json.dumps(found) if as_json else said)
+        return
+    if lone := next(
+        (n for n, v in {"out": out, "data": data, "weights": weights, "places": places}.items() if v), None
+    ):
+        raise InputError(f"--{lone} is given without --routing", todo="add --routing")
     module = load_model(model, 0).train()
     vocab = int(getattr(getattr(module, "config", None), "vocab_size", 256))
     ids = torch.randint(0, vocab, (batch, seq), generator=torch.Generator().manual_seed(0))

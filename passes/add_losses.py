@@ -66,7 +66,7 @@ class AddLosses(Pass):
                 tap = _taps(write, node)
                 for item in items:
                     if (why := item.refuses(tap)) is not None:
-                        raise _refused(item, node, f"{why}{_reason(node, tap)}")
+                        raise _refused(item, node, why)
                     parts[item.name].append(item.local(tap))  # type: ignore[attr-defined]
             taps.append(tap)
             ctx.matched(node, f"{tap.path}: {', '.join(i.name for i in items)} of top-{tap.k} of {tap.experts} experts")
@@ -134,11 +134,20 @@ def _taps(write: Writer, node: fx.Node) -> Taps:
     T, k = value(a["slot"]).shape
     found: dict[str, Any] = {
         "path": module_path(node), "k": int(k), "experts": int(arguments(plan)["E"]), "idx": write(idx),
-        "z": write(activation), "y": write(a["y"]), "slot": write(a["slot"]), "order": write(a["order"]),
+        "w": write(a["w"]), "z": write(activation), "y": write(a["y"]),
+        "slot": write(a["slot"]), "order": write(a["order"]),
         "mask": _mask(write, T), "batch": _batch(write, T), "chain": _chain(module_path(node), T),
     }  # fmt: skip
     route = _route(idx)
-    return Taps(**found, **(_router(write, route, activation) if route is not None else {}))
+    return Taps(**found, **(_unscored(node) if route is None else _router(write, route, activation)))
+
+
+def _unscored(node: fx.Node) -> dict[str, str]:
+    """Why a layer has no scores, as `route_by_token` or `raise_routers` noted it on the experts."""
+    if by_token := node.meta.get("moefx_by_token"):
+        return {"unscored": f"it needs the layer's router, but {by_token}"}
+    why = node.meta.get("moefx_router")
+    return {"unscored": f"{Taps.unscored} ({why})"} if why else {}
 
 
 def _router(write: Writer, route: fx.Node, activation: fx.Node) -> dict[str, Any]:
@@ -296,12 +305,6 @@ def _refused(item: Item, node: fx.Node, why: str) -> PassError:
         why=why,
         todo=f"leave {item.name!r} out of losses for this model",
     )
-
-
-def _reason(node: fx.Node, tap: Taps) -> str:
-    """Why `raise_routers` left the router alone, which it notes on the experts."""
-    why = node.meta.get("moefx_router")
-    return f" ({why})" if why and tap.logits is None else ""
 
 
 def _place(node: fx.Node) -> str:

@@ -20,6 +20,8 @@ from moefx.manager import Context, Pass
 ops = torch.ops.moefx
 Tensor = torch.Tensor
 PRODUCTS = ("linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum")
+# What is left of the layers' own routers, for losses, which need to know them.
+KEPT = {"router": "and its own routers are gone", "layer": "and its own routers only weigh what these choose"}
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class RouteByToken(Pass):
             old += layer.old
             ctx.matched(layer.experts)
         ctx.node = None
+        for experts in find(graph, ops.experts):
+            experts.meta["moefx_by_token"] = f"the model is routed by token ids, {KEPT[self.gates]}"
         for where in take_out(graph, old, source.made, lambda node, i: _returned(node, i, source)):
             ctx.row.notes.append(f"what old routers added at {where} is no longer added")
         source.marker.replace_all_uses_with(source.given[0])

@@ -53,7 +53,7 @@ PRIVATE_TORCH = ("torch._dynamo", "torch._functorch", "torch._inductor", "torch.
 # In extras, or on some platforms only: `import moefx` and every module under it must work without them.
 OPTIONAL = (
     *("transformers", "tensorboard", "torch.utils.tensorboard", "safetensors", "triton", "transformer_engine"),
-    *("scipy", "sklearn"),
+    *("scipy", "sklearn", "matplotlib"),
 )
 
 

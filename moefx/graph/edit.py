@@ -28,6 +28,7 @@ ORIGIN_KEYS = (
     "partitioner_tag",
     "custom",
     "moefx_router",
+    "moefx_by_token",
 )
 
 

@@ -33,7 +33,7 @@ class Item:
     def refuses(self, tap: Taps) -> str | None:
         """Why this layer cannot have the loss; None when it can."""
         if self.needs_router and tap.logits is None:
-            return "its router is not in a known normal form, so that its full scores are not known"
+            return tap.unscored
         return None
 
     def check(self, taps: Sequence[Taps]) -> None:

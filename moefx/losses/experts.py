@@ -77,9 +77,9 @@ class ERC(Loss):
 
     def refuses(self, tap: Taps) -> str | None:
         """The router must be one matrix that reads what the experts read."""
-        if tap.router is None or tap.gate is None:
+        if (why := super().refuses(tap)) is None and (tap.router is None or tap.gate is None):
             return "its router is no single linear layer on the experts' input"
-        return super().refuses(tap)
+        return why
 
     def local(self, tap: Taps) -> Any:
         """The layer's loss, of its weights alone."""

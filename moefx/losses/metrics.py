@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from .base import Item
 from .taps import Taps
 
 SHAPES = {
+    "experts": "[L] number E of experts",
     "load": "[L, E] share of all choices that fall on each expert",
     "max_violation": "[L] largest load divided by the mean one, minus 1 (MaxVio)",
     "dead_experts": "[L] number of experts that no token chose",
@@ -21,49 +23,71 @@ SHAPES = {
     "mass": "[L] mean probability of the chosen experts together",
     "overlap": "[L] mean cos^2 over pairs of a token's experts; 0 for k = 1",
     "transitions": "[L-1, E, E] tokens whose first choice is e in one layer and v in the next",
+    "choices": "[L, T, k] int64 experts of every token, best first, -1 for none; with RoutingMetrics(choices=True)",
 }
+SCORED = ("token_entropy", "marginal_entropy", "mass")
 
 
 @dataclass(frozen=True)
 class RoutingMetrics(Item):
     """Routing statistics of every MoE layer, in `opt.routing` after each step, on this rank's tokens that count.
 
-    Names, shapes and meanings are in `moefx.losses.metrics.SHAPES`. All fp32. Where layers have different numbers of
-    experts, rows are filled up with zeros. Entries of `transitions` between layers that do not see the same tokens are
-    zero.
+    Names, shapes and meanings are in `moefx.losses.metrics.SHAPES`; all but `choices` are fp32. Where layers have
+    different numbers of experts, rows are filled up with zeros. Entries of `transitions` between layers that do not see
+    the same tokens are zero.
+
+    Those of `SCORED` need the scores of all experts. They are absent when a layer's router is not known, and when the
+    model is routed by token ids; `transitions` then goes by the largest routing weight of each token.
+
+    Attributes:
+        choices: return the chosen experts themselves, too; absent for layers that do not see the same tokens.
     """
 
+    choices: bool = False
+
     name: ClassVar[str] = "metrics"
+    needs_router: ClassVar[bool] = False
 
     def local(self, tap: Taps) -> dict[str, Any]:
         """One layer's numbers, and each token's first choice."""
         load = tap.counts / tap.counts.sum().clamp_min(1)
-        mean = tap.mean_rows(tap.scores)
         pairs = tap.k * (tap.k - 1)
-        best = torch.gather(tap.scores, -1, tap.idx).argmax(-1, keepdim=True)
-        return {
+        found = {
+            "experts": torch.full_like(tap.counts[0], tap.experts),
             "load": load,
             "max_violation": load.amax() * tap.experts - 1,
             "dead_experts": (tap.counts == 0).sum().to(tap.dtype),
-            "token_entropy": tap.mean(torch.special.entr(tap.scores).sum(-1)) / math.log(max(tap.experts, 2)),
-            "marginal_entropy": torch.special.entr(mean).sum() / math.log(max(tap.experts, 2)),
-            "mass": tap.mean(tap.mass),
             "overlap": tap.mean(tap.overlap(1e-12)) / pairs if pairs else torch.zeros_like(tap.counts[0]),
-            "first": torch.gather(tap.idx, -1, best).squeeze(-1),
+            "first": tap.first,
         }
+        if self.choices:
+            found["choices"] = torch.where(tap.ones > 0, tap.ranked, -1).to(torch.int64)
+        return found if tap.logits is None else found | _of_scores(tap)
 
     def combine(self, parts: Sequence[dict[str, Any]], taps: Sequence[Taps]) -> dict[str, Any]:
         """The numbers of all layers, by name."""
-        E = max(t.experts for t in taps)
-        found = {name: [p[name] for p in parts] for name in SHAPES if name in parts[0]}
+        E, k = max(t.experts for t in taps), max(t.k for t in taps)
         pad = torch.nn.functional.pad
+        found = {name: [p[name] for p in parts] for name in SHAPES if all(name in p for p in parts)}
         found["load"] = [pad(v, (0, E - t.experts)) for v, t in zip(found["load"], taps, strict=True)]
+        if "choices" in found:
+            found["choices"] = [pad(v, (0, k - t.k), value=-1) for v, t in zip(found["choices"], taps, strict=True)]
+            if any(t.chain != taps[0].chain for t in taps):
+                del found["choices"]
         stacked = {name: torch.stack(values) for name, values in found.items()}
-        pairs = list(zip(parts, taps, parts[1:], taps[1:], strict=False))
-        if pairs:
-            between = [_transitions(a["first"], t, b["first"], u, E) for a, t, b, u in pairs]
+        if pairs := list(itertools.pairwise(zip(parts, taps, strict=True))):
+            between = [_transitions(a["first"], t, b["first"], u, E) for (a, t), (b, u) in pairs]
             stacked["transitions"] = torch.stack(between)
         return stacked
+
+
+def _of_scores(tap: Taps) -> dict[str, Any]:
+    mean, largest = tap.mean_rows(tap.scores), math.log(max(tap.experts, 2))
+    return {
+        "token_entropy": tap.mean(torch.special.entr(tap.scores).sum(-1)) / largest,
+        "marginal_entropy": torch.special.entr(mean).sum() / largest,
+        "mass": tap.mean(tap.mass),
+    }
 
 
 def _transitions(first: Any, tap: Taps, then: Any, behind: Taps, E: int) -> Any:

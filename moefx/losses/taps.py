@@ -28,6 +28,8 @@ class Taps:
         logits: [T, E] router logits; None for a router that is not known.
         score: how the router scores them, one of `SCORES`; "identity" is a softmax over the k chosen logits.
         full: [T, E] the router's own softmax over all E in `dtype`, if it computes that.
+        unscored: why there are no logits, for refusals.
+        w: [T, k] routing weights of the chosen experts.
         z: [S, I] inputs of the down products, in slot order. A positive scale per row makes no difference.
         y: [S, H] outputs of the experts, not yet weighted.
         slot: [T, k] row of each choice, -1 where it was dropped.
@@ -47,6 +49,8 @@ class Taps:
     logits: Any = None
     score: str = "softmax"
     full: Any = None
+    unscored: str = "its router is not in a known normal form, so that its full scores are not known"
+    w: Any = None
     z: Any = None
     y: Any = None
     slot: Any = None
@@ -102,6 +106,21 @@ class Taps:
     def mass(self) -> Any:
         """[T] probability of the chosen experts together."""
         return torch.gather(self.scores, -1, self.idx).sum(-1)
+
+    @cached_property
+    def worth(self) -> Any:
+        """[T, k] what a token's choices are ordered by: scores, or routing weights where scores are not known."""
+        return self.w if self.logits is None else torch.gather(self.scores, -1, self.idx)
+
+    @cached_property
+    def first(self) -> Any:
+        """[T] the best of the chosen experts."""
+        return torch.gather(self.idx, -1, self.worth.argmax(-1, keepdim=True)).squeeze(-1)
+
+    @cached_property
+    def ranked(self) -> Any:
+        """[T, k] the chosen experts, best first."""
+        return torch.gather(self.idx, -1, torch.topk(self.worth, self.k)[1])
 
     # --- counts
 

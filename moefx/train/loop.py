@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -21,6 +22,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import MoefxError
+from ..view.routing_numbers import RoutingSum, numbers, scalars
 from . import checkpoint
 from .config import TrainConfig, learning_rate
 from .data import TokenDataset
@@ -30,6 +32,7 @@ from .parts import autocast, cpu_threads, device_of, evaluate, loss_of
 from .parts import make_optimizer as default_optimizer
 from .precision import check_measurable, precision_figures
 from .progress import Display
+from .routing import in_short, loss_values, paths_of, routing_of
 
 CHECKPOINTS = "checkpoints"
 _BOARD = "tensorboard"
@@ -49,12 +52,15 @@ class TrainResult:
         seconds: wall-clock time inside training steps.
         tokens_per_s: at the median step, leaving out the first of each session, which may compile; 0.0 when there is no
             other. The median, because other work on the machine slows single steps many times over.
+        routing: of the last validation, all of its batches together (`moefx.view.routing_numbers.numbers`); empty for
+            a model that does not measure its routing.
     """
 
     losses: list[float] = field(default_factory=list)
     val: list[tuple[int, float]] = field(default_factory=list)
     tokens_per_s: float = 0.0
     seconds: float = 0.0
+    routing: dict[str, Any] = field(default_factory=dict)
 
 
 OnStep = Callable[[int, float], object]
@@ -139,16 +145,19 @@ def _loop(run: _Run, end: int, metrics: Metrics, display: Display, stop: StopReq
             elif not told:
                 display.say(f"{display.label}: the recipe makes no precision casts, so that none are measured")
                 told = True
-        loss, norm, speed = run.train_step(ids)
+        loss, norm, speed, parts = run.train_step(ids)
         last = run.step == end
-        metrics.write(
-            "train", run.step, loss=loss, lr=learning_rate(cfg, run.step - 1), grad_norm=norm, tokens_per_s=speed
-        )
+        rate = learning_rate(cfg, run.step - 1)
+        metrics.write("train", run.step, loss=loss, lr=rate, grad_norm=norm, tokens_per_s=speed, **parts)
         display.step(run.step, loss, speed)
         if cfg.eval_batches and (last or (cfg.eval_every and run.step % cfg.eval_every == 0)):
             val = run.validate()
             metrics.write("val", run.step, loss=val)
-            display.say(f"{display.label}: step {run.step}/{end}  validation loss {val:.4f}")
+            if run.routing:
+                metrics.write("routing", run.step, **scalars(run.routing))
+                metrics.loads(run.step, run.routing["load"])
+            said = f"validation loss {val:.4f}{in_short(run.routing)}"
+            display.say(f"{display.label}: step {run.step}/{end}  {said}")
         if on_step is not None:
             try:
                 on_step(run.step, loss)
@@ -191,6 +200,7 @@ class _Run:
         self.directory = cfg.out / CHECKPOINTS
         self.losses: list[float] = []
         self.val: list[tuple[int, float]] = []
+        self.routing: dict[str, Any] = {}
         self.seconds = 0.0
         self.step_seconds: list[float] = []
         self._fresh = True
@@ -205,17 +215,23 @@ class _Run:
     def step(self) -> int:
         return len(self.losses)
 
-    def train_step(self, ids: torch.Tensor) -> tuple[float, float, float]:
-        """One optimizer step on int64 [batch * grad_accum, seq]; returns loss, unclipped gradient norm, tokens/s."""
+    def train_step(self, ids: torch.Tensor) -> tuple[float, float, float, dict[str, float]]:
+        """One optimizer step on int64 [batch * grad_accum, seq].
+
+        Returns loss, unclipped gradient norm, tokens/s, and the losses of routing (`loss_values`), mean over
+        microbatches.
+        """
         began = time.perf_counter()
         cfg, step = self.cfg, self.step
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(cfg, step)
-        total = torch.zeros(())
+        total, parts = torch.zeros(()), dict[str, float]()
         for micro in ids.to(device_of(self.model)).split(cfg.batch):
             with autocast(self.model, cfg):
                 loss = loss_of(self.model, micro) / cfg.grad_accum
             loss.backward()
+            for name, part in loss_values(self.model).items():
+                parts[name] = parts.get(name, 0.0) + part / cfg.grad_accum
             total = total + loss.detach().float().cpu()
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, cfg.clip or math.inf))
@@ -231,11 +247,13 @@ class _Run:
         if not self._fresh:
             self.step_seconds.append(seconds)
         self._fresh = False
-        return value, norm, cfg.tokens_per_step / seconds
+        return value, norm, cfg.tokens_per_step / seconds, parts
 
     def validate(self) -> float:
-        """Validate and remember the loss."""
-        loss = evaluate(self.model, self.data, self.cfg)
+        """Validate and remember the loss, and what the model measured of its routing meanwhile."""
+        seen = RoutingSum()
+        loss = evaluate(self.model, self.data, self.cfg, after=lambda: seen.add(routing_of(self.model)))
+        self.routing = numbers(seen.result(), paths_of(self.model))
         self.val.append((self.step, loss))
         return loss
 
@@ -243,6 +261,7 @@ class _Run:
         history = {
             "losses": torch.tensor(self.losses, dtype=torch.float64),
             "val": [list(v) for v in self.val],
+            "routing": self.routing,
             "seconds": self.seconds,
             "step_seconds": torch.tensor(self.step_seconds, dtype=torch.float64),
         }
@@ -261,11 +280,12 @@ class _Run:
         found = checkpoint.load(path, model=self.model, optimizer=self.optimizer, fingerprint=self.fingerprint)
         self.losses = found.history["losses"].tolist()
         self.val = [(int(step), float(loss)) for step, loss in found.history["val"]]
+        self.routing = found.history.get("routing", {})
         self.seconds, self.step_seconds = found.history["seconds"], found.history["step_seconds"].tolist()
 
     def result(self) -> TrainResult:
         speed = self.cfg.tokens_per_step / statistics.median(self.step_seconds) if self.step_seconds else 0.0
-        return TrainResult(list(self.losses), list(self.val), speed, self.seconds)
+        return TrainResult(list(self.losses), list(self.val), speed, self.seconds, self.routing)
 
     def _diverged(self, loss: float, norm: float) -> DivergedError:
         saved = checkpoint.checkpoints(self.directory)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from ..errors import InputError
@@ -19,7 +21,8 @@ _told = False
 class Metrics:
     """Appends one JSON object per line: {"kind": "train" | "val", "step": completed steps, "loss": nats, ...}.
 
-    Those of kind "precision" hold the figures of `precision.summarize`, under the step that they were measured in.
+    "train" has the losses of routing, too, as `loss_sp`. Kind "routing" holds `moefx.view.routing_numbers.scalars`,
+    measured in validation, and kind "precision" the figures of `precision.summarize`, measured in the step itself.
 
     Args:
         directory: of the run; created when missing.
@@ -47,6 +50,12 @@ class Metrics:
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def loads(self, step: int, load: Sequence[Sequence[float]]) -> None:
+        """TensorBoard gets a histogram per layer of the experts' loads, 1 being the mean."""
+        if self._board is not None:
+            for layer, row in enumerate(load):
+                self._board.add_histogram(f"routing/load/{layer}", np.asarray(row) * len(row), step)
 
     def close(self) -> None:
         """Close the file and flush TensorBoard."""

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError, MissingPackageError, nearest
+from . import checkpoint
 from .data import BYTES
 
 
@@ -78,6 +79,25 @@ def load_model(spec: str, seed: int = 0, vocab_size: int = BYTES) -> nn.Module:
         why="it is neither 'default', nor an existing configuration file or directory, nor of the form module:factory",
         todo="check the spelling; models are never downloaded",
     )
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Copy weights into a model: from a .safetensors file, a checkpoint, or the newest one of a folder of checkpoints.
+
+    Raises:
+        CheckpointError: there is no checkpoint in the folder.
+        InputError: the file cannot be read, or is of another model.
+        MissingPackageError: safetensors is not installed.
+    """
+    if path.is_dir():
+        path = (path if (path / checkpoint.MODEL).is_file() else checkpoint.latest(path)) / checkpoint.MODEL
+    try:
+        checkpoint.safetensors().load_model(model, path)
+    except MissingPackageError:
+        raise
+    except Exception as error:  # of the system, of safetensors' own, or a RuntimeError naming keys and shapes
+        todo = "give the model that wrote them as the model, and its .safetensors file or checkpoint as the weights"
+        raise InputError("the weights cannot be loaded", where=str(path), why=str(error), todo=todo) from error
 
 
 def vocab_size_of(model: nn.Module) -> int | None:

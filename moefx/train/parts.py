@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -48,16 +48,23 @@ def autocast(model: nn.Module, cfg: TrainConfig) -> torch.autocast:
     return torch.autocast(device_of(model).type, torch.bfloat16, enabled=cfg.dtype == "bf16")
 
 
-def evaluate(model: nn.Module, data: TokenDataset, cfg: TrainConfig) -> float:
+def evaluate(
+    model: nn.Module, data: TokenDataset, cfg: TrainConfig, after: Callable[[], object] | None = None
+) -> float:
     """Mean loss over the first `cfg.eval_batches` batches of the validation split, in nats per token.
 
-    Always the same windows. The model is left in the mode it was in, and the random state as it was.
+    Always the same windows. The model is left in the mode it was in, and the random state as it was. `after` is called
+    behind every batch.
     """
+    losses = []
     modes = [(module, module.training) for module in model.modules()]  # a part may be frozen in eval mode
     model.eval()
     try:
         with torch.no_grad(), undisturbed_rng(), autocast(model, cfg):
-            losses = [float(loss_of(model, ids.to(device_of(model)))) for ids in val_batches(data, cfg)]
+            for ids in val_batches(data, cfg):
+                losses.append(float(loss_of(model, ids.to(device_of(model)))))
+                if after is not None:
+                    after()
     finally:
         for module, training in modes:
             module.training = training

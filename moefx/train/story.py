@@ -26,6 +26,13 @@ from .parts import autocast, device_of, val_batches
 
 OPTIMIZED, ORIGINAL = "optimized", "original"
 REPORT = "report.json"
+# Of the metrics of routing, what the closing table shows.
+ROUTING = {
+    "max_violation": "MaxVio",
+    "dead_experts": "dead experts",
+    "token_entropy": "token entropy",
+    "overlap": "overlap",
+}
 
 Optimize = Callable[..., Any]
 
@@ -127,8 +134,9 @@ def summarize(
 
     Returns:
         `optimized` and `original` (None when it was not trained): {final_loss, val_loss, val, losses, tokens_per_s,
-        seconds}; `max_difference`: {loss, step, steps}: the largest |difference| of the training losses, the step (from
-        1) where it is, and the number of steps compared (None when nothing was); `unigram_nats`; `config`; `data`.
+        seconds, routing (of the last validation; empty where it was not measured)}; `max_difference`: {loss, step,
+        steps}: the largest |difference| of the training losses, the step (from 1) where it is, and the number of steps
+        compared (None when nothing was); `unigram_nats`; `config`; `data`.
     """
     return {
         OPTIMIZED: _figures(optimized),
@@ -176,6 +184,10 @@ def table(content: Mapping[str, Any]) -> Table:
     if "before" in casts:
         written = f", of {casts['before']} as written" if casts["before"] else ""
         view.add_row(f"precision casts per step{written}", str(casts.get("after")), "0" if ref else "")
+    mean = opt["routing"].get("mean", {})
+    for name, title in ROUTING.items():
+        if name in mean:
+            view.add_row(f"{title}, mean over layers", _text(mean[name], ".3f"))
     stages = report.get("stages") or {}
     if stages:
         view.add_section()
@@ -222,6 +234,7 @@ def _figures(result: TrainResult) -> dict[str, Any]:
         "losses": result.losses,
         "tokens_per_s": result.tokens_per_s,
         "seconds": result.seconds,
+        "routing": result.routing,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from moefx import losses as L
 from moefx.errors import InputError
-from moefx.losses.metrics import SHAPES
+from moefx.losses.metrics import SCORED, SHAPES
 
 from . import loops
 
@@ -297,10 +298,13 @@ def test_erc(a: float) -> None:
 def test_metrics() -> None:
     made = [layer(seed, T=9, k=2, E=5, masked=True) for seed in range(2)]
     taps, models = [m[0] for m in made], [m[1] for m in made]
-    metrics = L.RoutingMetrics()
+    metrics = L.RoutingMetrics(choices=True)
     found = metrics.combine([metrics.local(t) for t in taps], taps)
     assert found.keys() == SHAPES.keys()
     for i, m in enumerate(models):
+        assert float(found["experts"][i]) == 5
+        ranked = [sorted(row, key=lambda e: -float(m.s(t, e))) for t, row in enumerate(m.idx)]
+        assert found["choices"][i].tolist() == [row if t in m.tokens else [-1, -1] for t, row in enumerate(ranked)]
         load = [m.c(e) / (2 * len(m.tokens)) for e in range(5)]
         assert found["load"][i].tolist() == pytest.approx(load)
         assert float(found["max_violation"][i]) == pytest.approx(max(load) / 0.2 - 1)
@@ -318,6 +322,32 @@ def test_metrics() -> None:
     for t in models[0].tokens:
         want[0, first[0][t], first[1][t]] += 1
     assert torch.equal(found["transitions"], want)
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def test_metrics_without_scores_are_those_that_can_be_had() -> None:
+    """First choices go by the routing weights; a layer with scores beside one without does not bring them back."""
+    made = [layer(seed, T=9, k=k, E=E)[0] for seed, (k, E) in enumerate([(2, 5), (3, 4), (2, 5)])]
+    weights = [torch.rand(9, t.k, generator=torch.Generator().manual_seed(i)) for i, t in enumerate(made)]
+    bare = [dataclasses.replace(t, logits=None, w=w) for t, w in zip(made, weights, strict=True)]
+    metrics = L.RoutingMetrics(choices=True)
+    whole = metrics.combine([metrics.local(t) for t in made], made)
+    for taps in (bare, [made[0], *bare[1:]]):
+        found = metrics.combine([metrics.local(t) for t in taps], taps)
+        assert set(found) == set(SHAPES) - set(SCORED)
+        for name in set(found) - {"transitions", "choices"}:
+            assert torch.equal(found[name], whole[name]), name
+    assert found["choices"].shape == (3, 9, 3)
+    assert found["choices"][0, :, 2].tolist() == [-1] * 9
+    want = torch.zeros(2, 5, 5, dtype=F64)
+    first = [t.idx[torch.arange(9), w.argmax(1)] for t, w in zip(bare, weights, strict=True)]
+    for here, there, counts in zip(first, first[1:], want, strict=False):
+        for e, v in zip(here.tolist(), there.tolist(), strict=True):
+            counts[e, v] += 1
+    assert torch.equal(metrics.combine([metrics.local(t) for t in bare], bare)["transitions"], want)
+    assert not torch.equal(whole["transitions"], want)
+    other = dataclasses.replace(bare[1], chain="decoder")
+    assert "choices" not in metrics.combine([metrics.local(t) for t in (bare[0], other)], [bare[0], other])
 
 
 def test_a_bias_moves_towards_balance() -> None:

@@ -9,6 +9,7 @@ import torch
 
 import moefx
 from moefx import losses as L
+from moefx.losses.metrics import SCORED, SHAPES
 from tests.family import zoo
 
 from . import hooked, loops
@@ -277,3 +278,54 @@ def test_losses_are_refused_where_routers_are_not_raised() -> None:
     passes = moefx.pipeline("bf16", codegen="eager").remove("raise_routers")
     with pytest.raises(moefx.PassError, match="requires 'routers_raised'"):
         moefx.optimize(model, inputs, codegen="eager", passes=passes, losses="sp")
+
+
+class Table(torch.nn.Module):
+    """Logits are a function of the token id alone."""
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.randn(128, experts, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.table[input_ids]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_metrics_of_a_model_that_is_routed_by_token_ids(training: bool) -> None:
+    model, inputs = build("qwen3_moe").train(training), zoo.batch(zoo.get("qwen3_moe"))
+    E, k = model.config.num_experts, model.config.num_experts_per_tok
+    opt = moefx.optimize(model, inputs, router=Table(E), codegen="eager", losses=["sp", L.RoutingMetrics(choices=True)])
+    opt(**inputs)
+    idx = Table(E)(inputs["input_ids"]).flatten(0, 1).topk(k).indices
+    load = torch.bincount(idx.flatten(), minlength=E) / idx.numel()
+    found = opt.routing
+    assert set(found) == set(SHAPES) - set(SCORED)
+    assert torch.equal(found["choices"], torch.stack([idx, idx]))
+    for i in range(2):
+        torch.testing.assert_close(found["load"][i], load)
+        assert float(found["max_violation"][i]) == pytest.approx(float(load.max()) * E - 1, rel=1e-5)
+        assert float(found["dead_experts"][i]) == int((load == 0).sum())
+    # All layers take the same choice, so that tokens stay on the diagonal.
+    assert torch.equal(found["transitions"][0], torch.diag(torch.bincount(idx[:, 0], minlength=E).float()))
+    assert not torch.equal(found["overlap"][0], found["overlap"][1])
+    if training:
+        assert float(opt.losses["sp"]) == pytest.approx(k * (k - 1) * float(found["overlap"].sum()), rel=1e-5)
+
+
+def test_losses_of_routers_that_are_gone_say_so() -> None:
+    model, inputs = build("qwen3_moe"), zoo.batch(zoo.get("qwen3_moe"))
+    table = Table(model.config.num_experts)
+    for losses in ("cp", "lb", "z", "var", "erc", "bias"):
+        with pytest.raises(moefx.PassError, match=rf"loss '{losses}' .*[\s\S]*token ids, and its own routers are gone"):
+            moefx.optimize(model, inputs, router=table, codegen="eager", losses=losses)
+    with pytest.raises(moefx.PassError, match="token ids, and its own routers only weigh"):
+        moefx.optimize(model, inputs, router=moefx.Routing(table, gates="layer"), codegen="eager", losses="cp")
+
+
+def test_metrics_of_a_router_that_is_not_known() -> None:
+    model, inputs = build("phimoe"), zoo.batch(zoo.get("phimoe"))
+    opt = moefx.optimize(model, inputs, codegen="eager", losses="metrics")
+    opt(**inputs)
+    assert set(opt.routing) == set(SHAPES) - set(SCORED) - {"choices"}
+    assert opt.routing["load"].sum(1).tolist() == pytest.approx([1] * len(opt.routing["load"]))

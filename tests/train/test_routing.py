@@ -1,0 +1,222 @@
+"""Routing in the training loop's records and tables, and `moefx inspect --routing`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moefx.errors import InputError, MissingPackageError
+from moefx.train import checkpoint
+from moefx.train.inspect_routing import example_batches, inspect_routing, observe, together, traffic
+from moefx.train.interrupt import TrainingInterrupted
+from moefx.train.loop import TrainResult
+from moefx.train.metrics import read_metrics
+from moefx.train.models import default_model, load_weights
+from moefx.train.story import summarize, table
+from tests.view.made import choices, metrics
+
+from .runs import interrupt_at, run
+from .toy import ToyLM, quiet, text_of, toy_config, toy_data
+
+SIZES = [6, 6]
+
+
+class Routed(ToyLM):
+    """A toy that measures: every call in training has other losses, every one in evaluation other choices."""
+
+    def __init__(self) -> None:
+        super().__init__(dropout=0.0)
+        self.losses: dict[str, Tensor] = {}
+        self.routing: dict[str, Tensor] = {}
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Any:
+        made = metrics(choices(int(input_ids.sum()), SIZES, 2, input_ids.numel()), SIZES)
+        self.routing = made
+        self.losses = {"sp": input_ids.sum().float(), "total": torch.tensor(0.5)} if self.training else {}
+        return super().forward(input_ids, labels)
+
+
+def test_losses_are_written_with_every_step_as_means_over_microbatches(tmp_path: Path) -> None:
+    cfg = toy_config(tmp_path, steps=3, grad_accum=2)
+    run(cfg, Routed())
+    batches = toy_data().batches("train", 4, cfg.seq, cfg.seed)
+    for record in (r for r in read_metrics(tmp_path) if r["kind"] == "train"):
+        assert record["loss_sp"] == pytest.approx(float(next(batches).sum()) / 2)
+        assert record["loss_total"] == pytest.approx(0.5)
+
+
+def expected_load(cfg: Any) -> list[list[float]]:
+    """Of all validation batches together."""
+    ids = list(zip(range(cfg.eval_batches), toy_data().batches("val", cfg.batch, cfg.seq, cfg.seed), strict=False))
+    parts = [metrics(choices(int(b.sum()), SIZES, 2, b.numel()), SIZES)["load"] for _, b in ids]
+    return (sum(parts) / len(parts)).tolist()
+
+
+def test_routing_is_written_at_validation(tmp_path: Path) -> None:
+    cfg = toy_config(tmp_path)
+    _, result = run(cfg, Routed())
+    records = [r for r in read_metrics(tmp_path) if r["kind"] == "routing"]
+    assert (
+        [r["step"] for r in records] == [r["step"] for r in read_metrics(tmp_path) if r["kind"] == "val"] == [4, 8, 12]
+    )
+    want = expected_load(cfg)
+    for i, row in enumerate(result.routing["load"]):
+        assert row == pytest.approx(want[i])
+        assert records[-1][f"max_violation/{i}"] == pytest.approx(max(want[i]) * 6 - 1, rel=1e-5)
+    assert records[-1]["dead_experts/mean"] == result.routing["mean"]["dead_experts"] >= 1
+    assert "token_entropy/mean" not in records[-1]
+    json.dumps(result.routing)
+
+
+def test_other_models_write_none_of_it(tmp_path: Path) -> None:
+    """Also one that has something else under these names."""
+    model = ToyLM()
+    model.losses, model.routing = nn.ModuleList([nn.Identity()]), {"a": 1}  # type: ignore[assignment]
+    _, result = run(toy_config(tmp_path), model)
+    assert result.routing == {}
+    assert {r["kind"] for r in read_metrics(tmp_path)} == {"train", "val"}
+    assert not any(k.startswith("loss_") for r in read_metrics(tmp_path) for k in r)
+
+
+def test_a_resumed_run_keeps_its_routing(tmp_path: Path) -> None:
+    whole = run(toy_config(tmp_path / "a"), Routed())[1]
+    with pytest.raises(TrainingInterrupted):
+        run(toy_config(tmp_path / "b"), Routed(), on_step=interrupt_at(12))
+    resumed = run(toy_config(tmp_path / "b"), Routed(), resume=True)[1]  # nothing is left to do
+    assert resumed.routing == whole.routing != {}
+
+
+def test_tensorboard_has_scalars_and_histograms(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(toy_config(tmp_path), Routed())
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("routing/max_violation/mean")] == [4, 8, 12]
+    assert "train/loss_sp" in events.Tags()["scalars"]
+    histogram = events.Histograms("routing/load/1")[-1].histogram_value
+    assert histogram.num == 6
+    assert histogram.sum == pytest.approx(6)  # loads are relative to their mean
+
+
+def test_the_closing_table_shows_what_is_known() -> None:
+    mean = {"max_violation": 0.4567, "dead_experts": 1.5, "overlap": 0.0625}
+    figures = summarize(TrainResult([1.0], routing={"mean": mean}), None, toy_config(Path("x")), toy_data(), None)
+    assert figures["optimized"]["routing"] == {"mean": mean}
+    console = quiet()
+    console.print(table({"train": figures, "report": {}}))
+    rows = {line.split("│")[1].strip(): line for line in text_of(console).splitlines() if line.startswith("│")}
+    assert "0.457" in rows["MaxVio, mean over layers"]
+    assert "1.500" in rows["dead experts, mean over layers"]
+    assert "0.062" in rows["overlap, mean over layers"]
+    assert "token entropy" not in text_of(console)
+
+
+# -- inspect ---------------------------------------------------------------------------------------------------------
+
+
+def test_traffic_against_counting() -> None:
+    idx = choices(3, [8, 8], 3, 24)
+    rows = traffic(metrics(idx, [8, 8]), batches=4, places=4)
+    for layer, row in enumerate(rows):
+        sent, rows_of = 0, [0] * 4
+        for t, chosen in enumerate(idx[layer]):
+            home = (t // 6) % 4
+            sent += len({e // 2 for e in chosen} - {home})
+            for e in chosen:
+                rows_of[e // 2] += 1
+        assert row["remote"] == pytest.approx(sent / 24)
+        assert row["max_over_mean"] == pytest.approx(max(rows_of) / (3 * 24 / 4))
+        assert row["uniform"] == pytest.approx(3 * (1 - (6 * 5 * 4) / (8 * 7 * 6)))
+    with pytest.raises(InputError, match="8 experts cannot be laid out on 3 places"):
+        traffic(metrics(idx, [8, 8]), batches=4, places=3)
+
+
+def test_observed_is_what_hooks_on_the_experts_see() -> None:
+    pytest.importorskip("transformers")
+    model = default_model(0)
+    batches = example_batches(model, None, count=3, batch=2, seq=8)
+    seen: dict[str, list[Tensor]] = {}
+    hooks = [
+        m.register_forward_pre_hook(lambda _, a, n=n: seen.setdefault(n, []).append(a[1]))
+        for n, m in model.named_modules() if n.endswith("mlp.experts")
+    ]  # fmt: skip
+    with torch.no_grad():
+        for ids in batches:
+            model(input_ids=ids)
+    for hook in hooks:
+        hook.remove()
+    found, paths = observe(model, batches, codegen="eager")
+    assert model.training
+    assert paths == list(seen)
+    idx = torch.stack([torch.cat(v) for v in seen.values()])
+    assert torch.equal(found["choices"].sort(-1).values, idx.sort(-1).values)
+    for i, layer in enumerate(idx):
+        assert found["load"][i].tolist() == pytest.approx((torch.bincount(layer.flatten(), minlength=8) / 96).tolist())
+        pairs = np.zeros((8, 8), int)
+        for a, b in layer.tolist():
+            pairs[a, b] += 1
+            pairs[b, a] += 1
+        np.testing.assert_array_equal(together(found)[i], pairs)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights as a checkpoint holds them, of another seed than `inspect` starts from."""
+    pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("weights")
+    checkpoint.safetensors().save_model(default_model(1), folder / checkpoint.MODEL)
+    return folder
+
+
+def test_inspect(trained: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    options: dict[str, Any] = {"batch": 1, "seq": 16, "batches": 4, "options": {"codegen": "eager"}}
+    found, said = inspect_routing("default", weights=trained, places=2, out=tmp_path / "new", **options)
+    assert (found["tokens"], len(found["layers"]), len(found["steps"]), len(found["traffic"])) == (64, 4, 3, 4)
+    assert "token_entropy" in found["mean"]
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == [
+        "load.png", "pairs.png", "routing.html", "transitions.png",
+    ]  # fmt: skip
+    assert "model.layers.3.mlp.experts" in said
+    assert "Expert parallelism over 2 places" in said
+    other = inspect_routing("default", **options)[0]
+    assert other["load"] != found["load"]  # the weights were taken
+    assert "files" not in other
+
+
+def test_weights_that_do_not_fit(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"weights cannot be loaded[\s\S]*embed"):
+        load_weights(ToyLM(), trained)
+    with pytest.raises(checkpoint.CheckpointError, match="no checkpoint"):
+        load_weights(ToyLM(), tmp_path)
+
+
+def test_drawing_without_matplotlib_fails_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingPackageError, match="matplotlib"):
+        inspect_routing("no such model", out=tmp_path)
+
+
+def test_the_command() -> None:
+    pytest.importorskip("transformers")
+
+    def moefx(*args: str) -> subprocess.CompletedProcess[str]:
+        code = "from moefx.cli import main; main()"
+        return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=300)
+
+    done = moefx("inspect", "--routing", "--json", "--batch", "1", "--seq", "16", "--batches", "2")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["tokens"] == 32
+    done = moefx("inspect", "--places", "2")
+    assert done.returncode == 2
+    assert "--places is given without --routing" in done.stderr

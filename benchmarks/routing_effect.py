@@ -43,7 +43,7 @@ RESULTS = Path(__file__).parent / "results"
 FIELDS = ("seed", "arm", "step", "measure", "value")
 STEPS, BATCH, SEQ, LR, WARMUP = 1000, 32, 64, 2e-3, 100
 EXPERTS, TOP_K, WIDTH, LAYERS, INNER = 16, 2, 64, 3, 64
-MATCHED = 110  # inner width: 2 * 3 * 64 * (110 - 64) per layer = the Grouter's 55 k, less the routers' 1 k per layer
+MATCHED = 112  # inner width: 2 * 3 * 64 * (112 - 64) per layer = 55 k, the Grouter's; transformers takes multiples of 4
 EVALUATED = (100, 300, 500, 1000)
 VAL_WINDOWS, PREFIX_WINDOWS = 256, 32
 ARMS = (

@@ -8,6 +8,7 @@ import torch
 
 from ..errors import InputError
 from .base import Algorithm, Group, GroupedOptimizer, State, working_dtype
+from .distributed import Place, agreed
 from .lite import LiteConfig
 
 Tensor = torch.Tensor
@@ -34,59 +35,80 @@ def _state(p: Tensor, group: Group) -> State:
     return state
 
 
-def _update(params: list[Tensor], states: list[State], group: Group, step: int) -> None:
+def _update(params: list[Tensor], states: list[State], places: list[Place], group: Group, step: int) -> None:
     lite: LiteConfig | None = group["lite"]
     chi = 1.0 if lite is None else lite.diagonal(step)
-    for p, state in zip(params, states, strict=True):
-        assert p.grad is not None
-        _update_one(p, p.grad, state, group, None if lite is None else lite.rank_fraction, chi)
+    bad = agreed([(~torch.isfinite(p.grad)).sum() for p in params if p.grad is not None], places)
+    finite = [count == 0 for count in bad]
+    for p, state, ok in zip(params, states, finite, strict=True):
+        _average(p, state, group, ok)
+    flats: list[Tensor | float] = [0.0] * len(params)
+    if lite is not None:
+        flats = flat_shares(states, places, lite.rank_fraction, finite)
+    for p, state, flat, ok in zip(params, states, flats, finite, strict=True):
+        _move(p, state, group, flat, chi, ok)
 
 
-def _update_one(p: Tensor, gradient: Tensor, state: State, group: Group, share: float | None, chi: float) -> None:
-    lr, decay, (b1, b2) = float(group["lr"]), float(group["weight_decay"]), group["betas"]
-    dtype = working_dtype(p)
-    grad, w = gradient.to(dtype), p.to(dtype)
-    finite = torch.isfinite(grad).all()
-    grad = torch.where(finite, grad, 0)
-    first = state["exp_avg"].lerp(grad, 1 - b1)
-    second = state["exp_avg_sq"].lerp(grad.square(), 1 - b2)
-    updates = state["updates"] + finite
-    # In float64: 1 - 0.999 ** 1 has lost digits in float32. max: a skipped first step must not divide by zero.
-    count = updates.clamp_min(1).double()
-    mean = first / (1 - b1**count).to(dtype)
-    direction = mean / ((second / (1 - b2**count).to(dtype)).sqrt_() + group["eps"])
-    new = (w * (1 - lr * decay)).add_(direction, alpha=-lr)
-    if share is not None and p.numel():
-        flat, state["high"], state["low"] = flat_share(second, state["high"], state["low"], share, finite)
-        if chi != 1:
-            new = new.sub_(flat * (direction + decay * w), alpha=lr * (chi - 1))
-    p.copy_(torch.where(finite, new, w))
-    state["exp_avg"].copy_(torch.where(finite, first, state["exp_avg"]))
-    state["exp_avg_sq"].copy_(torch.where(finite, second, state["exp_avg_sq"]))
-    state["updates"].copy_(updates)
+def _average(p: Tensor, state: State, group: Group, finite: Tensor) -> None:
+    """Both moments follow the gradient, unless it is not finite."""
+    assert p.grad is not None
+    b1, b2 = group["betas"]
+    grad = torch.where(finite, p.grad.to(working_dtype(p)), 0)
+    first, second = state["exp_avg"], state["exp_avg_sq"]
+    first.copy_(torch.where(finite, first.lerp(grad, 1 - b1), first))
+    second.copy_(torch.where(finite, second.lerp(grad.square(), 1 - b2), second))
+    state["updates"] += finite
     state["skipped"] += ~finite
 
 
-def flat_share(
-    second: Tensor, high: Tensor, low: Tensor, share: float, move: Tensor
-) -> tuple[Tensor | float, Tensor, Tensor]:
-    """(1 - mask, high, low): how flat every element is, and the thresholds of the next step.
+def _move(p: Tensor, state: State, group: Group, flat: Tensor | float, chi: float, finite: Tensor) -> None:
+    """The update of the weights; `flat` is how flat each of their elements is."""
+    lr, decay, (b1, b2) = float(group["lr"]), float(group["weight_decay"]), group["betas"]
+    dtype = working_dtype(p)
+    w = p.to(dtype)
+    # In float64: 1 - 0.999 ** 1 has lost digits in float32. max: a skipped first step must not divide by zero.
+    count = state["updates"].clamp_min(1).double()
+    mean = state["exp_avg"] / (1 - b1**count).to(dtype)
+    direction = mean / ((state["exp_avg_sq"] / (1 - b2**count).to(dtype)).sqrt_() + group["eps"])
+    new = (w * (1 - lr * decay)).add_(direction, alpha=-lr)
+    if chi != 1 and group["lite"] is not None:
+        new = new.sub_(flat * (direction + decay * w), alpha=lr * (chi - 1))
+    p.copy_(torch.where(finite, new, w))
+
+
+def flat_shares(
+    states: list[State], places: list[Place], share: float, move: list[Tensor]
+) -> list[Tensor | float]:
+    """1 - mask of every parameter: how flat each element is. The thresholds in its state move on.
 
     An element is sharp from `high` times the mean second moment on and flat below `low` times it, linear between. The
     thresholds chase the share of elements above them: `share`, and a tenth more for the soft band. They move only with
-    a finite gradient (`move`).
+    a finite gradient (`move`). Means and shares are of whole parameters, wherever their parts are.
     """
     if share < _EDGE:
-        return 1.0, high, low
-    mean = second.mean()
-    scaled = second / torch.where(mean > 0, mean, 1)
-    flat = 1 - ((scaled - low) / (high - low)).clamp(0, 1)
+        return [1.0] * len(states)
+    sums = agreed([state["exp_avg_sq"].sum() for state in states], places)
+    means = [total / max(place.shape.numel(), 1) for total, place in zip(sums, places, strict=True)]
+    scaled = [s["exp_avg_sq"] / torch.where(mean > 0, mean, 1) for s, mean in zip(states, means, strict=True)]
+    above = agreed(
+        [
+            torch.stack([(x >= state["high"]).sum(), (x >= state["low"]).sum()])
+            for x, state in zip(scaled, states, strict=True)
+        ],
+        places,
+    )
     soft = share + min(1 - share, 0.1)
-    up = torch.where((scaled >= high).to(second.dtype).mean() > share, 1.05 * high, 0.95 * high)
-    down = torch.where((scaled >= low).to(second.dtype).mean() > soft, 1.05 * low, 0.95 * low)
-    down = torch.minimum(down, 0.95 * up)
-    move = move & (mean > 0)
-    return flat, torch.where(move, up, high), torch.where(move, down, low)
+    flats: list[Tensor | float] = []
+    for x, state, place, mean, count, moves in zip(scaled, states, places, means, above, move, strict=True):
+        high, low = state["high"], state["low"]
+        flats.append(1 - ((x - low) / (high - low)).clamp(0, 1))
+        sharp, softer = count / max(place.shape.numel(), 1)
+        up = torch.where(sharp > share, 1.05 * high, 0.95 * high)
+        down = torch.minimum(torch.where(softer > soft, 1.05 * low, 0.95 * low), 0.95 * up)
+        moves = moves & (mean > 0)
+        high.copy_(torch.where(moves, up, high))
+        low.copy_(torch.where(moves, down, low))
+    return flats
 
 
 ADAMW = Algorithm(_check, _state, _update)

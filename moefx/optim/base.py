@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch.optim import Optimizer
 
 from ..errors import InputError, nearest
+from .distributed import Place, agreed, as_laid_out, check_placements, is_dtensor, local, local_with_grad, place_of
 from .lite import LiteConfig
 from .roles import LITE_ROLES, ROLES
 from .schedule import describe
@@ -29,7 +31,8 @@ class Algorithm(NamedTuple):
 
     check: Callable[[Tensor, str, Group], None]  # raises InputError for a parameter it cannot update
     state: Callable[[Tensor, Group], State]  # everything it will ever keep, made at once
-    update: Callable[[list[Tensor], list[State], Group, int], None]  # one step of all of these parameters
+    # One step of all of these parameters: this rank's parts, with gradient, their state, and where the rest is.
+    update: Callable[[list[Tensor], list[State], list[Place], Group, int], None]
 
 
 class GroupedOptimizer(Optimizer):
@@ -130,9 +133,7 @@ class GroupedOptimizer(Optimizer):
             where = self._name(group, index)
             if p.is_complex() or not p.is_floating_point():
                 raise InputError(f"a parameter is {p.dtype}", where=where, todo="optimize real floating parameters")
-            if getattr(p, "placements", None) is not None:
-                todo = "give every rank its own whole matrices, or gather them before the step"
-                raise InputError("a parameter is sharded (DTensor)", where=where, todo=todo)
+            check_placements(p, where, matrices=False)
             self.algorithms[group["algorithm"]].check(p, where, group)
         # Not torch's `step` for parameters: LITE's schedules belong to the group. On the CPU, where reading is free.
         group.setdefault("step", torch.zeros((), dtype=torch.int64))
@@ -162,8 +163,10 @@ class GroupedOptimizer(Optimizer):
                     self._check_gradient(p.grad, group, index)
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            states = [self.state[p] for p in params]
-            self.algorithms[group["algorithm"]].update(params, states, group, int(group["step"]))
+            states = [{key: local(value) for key, value in self.state[p].items()} for p in params]
+            places = [place_of(p, group.get("replicas", "repeat")) for p in params]
+            update = self.algorithms[group["algorithm"]].update
+            update([local_with_grad(p) for p in params], states, places, group, int(group["step"]))
             group["step"] += 1
         return loss
 
@@ -171,20 +174,27 @@ class GroupedOptimizer(Optimizer):
         where = self._name(group, index)
         if grad.layout != torch.strided:
             raise InputError("a gradient is sparse", where=where, todo="build the embedding with sparse=False")
-        if group["nonfinite"] == "raise" and not bool(torch.isfinite(grad).all()):
+        if group["nonfinite"] != "raise":
+            return
+        (count,) = agreed([(~torch.isfinite(local(grad))).sum()], [place_of(grad)])
+        if int(count):
             raise InputError(
                 "a gradient is not finite",
                 where=where,
-                why=f"{int((~torch.isfinite(grad)).sum())} of {grad.numel()} entries are NaN or infinite",
+                why=f"{int(count)} of {grad.numel()} entries are NaN or infinite",
                 todo='lower the learning rate, clip, or pass nonfinite="skip" to leave such updates out',
             )
 
     def skipped(self) -> dict[str, int]:
-        """How many updates of which parameter were left out because the gradient was not finite (waits for them)."""
+        """How many updates of which parameter were left out because the gradient was not finite (waits for them).
+
+        To be called on all ranks, if parameters are sharded.
+        """
         found = {}
         for number, group in enumerate(self.param_groups):
             for index, p in enumerate(group["params"]):
-                if count := int(self.state[p]["skipped"]):
+                skipped = self.state[p]["skipped"]
+                if count := int((skipped.full_tensor() if is_dtensor(skipped) else skipped).sum()):
                     found[f"group {number}: {self._name(group, index)}"] = count
         return found
 
@@ -220,14 +230,17 @@ class GroupedOptimizer(Optimizer):
             for index, p in zip(saved["params"], here["params"], strict=True):
                 _compare_state(state_dict["state"].get(index), self.state[p], f"group {number}, parameter {index}")
             saved["lite"] = here["lite"]
-        dtypes = {p: {key: value.dtype for key, value in self.state[p].items()} for p in self.state}
+            if "replicas" in here:  # who computes what is no part of the result, and ranks may be others now
+                saved["replicas"] = here["replicas"]
+        mine = {p: dict(self.state[p]) for p in self.state}
         super().load_state_dict({**state_dict, "param_groups": saved_groups})
         # torch casts state to the parameter's dtype and moves counters; the saved bits are wanted.
         for saved, here in zip(saved_groups, self.param_groups, strict=True):
             for index, p in zip(saved["params"], here["params"], strict=True):
                 for key, value in state_dict["state"][index].items():
                     device = "cpu" if key in _HOST_COUNTERS else p.device
-                    self.state[p][key] = value.detach().to(device, dtypes[p][key], copy=True)
+                    kept = mine[p][key]
+                    self.state[p][key] = as_laid_out(value, kept).to(device, kept.dtype)
             for key in ("step", "projected"):
                 if key in here:
                     here[key] = here[key].to("cpu", copy=True)
@@ -261,9 +274,12 @@ def _other(why: str, where: str | None = None) -> InputError:
     return InputError("the state belongs to another optimizer", where=where, why=why, todo=todo)
 
 
-def usable(grad_EMN: Tensor) -> tuple[Tensor, Tensor]:
+def usable(grad_EMN: Tensor, place: Place) -> tuple[Tensor, Tensor]:
     """(active, finite) [E] of a stack of gradients: has one at all and all finite; finite. Without a host sync."""
-    top = grad_EMN.abs().amax((-2, -1))
+    top = grad_EMN.abs().amax((-2, -1)) if grad_EMN.shape[-2:].numel() else grad_EMN.new_zeros(len(grad_EMN))
+    if place.gather is not None:
+        top = top.nan_to_num(nan=torch.inf, posinf=torch.inf)  # a maximum over ranks may lose a NaN
+        dist.all_reduce(top, dist.ReduceOp.MAX, place.gather)
     finite = torch.isfinite(top)
     return finite & (top > NO_GRADIENT), finite
 

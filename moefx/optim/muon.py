@@ -9,11 +9,14 @@ import torch
 from ..errors import InputError, nearest
 from .adamw import ADAMW
 from .base import Algorithm, Group, GroupedOptimizer, State, need_matrices, usable, working_dtype
+from .distributed import Place, check_copies, check_placements, per_matrix
+from .exchange import Cuts, Tensors, run
 from .lite import LiteConfig, LiteValues, initial_basis, sharp_rank
 from .muon_update import DTYPES, SCALES, lr_scale, new_weights, polar_steps
 from .polar import coefficients, matrices, slices
 
 Tensor = torch.Tensor
+REPLICAS = ("repeat", "split")
 
 
 class _Piece(NamedTuple):
@@ -21,6 +24,7 @@ class _Piece(NamedTuple):
 
     p: Tensor
     state: State
+    place: Place
     rows: slice
 
     def rows_of(self, x: Tensor, flip: bool) -> Tensor:
@@ -29,10 +33,10 @@ class _Piece(NamedTuple):
         return part.mT if flip else part
 
 
-def flipped(group: Group, p: Tensor) -> bool:
+def flipped(group: Group, shape: torch.Size) -> bool:
     """Whether the projector acts on the stored tensor's second last dimension: by the layout, the side, or both."""
     stored_in_out = group["layout"] == "in_out"
-    out, inp = (p.shape[-1], p.shape[-2]) if stored_in_out else p.shape[-2:]
+    out, inp = (shape[-1], shape[-2]) if stored_in_out else shape[-2:]
     side = "right" if group["lite"] is None else group["lite"].side
     left = side == "left" or (side == "small" and out < inp)
     return bool(stored_in_out != left)
@@ -48,47 +52,61 @@ def _check(p: Tensor, where: str, group: Group) -> None:
         raise InputError(f"there is no polar_dtype {group['polar_dtype']!r}", where=where, todo=known)
     if not 0 <= group["momentum"] < 1:
         raise InputError(f"momentum={group['momentum']} is no average", where=where, todo="give 0 to below 1")
+    if group["replicas"] not in REPLICAS:
+        known = nearest(str(group["replicas"]), REPLICAS)
+        raise InputError(f"there is no way {group['replicas']!r} to step replicas", where=where, todo=known)
+    check_placements(p, where, matrices=True)
     coefficients(group["polar"], polar_steps(group))
 
 
 def _state(p: Tensor, group: Group) -> State:
     dtype = working_dtype(p)
-    state: State = {"momentum_buffer": torch.zeros_like(p, dtype=dtype)}
+    count = p.shape[:-2].numel()
+
+    def each(value: float, dtype: torch.dtype) -> Tensor:
+        return per_matrix(p, torch.full((count,), value, dtype=dtype, device=p.device))
+
+    state: State = {"momentum_buffer": torch.zeros_like(p, dtype=dtype), "skipped": each(0, torch.int64)}
     lite: LiteConfig | None = group["lite"]
     if lite is None:
         return state
-    m, n = (p.shape[-1], p.shape[-2]) if flipped(group, p) else p.shape[-2:]
-    count = matrices(p).shape[0]
+    m, n = (p.shape[-1], p.shape[-2]) if flipped(group, p.shape) else p.shape[-2:]
     if lite.mode == "parity":
-        state["ratio"] = torch.full((count,), min(m, n) ** -0.5, dtype=dtype, device=p.device)
-        state["inversions"] = torch.zeros(count, dtype=torch.int64, device=p.device)
+        state["ratio"] = each(min(m, n) ** -0.5, dtype)
+        state["inversions"] = each(0, torch.int64)
     else:
         columns = min(sharp_rank(lite.rank_fraction, m, n) + lite.spare, min(m, n))
-        state["basis"] = initial_basis(count, n, columns, dtype, p.device)
+        state["basis"] = per_matrix(p, initial_basis(1, n, columns, dtype, p.device).expand(count, -1, -1), rows=True)
     # Whether the last step improved the basis; on the CPU, where reading it is free.
     group.setdefault("projected", torch.zeros((), dtype=torch.bool))
     return state
 
 
-def _update(params: list[Tensor], states: list[State], group: Group, step: int) -> None:
+def _update(params: list[Tensor], states: list[State], places: list[Place], group: Group, step: int) -> None:
     """Same-shape matrices of all parameters go through the polar factor together, at most `chunk_bytes` at a time."""
     lite: LiteConfig | None = group["lite"]
     values = None if lite is None else lite.values(step)
     buckets: dict[Any, list[_Piece]] = {}
-    for p, state in zip(params, states, strict=True):
-        piece = _Piece(p, state, slice(0, matrices(p).shape[0]))
-        buckets.setdefault((p.shape[-2:], p.dtype, p.device), []).append(piece)
+    for p, state, place in zip(params, states, places, strict=True):
+        piece = _Piece(p, state, place, slice(0, matrices(p).shape[0]))
+        key = (place._replace(shape=place.shape[-2:]), p.dtype, p.device)
+        buckets.setdefault(key, []).append(piece)
+    if step == 0 and group["replicas"] == "split":
+        check_copies(params, places)
+    turn = 0
     for bucket in buckets.values():
         for chunk in _chunks(bucket, group["chunk_bytes"]):
-            _update_chunk(chunk, group, values)
+            _update_chunk(chunk, group, values, turn)
+            turn += sum(piece.rows.stop - piece.rows.start for piece in chunk)
     if lite is not None and lite.mode == "fast" and values is not None and params:
         group["projected"].fill_(not values.uniform)
 
 
 def _chunks(bucket: list[_Piece], budget: int) -> list[list[_Piece]]:
     """The matrices of a bucket in batches; a stack may be cut, and a batch may hold the end of one and the next."""
-    p = bucket[0].p
-    bytes_each = 12 * p.shape[-2:].numel() * working_dtype(p).itemsize  # about twelve such tensors are alive at once
+    p, place = bucket[0].p, bucket[0].place
+    # About twelve such tensors are alive at once. The same on all ranks, whose parts of one matrix may differ.
+    bytes_each = 12 * place.shape[-2:].numel() // place.ways * working_dtype(p).itemsize
     bounds = slices(sum(piece.rows.stop for piece in bucket), bytes_each, budget)
     chunks: list[list[_Piece]] = [[] for _ in bounds]
     offset = 0
@@ -101,9 +119,9 @@ def _chunks(bucket: list[_Piece], budget: int) -> list[list[_Piece]]:
     return chunks
 
 
-def _update_chunk(pieces: list[_Piece], group: Group, values: LiteValues | None) -> None:
-    first = pieces[0].p
-    flip, dtype, theta = flipped(group, first), working_dtype(first), group["momentum"]
+def _update_chunk(pieces: list[_Piece], group: Group, values: LiteValues | None, turn: int) -> None:
+    place, dtype, theta = pieces[0].place, working_dtype(pieces[0].p), group["momentum"]
+    flip = flipped(group, place.shape)
 
     def gathered(tensors: list[Tensor]) -> Tensor:
         return torch.cat([piece.rows_of(t, flip).to(dtype) for piece, t in zip(pieces, tensors, strict=True)])
@@ -111,7 +129,7 @@ def _update_chunk(pieces: list[_Piece], group: Group, values: LiteValues | None)
     w = gathered([piece.p for piece in pieces])
     momentum = gathered([piece.state["momentum_buffer"] for piece in pieces])
     grad = gathered([piece.p.grad for piece in pieces if piece.p.grad is not None])
-    active, finite = usable(grad)
+    active, finite = usable(grad, place)
     on = active[:, None, None]
     grad = torch.where(on, grad, 0)
 
@@ -125,9 +143,7 @@ def _update_chunk(pieces: list[_Piece], group: Group, values: LiteValues | None)
     if group["lite"] is not None:
         name = "ratio" if group["lite"].mode == "parity" else "basis"
         kept = {name: torch.cat([piece.state[name][piece.rows] for piece in pieces])}
-    a, b = first.shape[-2:]
-    scale = lr_scale(group["scale"], *((a, b) if group["layout"] == "out_in" else (b, a)))
-    new, changed = new_weights(w, mixed, grad, group, values, kept, scale)
+    new, changed = _solved(w, mixed, grad, kept, place, group, values, turn)
 
     new, averaged = torch.where(on, new, w), torch.where(on, averaged, momentum)
     at = 0
@@ -135,14 +151,55 @@ def _update_chunk(pieces: list[_Piece], group: Group, values: LiteValues | None)
         here = slice(at, at + piece.rows.stop - piece.rows.start)
         piece.rows_of(piece.p, flip).copy_(new[here])
         piece.rows_of(piece.state["momentum_buffer"], flip).copy_(averaged[here])
-        piece.state["skipped"] += (~finite[here]).sum()
+        piece.state["skipped"][piece.rows] += ~finite[here]
         for name, value in changed.items():
             old = piece.state[name][piece.rows]
             if name == "inversions":
-                old += value[here] & active[here]
+                old += value[here].bool() & active[here]
             else:
                 old.copy_(torch.where(active[here].view(-1, *[1] * (value.ndim - 1)), value[here], old))
         at = here.stop
+
+
+def _solved(
+    w: Tensor,
+    mixed: Tensor,
+    grad: Tensor,
+    kept: Tensors,
+    place: Place,
+    group: Group,
+    values: LiteValues | None,
+    turn: int,
+) -> tuple[Tensor, Tensors]:
+    """`new_weights` on whichever ranks it takes."""
+    a, b = place.shape[-2:]
+    scale = lr_scale(group["scale"], *((a, b) if group["layout"] == "out_in" else (b, a)))
+    if place.gather is None and not place.copies:
+        return new_weights(w, mixed, grad, group, values, kept, scale)
+    inputs, apart = {"mixed": mixed, **kept}, False
+    if values is not None and (values.beta1 or values.beta2):
+        inputs["grad"] = grad
+    decay = float(group["weight_decay"])
+    # Plain decay is elementwise, and the rest is linear in w: unless LITE decays flat directions, w need not travel.
+    if place.gather is None or (values is not None and values.chi != 1 and decay):
+        inputs["w"] = w
+    else:
+        apart = True
+
+    def solve(x: Tensors) -> Tensors:
+        old = torch.zeros_like(x["mixed"]) if apart else x["w"]
+        side = {name: x[name] for name in kept}
+        new, changed = new_weights(old, x["mixed"], x.get("grad", x["mixed"]), group, values, side, scale)
+        return {"new": new, **changed}
+
+    cuts: Cuts = {}
+    if place.cut is not None:
+        dim = -3 - place.cut if flipped(group, place.shape) else place.cut  # -2 and -1 change places
+        cuts = dict.fromkeys(("w", "mixed", "grad", "new"), (dim, place.shape[place.cut]))
+        cuts["basis"] = (-2, b if not flipped(group, place.shape) else a)
+    changed = run(solve, inputs, place, cuts, turn)
+    new = changed.pop("new")
+    return (new + w * (1 - float(group["lr"]) * decay) if apart else new), changed
 
 
 MUON = Algorithm(_check, _state, _update)
@@ -164,10 +221,12 @@ class Muon(GroupedOptimizer):
         layout: "out_in" as nn.Linear stores weights, or "in_out"; LITE's side and the scale are about (out, in).
         betas, eps: of AdamW groups.
         chunk_bytes: about how much the temporaries of one batch may take (at least one matrix is updated).
+        replicas: what ranks with the same matrices do: "repeat" the update each, or "split" the matrices among them
+            and all-gather the results. Of plain tensors, "split" means all ranks of the default process group.
         nonfinite: "skip" (and count, per matrix) or "raise" for gradients with NaN or infinity.
 
     Matrices without a gradient (a zero-token expert) are left as they are: weight, momentum, projector, no decay.
-    State is float32 for half-precision parameters. Sharded parameters (DTensor) are refused.
+    State is float32 for half-precision parameters. Sharded parameters (DTensor, FSDP2) are gathered in shares.
 
     Raises:
         InputError: see `add_param_group`, `step` and `load_state_dict`.
@@ -193,6 +252,7 @@ class Muon(GroupedOptimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         chunk_bytes: int = 256 << 20,
+        replicas: str = "repeat",
         nonfinite: str = "skip",
     ) -> None:
         defaults = {
@@ -208,6 +268,7 @@ class Muon(GroupedOptimizer):
             "betas": betas,
             "eps": eps,
             "chunk_bytes": chunk_bytes,
+            "replicas": replicas,
         }
         super().__init__(params, defaults, lite, nonfinite)
 

@@ -14,6 +14,7 @@ import torch
 from ..errors import InputError
 from .adamw import ADAMW
 from .base import Algorithm, Group, GroupedOptimizer, State, need_matrices, usable, working_dtype
+from .distributed import Place, check_placements, per_matrix
 from .lite import LiteConfig, LiteValues
 from .polar import matrices
 
@@ -23,6 +24,7 @@ _SIDES = ("left", "right")
 
 def _check(p: Tensor, where: str, group: Group) -> None:
     need_matrices(p, where, group)
+    check_placements(p, where, matrices=True, cut=False)
     b1, b2 = group["betas"]
     if not (0 <= b1 < 1 and 0 <= b2 < 1):
         raise InputError(f"betas={group['betas']} are no averages", where=where, todo="give 0 to below 1")
@@ -32,18 +34,23 @@ def _check(p: Tensor, where: str, group: Group) -> None:
 
 def _state(p: Tensor, group: Group) -> State:
     dtype, (m, n) = working_dtype(p), p.shape[-2:]
-    count = matrices(p).shape[0]
+    count = p.shape[:-2].numel()
+
+    def each(whole: Tensor) -> Tensor:
+        return per_matrix(p, whole.expand(count, *whole.shape))
+
     state: State = {
         "exp_avg": torch.zeros_like(p, dtype=dtype),  # in the rotated basis, as the second moment
         "exp_avg_sq": torch.zeros_like(p, dtype=dtype),
-        "updates": torch.zeros(count, dtype=torch.int64, device=p.device),  # of each matrix; a skipped one stays behind
+        "updates": each(torch.zeros((), dtype=torch.int64, device=p.device)),  # of each matrix; a skipped one stays behind
+        "skipped": each(torch.zeros((), dtype=torch.int64, device=p.device)),
         "calls": torch.zeros((), dtype=torch.int64),  # steps with a gradient, on the CPU: says when to refresh
     }
     for side, size in zip(_SIDES, (m, n), strict=True):
         # A side that is too large keeps the identity, and no tensor.
         if size <= group["max_precond_dim"]:
-            state[side] = torch.zeros(count, size, size, dtype=dtype, device=p.device)
-            state[f"{side}_basis"] = torch.eye(size, dtype=dtype, device=p.device).repeat(count, 1, 1)
+            state[side] = each(torch.zeros((), dtype=dtype, device=p.device).expand(size, size))
+            state[f"{side}_basis"] = each(torch.eye(size, dtype=dtype, device=p.device))
     return state
 
 
@@ -58,16 +65,16 @@ def rotate(x: Tensor, state: State, back: bool = False) -> Tensor:
     return x
 
 
-def _update(params: list[Tensor], states: list[State], group: Group, step: int) -> None:
+def _update(params: list[Tensor], states: list[State], places: list[Place], group: Group, step: int) -> None:
     lite: LiteConfig | None = group["lite"]
     values = None if lite is None else lite.values(step)
-    for p, state in zip(params, states, strict=True):
+    for p, state, place in zip(params, states, places, strict=True):
         assert p.grad is not None
         dtype = working_dtype(p)
         grad = matrices(p.grad).to(dtype)
-        active, finite = usable(grad)
+        active, finite = usable(grad, place)
         grad = torch.where(active[:, None, None], grad, 0)
-        state["skipped"] += (~finite).sum()
+        state["skipped"] += ~finite
         if int(state["calls"]) == 0:
             _begin(state, grad, group)
         else:

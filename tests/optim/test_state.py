@@ -219,12 +219,6 @@ def matrix(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
 SHARED = matrix(3, 4)
 
 
-def sharded() -> nn.Parameter:
-    p = matrix(3, 4)
-    p.placements = ("shard",)  # as every DTensor has
-    return p
-
-
 @pytest.mark.parametrize(
     ("make", "match"),
     [
@@ -255,7 +249,7 @@ def sharded() -> nn.Parameter:
         (lambda: Muon([SHARED], nonfinite="ignore"), "nonfinite"),
         (lambda: Muon([SHARED], lite=2.0), "LiteConfig"),
         (lambda: Muon([{"params": [SHARED], "lite": "off"}]), "True, False"),
-        (lambda: Muon([sharded()]), "DTensor"),
+        (lambda: Muon([SHARED], replicas="splits"), "did you mean 'split'"),
         (lambda: Muon([nn.Parameter(torch.zeros(2, 3, 4, 5).transpose(0, 1))]), "contiguous"),
     ],
 )

@@ -1,0 +1,69 @@
+"""Checks on several processes (gloo): started once, each check reports for itself.
+
+`launch` starts `python -m tests.optim.ranks` on every rank; a check is a function of a `Context` in `sharded.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def launch(world: int, folder: Path, names: list[str]) -> dict[str, str]:
+    """Run checks on `world` processes; name of a check -> what failed on any rank, empty if nothing did."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-m", "tests.optim.ranks", str(world), str(folder), *names]
+    processes = []
+    for rank in range(world):
+        with (folder / f"log{rank}").open("w") as log:
+            processes.append(
+                subprocess.Popen(
+                    command, cwd=ROOT, env={**environment, "RANK": str(rank)}, stdout=log, stderr=subprocess.STDOUT
+                )
+            )
+    try:
+        for process in processes:
+            process.wait(timeout=240)
+    finally:
+        for process in processes:
+            process.kill()
+    found: dict[str, str] = {}
+    for rank in range(world):
+        report = folder / f"report{rank}.json"
+        said = json.loads(report.read_text()) if report.exists() else {}
+        for name in names:
+            text = said.get(name, f"never ended\n{(folder / f'log{rank}').read_text()[-3000:]}")
+            found[name] = found.get(name, "") + (f"rank {rank}: {text}\n" if text else "")
+    return found
+
+
+def main(world: int, folder: Path, names: list[str]) -> None:
+    """One rank."""
+    import torch
+    import torch.distributed as dist
+
+    from . import sharded
+
+    rank = int(os.environ["RANK"])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world)
+    found: dict[str, str] = {}
+    for name in names:
+        try:
+            sharded.CHECKS[name](sharded.Context(rank, world, folder))
+            found[name] = ""
+        except Exception:
+            found[name] = traceback.format_exc()
+        (folder / f"report{rank}.json").write_text(json.dumps(found))
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

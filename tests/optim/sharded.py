@@ -1,0 +1,306 @@
+"""What must hold on several ranks. Every check runs on all of them; the oracle is the same optimizer on one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+from moefx.errors import InputError
+from moefx.optim import AdamW, LiteConfig, Muon, MuonLITE, Ramp, SoapLITE
+from moefx.optim import muon as product
+from moefx.optim import muon_update as update
+
+Tensor = torch.Tensor
+Made = Callable[[Any], Any]
+
+
+class Context(NamedTuple):
+    rank: int
+    world: int
+    folder: Path
+
+    def mesh(self, *shape: int) -> DeviceMesh:
+        names = ("replicate", "shard")[-len(shape) :]
+        return init_device_mesh("cpu", shape, mesh_dim_names=names)
+
+
+CHECKS: dict[str, Callable[[Context], None]] = {}
+
+
+def check(function: Callable[[Context], None]) -> Callable[[Context], None]:
+    CHECKS[function.__name__] = function
+    return function
+
+
+# -- the problem -----------------------------------------------------------------------------------------------------
+
+# Even and uneven cuts, tall and wide, fewer rows or experts than ranks, stacks, and what AdamW has.
+SHAPES = ((8, 12), (12, 8), (7, 12), (7, 12), (1, 6), (4, 8, 12), (3, 12, 8), (1, 7, 12), (12,), (10, 6))
+MATRICES = 8
+FOLLOWED = LiteConfig(Ramp(1.0, 2.0, 1, 3), -0.25, Ramp(-0.25, 1.0, 1, 3), chi_diagonal=3.0, rank_fraction=0.2)
+MADE: dict[str, Made] = {
+    "muon": lambda g: Muon(g, lr=0.02),
+    "fast": lambda g: MuonLITE(g, lr=0.02, lite=FOLLOWED),
+    "damping": lambda g: MuonLITE(g, lr=0.02, lite=LiteConfig(1.0, 0.0, 1.0, chi_diagonal=8.0)),
+    "left": lambda g: MuonLITE(g, lr=0.02, lite=LiteConfig(side="left")),
+    "in_out": lambda g: MuonLITE(g, lr=0.02, lite=LiteConfig(side="small", damping="shared"), layout="in_out"),
+    "parity": lambda g: MuonLITE(g, lr=0.02, lite=LiteConfig(mode="parity")),
+}
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gradient(index: int, t: int, shape: Any) -> Tensor:
+    g = random(*shape, seed=1000 + 50 * t + index)
+    if len(shape) == 3 and shape[0] > 1:
+        g[t % shape[0]] = 0  # an expert without tokens
+    return g
+
+
+def parameters(shapes: Any = SHAPES) -> list[nn.Parameter]:
+    return [nn.Parameter(random(*s, seed=i)) for i, s in enumerate(shapes)]
+
+
+def laid_out(params: list[nn.Parameter], mesh: DeviceMesh, placements: Any) -> list[nn.Parameter]:
+    return [nn.Parameter(distribute_tensor(p.detach(), mesh, placements(p))) for p in params]
+
+
+def groups(params: list[nn.Parameter]) -> list[dict[str, Any]]:
+    """Vectors and the embedding, which are the last two, run AdamW."""
+    matrices = [p for i, p in enumerate(params) if i < MATRICES]
+    return [{"params": matrices}, {"params": params[MATRICES:], "role": "norm"}] if params[MATRICES:] else [
+        {"params": matrices}
+    ]
+
+
+def train(params: list[nn.Parameter], optimizer: Any, steps: range, change: Any = None) -> None:
+    for t in steps:
+        for i, p in enumerate(params):
+            g = gradient(i, t, p.shape)
+            g = g if change is None else change(g, i, t)
+            p.grad = distribute_tensor(g, p.device_mesh, p.placements) if isinstance(p, DTensor) else g
+        optimizer.step()
+
+
+def whole(x: Any) -> Tensor:
+    return (x.full_tensor() if isinstance(x, DTensor) else x).detach()
+
+
+def distance(found: list[Any], wanted: list[Any]) -> float:
+    return max((whole(p) - whole(q)).abs().max().item() for p, q in zip(found, wanted, strict=True))
+
+
+def equal_to_one_process(make: Made, mesh: DeviceMesh, placements: Any, shapes: Any = SHAPES, steps: int = 5) -> Any:
+    """Parameters and every state of a sharded run are those of a run on whole tensors."""
+    params, wanted = laid_out(parameters(shapes), mesh, placements), parameters(shapes)
+    mine, theirs = make(groups(params)), make(groups(wanted))
+    train(params, mine, range(steps))
+    train(wanted, theirs, range(steps))
+    assert distance(params, wanted) < 1e-6, distance(params, wanted)
+    for p, q in zip(params, wanted, strict=True):
+        assert mine.state[p].keys() == theirs.state[q].keys()
+        for key, value in mine.state[p].items():
+            if key != "basis":  # its columns may turn within equal strengths; what it does is in the weights
+                assert torch.allclose(whole(value).double(), theirs.state[q][key].double(), atol=1e-6), key
+            assert whole(value).shape == theirs.state[q][key].shape
+    return params, wanted
+
+
+def rows(p: Tensor) -> list[Any]:
+    return [Shard(0)]
+
+
+def inside(p: Tensor) -> list[Any]:
+    """Cut the matrices, of stacks too."""
+    return [Shard(max(p.ndim - 2, 0))]
+
+
+def columns(p: Tensor) -> list[Any]:
+    return [Shard(p.ndim - 1)]
+
+
+# -- checks ----------------------------------------------------------------------------------------------------------
+
+
+@check
+def cut_matrices_are_stepped_as_on_one_process(c: Context) -> None:
+    mesh = c.mesh(c.world)
+    for make in MADE.values():
+        for placements in (rows, inside, columns):
+            equal_to_one_process(make, mesh, placements)
+
+
+@check
+def a_part_is_not_its_matrix(c: Context) -> None:
+    # The negative control: orthogonalizing parts, as a step that knows nothing of ranks would, is another update.
+    mesh, wanted = c.mesh(c.world), parameters()
+    params = laid_out(wanted, mesh, rows)
+    alone = product._solved
+    blind = lambda w, m, g, k, place, *rest: alone(w, m, g, k, place._replace(gather=None, cut=None), *rest)  # noqa: E731
+    with mock.patch.object(product, "_solved", blind):
+        train(params, Muon(groups(params), lr=0.02), range(3))
+    train(wanted, Muon(groups(wanted), lr=0.02), range(3))
+    assert distance(params[:1], wanted[:1]) > 1e-3
+
+
+@check
+def hybrid_meshes_repeat_or_split(c: Context) -> None:
+    for shape in ((2, c.world // 2), (1, c.world)):
+        mesh = c.mesh(*shape)
+        for kind in ("muon", "fast", "parity"):
+            for replicas in ("repeat", "split"):
+
+                def make(g: Any, kind: str = kind, replicas: str = replicas) -> Any:
+                    return MADE[kind]([{**group, "replicas": replicas} for group in g])
+
+                params, _ = equal_to_one_process(make, mesh, lambda p: [Replicate(), *inside(p)])
+                every: list[Any] = [None] * c.world
+                dist.all_gather_object(every, [p.detach().to_local() for p in params])
+                twin = (c.rank + c.world // 2) % c.world if shape[0] == 2 else c.rank
+                assert all(torch.equal(a, b) for a, b in zip(every[c.rank], every[twin], strict=True))
+
+
+@check
+def each_rank_computes_its_share(c: Context) -> None:
+    shapes = [(8, 12)] * 6 + [(6, 8, 12)] * 2
+    sizes, sent = [], []
+    polar, move = update.polar, dist.all_to_all_single
+
+    def counted(x: Tensor, *rest: Any, **options: Any) -> Tensor:
+        sizes.append(x.shape)
+        return polar(x, *rest, **options)
+
+    def measured(out: Tensor, given: Tensor, *rest: Any, **options: Any) -> Any:
+        sent.append(given.numel())
+        return move(out, given, *rest, **options)
+
+    params = laid_out(parameters(shapes), c.mesh(c.world), inside)
+    with mock.patch.object(update, "polar", counted), mock.patch.object(dist, "all_to_all_single", measured):
+        train(params, Muon([{"params": params}], lr=0.02), range(1))
+    assert [tuple(s) for s in sizes] == [(18 // c.world + (c.rank < 18 % c.world), 8, 12)]
+    total = 18 * 8 * 12
+    assert len(sent) == 2
+    assert sum(sent) <= 1.3 * 2 * total / c.world  # one part of everything each way; all-gathering sends world - 1
+
+
+@check
+def cut_stacks_send_nothing(c: Context) -> None:
+    shapes = ((4, 8, 12), (3, 12, 8), (1, 7, 12))
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("nothing is to be sent")
+
+    names = ("all_to_all_single", "all_reduce", "all_gather_into_tensor", "all_gather_object", "broadcast")
+    for make in (*MADE.values(), lambda g: SoapLITE(g, frequency=2)):
+        params, wanted = laid_out(parameters(shapes), c.mesh(c.world), rows), parameters(shapes)
+        optimizer, one = make([{"params": params}]), make([{"params": wanted}])
+        for t in range(5):
+            for i, p in enumerate(params):
+                p.grad = distribute_tensor(gradient(i, t, p.shape), p.device_mesh, p.placements)
+            patches = [mock.patch.object(dist, name, refuse) for name in names]
+            for patch in patches:
+                patch.start()
+            from torch.distributed.tensor.debug import CommDebugMode
+
+            with CommDebugMode() as seen:
+                optimizer.step()
+            for patch in patches:
+                patch.stop()
+            assert seen.get_total_counts() == 0
+        train(wanted, one, range(5))
+        assert distance(params, wanted) == 0  # the same operations, and so the same bits
+
+
+@check
+def soap_and_adamw_on_whole_matrices(c: Context) -> None:
+    def stacks(p: Tensor) -> list[Any]:
+        return [Shard(0)] if p.ndim != 2 or tuple(p.shape) == (10, 6) else [Replicate()]
+
+    equal_to_one_process(lambda g: SoapLITE(g, lite=FOLLOWED, frequency=2), c.mesh(c.world), stacks)
+    lite = LiteConfig(chi_diagonal=4.0, rank_fraction=0.2)
+    for placements in (rows, columns):
+        equal_to_one_process(lambda g: AdamW(g, lr=0.01, lite=lite), c.mesh(c.world), placements)
+
+
+@check
+def one_nan_skips_the_matrix_on_all_ranks(c: Context) -> None:
+    def spoil(g: Tensor, i: int, t: int) -> Tensor:
+        if t == 2 and g.shape[0] > 1:
+            g.reshape(-1)[-1] = torch.nan  # on the last rank alone
+        return g
+
+    for make in (MADE["fast"], MADE["parity"]):
+        params, wanted = laid_out(parameters(), c.mesh(c.world), inside), parameters()
+        mine, theirs = make(groups(params)), make(groups(wanted))
+        train(params, mine, range(4), spoil)
+        train(wanted, theirs, range(4), spoil)
+        assert distance(params, wanted) < 1e-6
+        assert mine.skipped() == theirs.skipped()
+        assert sum(theirs.skipped().values()) == 8
+    for group in mine.param_groups:
+        group["nonfinite"] = "raise"
+    try:
+        train(params, mine, range(2, 3), spoil)
+    except InputError as error:
+        assert "1 of 96" in str(error)
+    else:
+        raise AssertionError("every rank raises, also those whose part is finite")
+
+
+@check
+def data_parallel_ranks_split_the_work(c: Context) -> None:
+    for kind, make in MADE.items():
+        params, wanted = parameters(), parameters()
+        mine = make([{**g, "replicas": "split"} for g in groups(params)])
+        with mock.patch.object(update, "polar", wraps=update.polar) as calls:
+            train(params, mine, range(5))
+        most = max(call.args[0].shape[0] for call in calls.call_args_list)
+        assert most <= -(-6 // c.world), (kind, most)  # of (8, 12) there are two parameters with 1 + 4 ... matrices
+        train(wanted, make(groups(wanted)), range(5))
+        assert distance(params, wanted) == 0, kind
+
+
+@check
+def work_on_other_gradients_is_not_split(c: Context) -> None:
+    for different in ("gradient", "parameters"):
+        params = parameters(((8, 12), (4, 8, 12)))
+        if different == "parameters" and c.rank:
+            params = params[:1]
+        optimizer = Muon([{"params": params}], lr=0.02, replicas="split")
+        before = [p.detach().clone() for p in params]
+        try:
+            train(params, optimizer, range(1), lambda g, i, t: g * (1 + c.rank if different == "gradient" else 1))
+        except InputError as error:
+            assert "DistributedDataParallel" in str(error)
+        else:
+            raise AssertionError(different)
+        assert distance(params, before) == 0
+
+
+@check
+def layouts_that_cannot_be_stepped_are_refused(c: Context) -> None:
+    mesh, flat = c.mesh(c.world // 2, 2), c.mesh(c.world)
+    partial = nn.Parameter(DTensor.from_local(random(8, 12), flat, [Partial()]))
+    twice = nn.Parameter(distribute_tensor(random(8, 12), mesh, [Shard(0), Shard(1)]))
+    deep = nn.Parameter(distribute_tensor(random(4, 2, 8, 12), flat, [Shard(0)]))
+    matrix = nn.Parameter(distribute_tensor(random(8, 12), flat, [Shard(0)]))
+    cases = [(Muon, partial, "sum over ranks"), (Muon, deep, "several leading"), (SoapLITE, matrix, "use Muon")]
+    if c.world > 2:  # a mesh dimension of one rank cuts nothing
+        cases.append((Muon, twice, "cut twice"))
+    for cls, p, text in cases:
+        try:
+            cls([p])
+        except InputError as error:
+            assert text in str(error), str(error)
+        else:
+            raise AssertionError(text)

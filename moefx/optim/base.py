@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from ..errors import InputError, nearest
 from .distributed import Place, agreed, as_laid_out, check_placements, is_dtensor, local, local_with_grad, place_of
 from .lite import LiteConfig
+from .resume import HOST_COUNTERS, checked, describe_lite
 from .roles import LITE_ROLES, ROLES
-from .schedule import describe
 
 Tensor = torch.Tensor
 Group = dict[str, Any]
@@ -210,68 +210,25 @@ class GroupedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from `state_dict`: every tensor keeps its own dtype, so that the next step is the one that it was.
 
+        A state that was saved with other ranks, or one, is laid out as the parameters are here.
+
         Raises:
             InputError: groups, parameters, their names or shapes, algorithms, layouts or LITE settings are others than
                 here; nothing was changed then.
         """
-        saved_groups = [dict(g) for g in state_dict["param_groups"]]
-        if len(saved_groups) != len(self.param_groups):
-            raise _other(f"{len(saved_groups)} groups were saved, {len(self.param_groups)} are here")
-        for number, (saved, here) in enumerate(zip(saved_groups, self.param_groups, strict=True)):
-            if len(saved["params"]) != len(here["params"]):
-                why = f"{len(saved['params'])} parameters were saved, {len(here['params'])} are here"
-                raise _other(why, f"group {number}")
-            for key in ("algorithm", "names", "param_names", "layout", "lite"):
-                mine = here.get(key)
-                mine = describe_lite(mine) if key == "lite" else mine
-                theirs = saved.get(key)
-                if _plain(theirs) != _plain(mine):
-                    raise _other(f"{key}: {theirs!r} was saved, {mine!r} is here", f"group {number}")
-            for index, p in zip(saved["params"], here["params"], strict=True):
-                _compare_state(state_dict["state"].get(index), self.state[p], f"group {number}, parameter {index}")
-            saved["lite"] = here["lite"]
-            if "replicas" in here:  # who computes what is no part of the result, and ranks may be others now
-                saved["replicas"] = here["replicas"]
+        saved_groups = checked(state_dict, self.param_groups, self.state)
         mine = {p: dict(self.state[p]) for p in self.state}
         super().load_state_dict({**state_dict, "param_groups": saved_groups})
-        # torch casts state to the parameter's dtype and moves counters; the saved bits are wanted.
+        # torch casts state to the parameter's dtype and moves counters; the saved bits are wanted, in the layout here.
         for saved, here in zip(saved_groups, self.param_groups, strict=True):
             for index, p in zip(saved["params"], here["params"], strict=True):
                 for key, value in state_dict["state"][index].items():
-                    device = "cpu" if key in _HOST_COUNTERS else p.device
+                    device = "cpu" if key in HOST_COUNTERS else p.device
                     kept = mine[p][key]
                     self.state[p][key] = as_laid_out(value, kept).to(device, kept.dtype)
             for key in ("step", "projected"):
                 if key in here:
                     here[key] = here[key].to("cpu", copy=True)
-
-
-_HOST_COUNTERS = ("calls",)
-
-
-def describe_lite(lite: LiteConfig | None) -> Any:
-    """A group's LITE as it is saved."""
-    return None if lite is None else lite.describe()
-
-
-def _plain(value: Any) -> Any:
-    """Lists and tuples compare alike: some formats know only one of them."""
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else describe(value)
-
-
-def _compare_state(saved: Mapping[str, Tensor] | None, here: State, where: str) -> None:
-    if saved is None or set(saved) != set(here):
-        raise _other(f"the state holds {sorted(saved or ())}, here it is {sorted(here)}", where)
-    for key, value in here.items():
-        if saved[key].shape != value.shape:
-            raise _other(f"{key} {list(saved[key].shape)} was saved, {list(value.shape)} is here", where)
-
-
-def _other(why: str, where: str | None = None) -> InputError:
-    todo = "build the optimizer with the parameters and settings of the run that saved it"
-    return InputError("the state belongs to another optimizer", where=where, why=why, todo=todo)
 
 
 def usable(grad_EMN: Tensor, place: Place) -> tuple[Tensor, Tensor]:

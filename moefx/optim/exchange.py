@@ -99,7 +99,7 @@ def _runs(counts: list[int]) -> list[slice]:
 
 def _packed(tensors: list[Tensor]) -> Tensor:
     """[N, total]: one row for each matrix."""
-    return torch.cat([x.flatten(1) for x in tensors], 1)
+    return torch.cat([x.reshape(len(x), x.shape[1:].numel()) for x in tensors], 1)
 
 
 def _unpacked(flat: Tensor, shapes: list[torch.Size]) -> list[Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 
 from ..errors import InputError, nearest
@@ -16,6 +17,7 @@ from .roles import LITE_ROLES, ROLES, roles_of
 
 ALGORITHMS = ("muon", "soap", "adamw")
 MATRIX_ROLES = frozenset({"router", "expert", "attention", "mlp"})
+_CHECKPOINTED = "_checkpoint_wrapped_module."  # what torch's activation checkpointing puts into paths
 # Norms on request. A decayed bias, attention sink or state-space constant drifts from what it means.
 DECAYED_ROLES = frozenset({"router", "embedding", "head", "expert", "attention", "mlp"})
 
@@ -33,7 +35,8 @@ def param_groups(
     """Group every trainable parameter of a module by its role, for any optimizer of torch's interface.
 
     Roles come from module types, shapes and what lies beside what (the rules: `moefx.optim.roles`), never from paths.
-    An original and its optimized module give the same groups. A tied head is the embedding.
+    An original and its optimized module give the same groups, and so does what FSDP2 (`fully_shard`, first), DDP or
+    torch.compile make of it. A tied head is the embedding.
 
     Args:
         module: a model, or what `moefx.optimize` made of it.
@@ -79,7 +82,7 @@ def param_groups(
             groups.append(
                 {
                     "params": [trained[n] for n in names],
-                    "names": names,
+                    "names": [n.replace(_CHECKPOINTED, "") for n in names],
                     "role": role,
                     "algorithm": algorithm if role in MATRIX_ROLES else "adamw",
                     "weight_decay": float(weight_decay) if decayed else 0.0,
@@ -98,7 +101,15 @@ def _check(what: str, name: str, known: tuple[str, ...], where: str | None = Non
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    """The original of an optimized module: one that keeps its parameters and children in the original's registries."""
+    """What DistributedDataParallel or torch.compile wrap, and the original of an optimized module.
+
+    An optimized module is one that keeps its parameters and children in the original's registries.
+    """
+    inner = module._modules.get("_orig_mod")
+    if isinstance(module, DistributedDataParallel):
+        inner = module.module
+    if isinstance(inner, nn.Module):
+        return _unwrapped(inner)
     original = getattr(module, "original", None)
     shares = isinstance(original, nn.Module) and original._modules is module._modules
     return original if shares and isinstance(original, nn.Module) else module

@@ -1,6 +1,7 @@
 """Checks on several processes (gloo): started once, each check reports for itself.
 
-`launch` starts `python -m tests.optim.ranks` on every rank; a check is a function of a `Context` in `sharded.py`.
+`launch` starts `python -m tests.optim.ranks` on every rank; a check is a function of a `Context`, in `sharded.py` or
+`sharded_training.py`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -28,8 +30,9 @@ def launch(world: int, folder: Path, names: list[str]) -> dict[str, str]:
                 )
             )
     try:
-        for process in processes:
-            process.wait(timeout=240)
+        deadline = time.monotonic() + 200
+        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+            time.sleep(0.05)
     finally:
         for process in processes:
             process.kill()
@@ -45,22 +48,28 @@ def launch(world: int, folder: Path, names: list[str]) -> dict[str, str]:
 
 def main(world: int, folder: Path, names: list[str]) -> None:
     """One rank."""
+    from datetime import timedelta
+
     import torch
     import torch.distributed as dist
 
-    from . import sharded
+    from .sharded import Context
+    from .sharded_training import CHECKS
 
     rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world)
+    store, patience = f"file://{folder / 'store'}", timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=patience)
     found: dict[str, str] = {}
     for name in names:
         try:
-            sharded.CHECKS[name](sharded.Context(rank, world, folder))
+            CHECKS[name](Context(rank, world, folder))
             found[name] = ""
         except Exception:
             found[name] = traceback.format_exc()
         (folder / f"report{rank}.json").write_text(json.dumps(found))
+        if found[name]:
+            os._exit(1)  # the others may be inside a collective that will never be whole again; this ends it
         dist.barrier()
     dist.destroy_process_group()
 

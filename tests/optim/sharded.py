@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 from moefx.errors import InputError
 from moefx.optim import AdamW, LiteConfig, Muon, MuonLITE, Ramp, SoapLITE
@@ -144,14 +145,17 @@ def cut_matrices_are_stepped_as_on_one_process(c: Context) -> None:
 @check
 def a_part_is_not_its_matrix(c: Context) -> None:
     # The negative control: orthogonalizing parts, as a step that knows nothing of ranks would, is another update.
-    mesh, wanted = c.mesh(c.world), parameters()
-    params = laid_out(wanted, mesh, rows)
+    wanted = parameters(SHAPES[:3])
+    params = laid_out(wanted, c.mesh(c.world), rows)
     alone = product._solved
-    blind = lambda w, m, g, k, place, *rest: alone(w, m, g, k, place._replace(gather=None, cut=None), *rest)  # noqa: E731
+
+    def blind(w: Tensor, mixed: Tensor, grad: Tensor, kept: Any, place: Any, *rest: Any) -> Any:
+        return alone(w, mixed, grad, kept, place._replace(gather=None, cut=None), *rest)
+
     with mock.patch.object(product, "_solved", blind):
-        train(params, Muon(groups(params), lr=0.02), range(3))
-    train(wanted, Muon(groups(wanted), lr=0.02), range(3))
-    assert distance(params[:1], wanted[:1]) > 1e-3
+        train(params, Muon(params, lr=0.02), range(3))
+    train(wanted, Muon(wanted, lr=0.02), range(3))
+    assert distance(params, wanted) > 1e-3
 
 
 @check
@@ -207,15 +211,8 @@ def cut_stacks_send_nothing(c: Context) -> None:
         for t in range(5):
             for i, p in enumerate(params):
                 p.grad = distribute_tensor(gradient(i, t, p.shape), p.device_mesh, p.placements)
-            patches = [mock.patch.object(dist, name, refuse) for name in names]
-            for patch in patches:
-                patch.start()
-            from torch.distributed.tensor.debug import CommDebugMode
-
-            with CommDebugMode() as seen:
+            with mock.patch.multiple(dist, **dict.fromkeys(names, refuse)), CommDebugMode() as seen:
                 optimizer.step()
-            for patch in patches:
-                patch.stop()
             assert seen.get_total_counts() == 0
         train(wanted, one, range(5))
         assert distance(params, wanted) == 0  # the same operations, and so the same bits
@@ -249,12 +246,8 @@ def one_nan_skips_the_matrix_on_all_ranks(c: Context) -> None:
         assert sum(theirs.skipped().values()) == 8
     for group in mine.param_groups:
         group["nonfinite"] = "raise"
-    try:
+    with pytest.raises(InputError, match="1 of 96"):  # also where the own part is finite
         train(params, mine, range(2, 3), spoil)
-    except InputError as error:
-        assert "1 of 96" in str(error)
-    else:
-        raise AssertionError("every rank raises, also those whose part is finite")
 
 
 @check
@@ -267,7 +260,11 @@ def data_parallel_ranks_split_the_work(c: Context) -> None:
         most = max(call.args[0].shape[0] for call in calls.call_args_list)
         assert most <= -(-6 // c.world), (kind, most)  # of (8, 12) there are two parameters with 1 + 4 ... matrices
         train(wanted, make(groups(wanted)), range(5))
-        assert distance(params, wanted) == 0, kind
+        far = distance(params, wanted)
+        assert far == 0 if kind == "muon" else far < 1e-6, (kind, far)
+        every: list[Any] = [None] * c.world
+        dist.all_gather_object(every, [p.detach() for p in params])
+        assert all(distance(every[0], theirs) == 0 for theirs in every)
 
 
 @check
@@ -278,12 +275,9 @@ def work_on_other_gradients_is_not_split(c: Context) -> None:
             params = params[:1]
         optimizer = Muon([{"params": params}], lr=0.02, replicas="split")
         before = [p.detach().clone() for p in params]
-        try:
-            train(params, optimizer, range(1), lambda g, i, t: g * (1 + c.rank if different == "gradient" else 1))
-        except InputError as error:
-            assert "DistributedDataParallel" in str(error)
-        else:
-            raise AssertionError(different)
+        factor = 1 + c.rank if different == "gradient" else 1
+        with pytest.raises(InputError, match="DistributedDataParallel"):
+            train(params, optimizer, range(1), lambda g, i, t, factor=factor: g * factor)
         assert distance(params, before) == 0
 
 
@@ -298,9 +292,5 @@ def layouts_that_cannot_be_stepped_are_refused(c: Context) -> None:
     if c.world > 2:  # a mesh dimension of one rank cuts nothing
         cases.append((Muon, twice, "cut twice"))
     for cls, p, text in cases:
-        try:
+        with pytest.raises(InputError, match=text):
             cls([p])
-        except InputError as error:
-            assert text in str(error), str(error)
-        else:
-            raise AssertionError(text)

@@ -1,13 +1,11 @@
-"""The checks of `sharded.py` on two processes, and on four in the nightly run."""
+"""The checks of `sharded.py` and `sharded_training.py` on two processes, and on four in the nightly run."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 
 from .ranks import launch
-from .sharded import CHECKS
+from .sharded_training import CHECKS
 
 
 @pytest.fixture(scope="module")

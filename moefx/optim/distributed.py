@@ -72,6 +72,8 @@ def place_of(p: Tensor, replicas: str = "repeat") -> Place:
             copies.append(mesh.get_group(i))
             continue
         parts.append(mesh.get_group(i))
+        if placement.is_partial():  # a gradient's, never a parameter's
+            continue
         if p.ndim >= 2 and placement.dim >= p.ndim - 2:
             cut, gather = placement.dim - p.ndim, parts[-1]
     return Place(p.shape, cut, gather, tuple(parts), tuple(copies) if replicas == "split" else ())

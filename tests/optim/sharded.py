@@ -176,6 +176,29 @@ def hybrid_meshes_repeat_or_split(c: Context) -> None:
 
 
 @check
+def experts_cut_in_both_ways(c: Context) -> None:
+    # Experts over one mesh dimension, their rows over the other.
+    mesh = c.mesh(c.world // 2, 2)
+    for kind in ("fast", "parity"):
+        equal_to_one_process(
+            MADE[kind], mesh, lambda p: [Shard(0), Shard(1)] if p.ndim == 3 else [Replicate(), Shard(0)]
+        )
+
+
+@check
+def gradients_that_are_sums_over_ranks(c: Context) -> None:
+    params, wanted = laid_out(parameters(), c.mesh(c.world), lambda p: [Replicate()]), parameters()
+    mine, theirs = MADE["fast"](groups(params)), MADE["fast"](groups(wanted))
+    for group in mine.param_groups:
+        group["nonfinite"] = "raise"
+    for i, p in enumerate(params):
+        p.grad = DTensor.from_local(gradient(i, 0, p.shape) / c.world, p.device_mesh, [Partial()])
+    mine.step()
+    train(wanted, theirs, range(1))
+    assert distance(params, wanted) < 1e-6
+
+
+@check
 def each_rank_computes_its_share(c: Context) -> None:
     shapes = [(8, 12)] * 6 + [(6, 8, 12)] * 2
     sizes, sent = [], []

@@ -20,13 +20,13 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from moefx.models.moe_lm import MoELM
 from moefx.optim import LiteConfig, Muon, MuonLITE, Ramp, SoapLITE, param_groups
 
-from .sharded import CHECKS, Context, check, distance, whole
+from .sharded import CHECKS, Context, check, distance, random, whole
 
 __all__ = ["CHECKS"]
 
@@ -121,6 +121,31 @@ def fsdp_trains_as_one_process(c: Context) -> None:
                 for key in {"momentum_buffer", "exp_avg", "exp_avg_sq"} & set(optimizer.state[p]):
                     assert optimizer.state[p][key].placements == p.placements
     assert distance(list(one.parameters()), list(model().parameters())) > 1e-3
+
+
+@check
+def expert_parallel_stacks_under_fsdp(c: Context) -> None:
+    # Experts over one dimension, then fully_shard over the other: strided shards of the stack, whole matrices.
+    mesh = c.mesh(c.world // 2, 2)
+
+    class Bank(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(random(8, 6, 5))
+
+    one, bank = Bank(), Bank()
+    bank.w = nn.Parameter(distribute_tensor(bank.w.detach(), mesh["shard"], [Shard(0)]))
+    fully_shard(bank, mesh=mesh["replicate"])
+    optimizer = MuonLITE(bank.parameters(), lr=0.02, lite=LITE)
+    reference = MuonLITE(one.parameters(), lr=0.02, lite=LITE)
+    for t in range(4):
+        g = random(8, 6, 5, seed=20 + t)
+        one.w.grad = g
+        bank.w.grad = distribute_tensor(g, bank.w.device_mesh, bank.w.placements, src_data_rank=None)
+        optimizer.step()
+        reference.step()
+    assert distance([bank.w], [one.w]) < 1e-6
+    assert distance([optimizer.state[bank.w]["momentum_buffer"]], [reference.state[one.w]["momentum_buffer"]]) < 1e-6
 
 
 @check

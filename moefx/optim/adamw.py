@@ -76,9 +76,7 @@ def _move(p: Tensor, state: State, group: Group, flat: Tensor | float, chi: floa
     p.copy_(torch.where(finite, new, w))
 
 
-def flat_shares(
-    states: list[State], places: list[Place], share: float, move: list[Tensor]
-) -> list[Tensor | float]:
+def flat_shares(states: list[State], places: list[Place], share: float, move: list[Tensor]) -> list[Tensor | float]:
     """1 - mask of every parameter: how flat each element is. The thresholds in its state move on.
 
     An element is sharp from `high` times the mean second moment on and flat below `low` times it, linear between. The

@@ -3,7 +3,7 @@
 A DTensor's local tensor is stepped in place. Elementwise work and state stay where they are. Three cases for matrices:
 
 whole      Every local matrix is complete (an unsharded tensor, a stack [E, m, n] cut along E): nothing is sent.
-cut        Rows or columns of a matrix lie on several ranks (FSDP): `exchange` brings them together for the polar factor.
+cut        Rows or columns of a matrix lie on several ranks (FSDP): `exchange` brings them together to be stepped.
 copied     Several ranks hold the same matrices (DDP, the replicated dimension of an HSDP mesh). Each computes them all,
            or with `replicas="split"` a share of them.
 """
@@ -42,9 +42,9 @@ def is_dtensor(x: Tensor) -> bool:
     return getattr(x, "placements", None) is not None
 
 
-def local(x: Tensor) -> Tensor:
+def local(x: Any) -> Tensor:
     """This rank's part, with the storage of `x`."""
-    return x.to_local().detach() if is_dtensor(x) else x  # type: ignore[operator]
+    return x.to_local().detach() if is_dtensor(x) else x  # type: ignore[no-any-return]
 
 
 def local_with_grad(p: Any) -> Tensor:

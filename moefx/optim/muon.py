@@ -140,8 +140,9 @@ def _update_chunk(pieces: list[_Piece], group: Group, values: LiteValues | None,
         mixed = averaged + ((1 - theta) / theta) * grad if theta > 0 else grad
 
     kept: dict[str, Tensor] = {}
-    if group["lite"] is not None:
-        name = "ratio" if group["lite"].mode == "parity" else "basis"
+    lite: LiteConfig | None = group["lite"]
+    if lite is not None and values is not None and (lite.mode == "parity" or not values.uniform):
+        name = "ratio" if lite.mode == "parity" else "basis"
         kept = {name: torch.cat([piece.state[name][piece.rows] for piece in pieces])}
     new, changed = _solved(w, mixed, grad, kept, place, group, values, turn)
 
@@ -176,30 +177,30 @@ def _solved(
     scale = lr_scale(group["scale"], *((a, b) if group["layout"] == "out_in" else (b, a)))
     if place.gather is None and not place.copies:
         return new_weights(w, mixed, grad, group, values, kept, scale)
-    inputs, apart = {"mixed": mixed, **kept}, False
+    decay = float(group["weight_decay"])
+    inputs = {"mixed": mixed, **kept}
     if values is not None and (values.beta1 or values.beta2):
         inputs["grad"] = grad
-    decay = float(group["weight_decay"])
-    # Plain decay is elementwise, and the rest is linear in w: unless LITE decays flat directions, w need not travel.
-    if place.gather is None or (values is not None and values.chi != 1 and decay):
+    # The new weights are linear in the old ones: unless LITE decays flat directions, w can be added afterwards, here.
+    stays = place.gather is not None and (values is None or values.chi == 1 or not decay)
+    if not stays:
         inputs["w"] = w
-    else:
-        apart = True
 
     def solve(x: Tensors) -> Tensors:
-        old = torch.zeros_like(x["mixed"]) if apart else x["w"]
+        old = torch.zeros_like(x["mixed"]) if stays else x["w"]
         side = {name: x[name] for name in kept}
         new, changed = new_weights(old, x["mixed"], x.get("grad", x["mixed"]), group, values, side, scale)
         return {"new": new, **changed}
 
     cuts: Cuts = {}
     if place.cut is not None:
-        dim = -3 - place.cut if flipped(group, place.shape) else place.cut  # -2 and -1 change places
+        flip = flipped(group, place.shape)
+        dim = -3 - place.cut if flip else place.cut  # -2 and -1 change places
         cuts = dict.fromkeys(("w", "mixed", "grad", "new"), (dim, place.shape[place.cut]))
-        cuts["basis"] = (-2, b if not flipped(group, place.shape) else a)
+        cuts["basis"] = (-2, a if flip else b)
     changed = run(solve, inputs, place, cuts, turn)
     new = changed.pop("new")
-    return (new + w * (1 - float(group["lr"]) * decay) if apart else new), changed
+    return (new + w * (1 - float(group["lr"]) * decay) if stays else new), changed
 
 
 MUON = Algorithm(_check, _state, _update)

@@ -42,7 +42,7 @@ def _state(p: Tensor, group: Group) -> State:
     state: State = {
         "exp_avg": torch.zeros_like(p, dtype=dtype),  # in the rotated basis, as the second moment
         "exp_avg_sq": torch.zeros_like(p, dtype=dtype),
-        "updates": each(torch.zeros((), dtype=torch.int64, device=p.device)),  # of each matrix; a skipped one stays behind
+        "updates": each(torch.zeros((), dtype=torch.int64, device=p.device)),  # of each matrix
         "skipped": each(torch.zeros((), dtype=torch.int64, device=p.device)),
         "calls": torch.zeros((), dtype=torch.int64),  # steps with a gradient, on the CPU: says when to refresh
     }
@@ -200,6 +200,8 @@ class Soap(GroupedOptimizer):
         max_precond_dim: a side larger than this keeps the identity, and LITE leaves a matrix alone on such a side.
         layout: "out_in" or "in_out": which stored side LITE's "right" (the input features) is.
         nonfinite: "skip" (and count, per matrix) or "raise".
+
+    DTensors must hold whole matrices on each rank: stacks cut along their first dimension, or replicated.
 
     As in the reference the first gradient only gives the bases, and weight decay comes after the step. A stack begins
     with its parameter's first gradient: an expert without tokens in that step starts from the identity basis.

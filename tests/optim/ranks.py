@@ -53,7 +53,7 @@ def main(world: int, folder: Path, names: list[str]) -> None:
     import torch
     import torch.distributed as dist
 
-    from .sharded import Context
+    from .sharded_problem import Context
     from .sharded_training import CHECKS
 
     rank = int(os.environ["RANK"])

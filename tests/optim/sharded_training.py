@@ -1,4 +1,4 @@
-"""Models under FSDP2 and DDP, and their checkpoints: what must hold on several ranks (continued from `sharded.py`)."""
+"""Models under FSDP2 and DDP and their checkpoints on several ranks; `sharded.py` has the optimizers alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 from moefx.models.moe_lm import MoELM
 from moefx.optim import LiteConfig, Muon, MuonLITE, Ramp, SoapLITE, param_groups
 
-from .sharded import CHECKS, Context, check, distance, random, whole
+from .sharded import CHECKS  # those of the optimizers alone, to which this file adds
+from .sharded_problem import Context, check, distance, random, whole
 
 __all__ = ["CHECKS"]
 
@@ -43,7 +44,7 @@ def model() -> MoELM:
     return MoELM(vocab=32, hidden=16, width=12, layers=2, heads=2, experts=4, k=2, idiom="E2")
 
 
-def sharded(mesh: DeviceMesh, inside: bool = False) -> MoELM:
+def cut_model(mesh: DeviceMesh, inside: bool = False) -> MoELM:
     """Each layer by itself, then the rest; `inside` cuts the matrices of stacks, not the stacks."""
     made = model()
 
@@ -86,7 +87,7 @@ def groups_of_sharded_and_wrapped_models_are_those_of_the_model(c: Context) -> N
 
     wanted = table(groups(model()))
     assert {g["role"] for g in wanted} >= {"router", "embedding", "head", "norm", "expert", "attention"}
-    assert table(groups(sharded(c.mesh(c.world)))) == wanted
+    assert table(groups(cut_model(c.mesh(c.world)))) == wanted
     assert table(groups(DistributedDataParallel(model()))) == wanted
     assert table(groups(torch.compile(model()))) == wanted
     checkpointed = model()
@@ -113,7 +114,7 @@ def fsdp_trains_as_one_process(c: Context) -> None:
     for make in MADE.values():
         one, _ = trained(4, make)
         for mesh, inside in ((c.mesh(c.world), False), (c.mesh(c.world), True), (c.mesh(c.world // 2, 2), True)):
-            module = sharded(mesh, inside)
+            module = cut_model(mesh, inside)
             train(module, optimizer := make(groups(module)), range(4))
             far = distance(list(module.parameters()), list(one.parameters()))
             assert far < 1e-6, far
@@ -188,12 +189,12 @@ def checkpoints_move_between_numbers_of_ranks(c: Context) -> None:
         everyone, half = c.mesh(c.world), DeviceMesh("cpu", list(range(c.world // 2)), mesh_dim_names=("shard",))
         inside = kind == "parity"
         saved = {name: str(c.folder / f"{kind}-{name}") for name in ("all", "half", "one")}
-        module = sharded(everyone, inside)
+        module = cut_model(everyone, inside)
         train(module, optimizer := make(groups(module)), range(3))
         dcp.save(state(module, optimizer), checkpoint_id=saved["all"])
         continues(module, optimizer, make)  # saving changed nothing
         if c.rank < c.world // 2:
-            fewer = sharded(half)
+            fewer = cut_model(half)
             train(fewer, optimizer := make(groups(fewer)), range(3))
             dcp.save(state(fewer, optimizer), checkpoint_id=saved["half"], process_group=half.get_group())
         if c.rank == 0:
@@ -201,9 +202,9 @@ def checkpoints_move_between_numbers_of_ranks(c: Context) -> None:
             dcp.save(state(alone, optimizer), checkpoint_id=saved["one"], no_dist=True)
         dist.barrier()
 
-        for name, path in saved.items():
+        for path in saved.values():
             for mesh, cut in ((everyone, not inside), (c.mesh(c.world // 2, 2), inside)):
-                module = sharded(mesh, cut)
+                module = cut_model(mesh, cut)
                 train(module, optimizer := make(groups(module)), range(7, 8))  # what it did before does not matter
                 load(module, optimizer, checkpoint_id=path)
                 continues(module, optimizer, make)
@@ -212,7 +213,6 @@ def checkpoints_move_between_numbers_of_ranks(c: Context) -> None:
                 load(alone, optimizer, checkpoint_id=path, no_dist=True)
                 continues(alone, optimizer, make)
             dist.barrier()
-            del name
 
 
 @check
@@ -227,7 +227,7 @@ def a_saved_state_without_a_mesh_is_laid_out(c: Context) -> None:
         train(one, optimizer, range(3))
         module = model()
         if algorithm == "muon":
-            module = sharded(c.mesh(c.world))
+            module = cut_model(c.mesh(c.world))
         mine = build(groups(module, algorithm))
         set_model_state_dict(module, one.state_dict(), options=StateDictOptions(full_state_dict=True))
         mine.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -243,7 +243,7 @@ def a_saved_state_without_a_mesh_is_laid_out(c: Context) -> None:
 
 @check
 def parameters_without_gradient_are_left_alone(c: Context) -> None:
-    module = sharded(c.mesh(c.world))
+    module = cut_model(c.mesh(c.world))
     optimizer = Muon(groups(module), lr=2e-3)
     before = whole(module.head.weight).clone()
     module.head.weight.requires_grad_(False)

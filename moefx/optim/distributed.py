@@ -38,7 +38,7 @@ class Place(NamedTuple):
 
 
 def is_dtensor(x: Tensor) -> bool:
-    """Without the import, which costs every program that has none."""
+    """By an attribute: there are builds of torch that have no DTensor to import."""
     return getattr(x, "placements", None) is not None
 
 
@@ -176,20 +176,26 @@ def check_copies(params: Sequence[Tensor], places: Sequence[Place]) -> None:
     Raises:
         InputError: on every rank, if they are not the same everywhere, or nobody averaged their gradients.
     """
-    group = dist.group.WORLD
-    plain = [p for p, place in zip(params, places, strict=True) if group in place.copies]
-    mine = [(tuple(p.shape), None if p.grad is None else float(p.grad.double().abs().sum())) for p in plain]
+    if not any(place.copies for place in places):
+        return
+    plain = [p for p, place in zip(params, places, strict=True) if dist.group.WORLD in place.copies]
+    mine = [(tuple(p.shape), 0.0 if p.grad is None else float(p.grad.double().abs().sum())) for p in plain]
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, mine)
+
+    def other(a: tuple[Any, float], b: tuple[Any, float]) -> bool:
+        # Sums over the same gradient, in which only rounding may differ; one that is not finite is so everywhere.
+        unusable = not (math.isfinite(a[1]) or math.isfinite(b[1]))
+        return a[0] != b[0] or not (unusable or math.isclose(a[1], b[1], rel_tol=1e-3))
+
     for rank, theirs in enumerate(every):
-        same = len(theirs) == len(every[0])
-        pairs = list(zip(every[0], theirs, strict=False))
-        # Sums of the same gradients, in which only rounding may differ.
-        differ = [a[0] for a, b in pairs if a[0] != b[0] or not math.isclose(a[1], b[1], rel_tol=1e-3)]
-        if not same or (differ and all(math.isfinite(size) for _, size in [*every[0], *theirs])):
-            found = f"{len(theirs)} parameters" if not same else f"another gradient of a parameter {list(differ[0])}"
+        differ = [a[0] for a, b in zip(every[0], theirs, strict=False) if other(a, b)]
+        if differ or len(theirs) != len(every[0]):
+            found = (
+                f"another gradient of a parameter {list(differ[0])}" if differ else f"other parameters ({len(theirs)})"
+            )
             raise InputError(
                 'replicas="split" needs the same parameters and gradients on all ranks',
-                why=f"rank {rank} has {found}, against {len(every[0])} on rank 0",
+                why=f"rank {rank} has {found} than rank 0, which has {len(every[0])} parameters",
                 todo='average gradients (DistributedDataParallel), and give experts of their own replicas="repeat"',
             )

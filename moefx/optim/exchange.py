@@ -128,9 +128,9 @@ def _split(function: Function, group: Any, turn: int) -> Function:
         rows = _packed([x.to(like.dtype) for x in outputs.values()])
         padded = rows.new_zeros(max(counts), rows.shape[1])
         padded[: len(rows)] = rows
-        every = padded.new_empty(ways * max(counts), rows.shape[1])
-        dist.all_gather_into_tensor(every, padded, group=group)
-        flat = torch.cat([block[:count] for block, count in zip(every.split(max(counts)), counts, strict=True)])
+        every = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(every, padded, group=group)
+        flat = torch.cat([block[:count] for block, count in zip(every, counts, strict=True)])
         return dict(zip(outputs, _unpacked(flat, [x.shape[1:] for x in outputs.values()]), strict=True))
 
     return shared

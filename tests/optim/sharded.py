@@ -136,7 +136,7 @@ def cut_stacks_send_nothing(c: Context) -> None:
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("nothing is to be sent")
 
-    names = ("all_to_all_single", "all_reduce", "all_gather_into_tensor", "all_gather_object", "broadcast")
+    names = ("all_to_all_single", "all_reduce", "all_gather", "all_gather_object", "broadcast")
     for make in (*MADE.values(), lambda g: SoapLITE(g, frequency=2)):
         params, wanted = laid_out(parameters(shapes), c.mesh(c.world), rows), parameters(shapes)
         optimizer, one = make([{"params": params}]), make([{"params": wanted}])

@@ -121,6 +121,9 @@ def fsdp_trains_as_one_process(c: Context) -> None:
             for p in module.parameters():  # elementwise state lies where its parameter does
                 for key in {"momentum_buffer", "exp_avg", "exp_avg_sq"} & set(optimizer.state[p]):
                     assert optimizer.state[p][key].placements == p.placements
+                if p.ndim == 2 and "basis" in optimizer.state[p]:
+                    basis = optimizer.state[p]["basis"]
+                    assert basis.to_local().numel() * mesh.size(mesh.ndim - 1) == basis.numel()
     assert distance(list(one.parameters()), list(model().parameters())) > 1e-3
 
 
@@ -188,16 +191,17 @@ def checkpoints_move_between_numbers_of_ranks(c: Context) -> None:
     for kind, make in MADE.items():
         everyone, half = c.mesh(c.world), DeviceMesh("cpu", list(range(c.world // 2)), mesh_dim_names=("shard",))
         inside = kind == "parity"
-        saved = {name: str(c.folder / f"{kind}-{name}") for name in ("all", "half", "one")}
+        names = ("all", "half", "one") if kind == "fast" or c.world > 2 else ("all",)  # two are run often, and quickly
+        saved = {name: str(c.folder / f"{kind}-{name}") for name in names}
         module = cut_model(everyone, inside)
         train(module, optimizer := make(groups(module)), range(3))
         dcp.save(state(module, optimizer), checkpoint_id=saved["all"])
         continues(module, optimizer, make)  # saving changed nothing
-        if c.rank < c.world // 2:
+        if "half" in saved and c.rank < c.world // 2:
             fewer = cut_model(half)
             train(fewer, optimizer := make(groups(fewer)), range(3))
             dcp.save(state(fewer, optimizer), checkpoint_id=saved["half"], process_group=half.get_group())
-        if c.rank == 0:
+        if "one" in saved and c.rank == 0:
             alone, optimizer = trained(3, make)
             dcp.save(state(alone, optimizer), checkpoint_id=saved["one"], no_dist=True)
         dist.barrier()

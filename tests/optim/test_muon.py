@@ -275,6 +275,12 @@ def test_a_parameter_without_gradient_is_left_alone() -> None:
     assert int(optimizer.param_groups[0]["step"]) == 1
 
 
+def test_one_process_has_nobody_to_split_the_work_with() -> None:
+    start, grads = random(3, 12, 20), gradients(3, 3, 12, 20)
+    split, _ = run(start, grads, lite=LiteConfig(), replicas="split")
+    assert torch.equal(split, run(start, grads, lite=LiteConfig())[0])
+
+
 @pytest.mark.parametrize("lite", [None, LiteConfig(), LiteConfig(mode="parity")])
 def test_nan_gradients_are_skipped_per_matrix_and_counted(lite: LiteConfig | None) -> None:
     start, grads = random(3, 12, 20), gradients(5, 3, 12, 20)

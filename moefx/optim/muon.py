@@ -25,7 +25,9 @@ class _Piece(NamedTuple):
 
     def rows_of(self, x: Tensor, flip: bool) -> Tensor:
         """Its matrices of a tensor shaped like the parameter, oriented for a projector on the last dimension."""
-        part = matrices(x)[self.rows]
+        part = matrices(x)
+        if len(part) != self.rows.stop - self.rows.start:
+            part = part[self.rows]
         return part.mT if flip else part
 
 
@@ -79,10 +81,21 @@ def _update(params: list[Tensor], states: list[State], group: Group, step: int) 
         piece = _Piece(p, state, slice(0, matrices(p).shape[0]))
         buckets.setdefault((p.shape[-2:], p.dtype, p.device), []).append(piece)
     for bucket in buckets.values():
-        for chunk in _chunks(bucket, group["chunk_bytes"]):
+        for chunk in _chunks(bucket, budget(group, bucket[0].p.device)):
             _update_chunk(chunk, group, values)
     if lite is not None and lite.mode == "fast" and values is not None and params:
         group["projected"].fill_(not values.uniform)
+
+
+# Bytes of temporaries of one batch. A CPU reads a batch that outgrows its cache from memory once per operation, and is
+# then slower than a loop; a GPU wants few launches.
+CACHE_BYTES, DEVICE_BYTES = 4 << 20, 256 << 20
+
+
+def budget(group: Group, device: torch.device) -> int:
+    """As configured, else by the device."""
+    given: int | None = group["chunk_bytes"]
+    return given if given is not None else CACHE_BYTES if device.type == "cpu" else DEVICE_BYTES
 
 
 def _chunks(bucket: list[_Piece], budget: int) -> list[list[_Piece]]:
@@ -106,20 +119,22 @@ def _update_chunk(pieces: list[_Piece], group: Group, values: LiteValues | None)
     flip, dtype, theta = flipped(group, first), working_dtype(first), group["momentum"]
 
     def gathered(tensors: list[Tensor]) -> Tensor:
-        return torch.cat([piece.rows_of(t, flip).to(dtype) for piece, t in zip(pieces, tensors, strict=True)])
+        parts = [piece.rows_of(t, flip).to(dtype) for piece, t in zip(pieces, tensors, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     w = gathered([piece.p for piece in pieces])
     momentum = gathered([piece.state["momentum_buffer"] for piece in pieces])
     grad = gathered([piece.p.grad for piece in pieces if piece.p.grad is not None])
     active, finite = usable(grad)
-    on = active[:, None, None]
-    grad = torch.where(on, grad, 0)
+    # Gates are factors of 0 and 1: a torch.where over the batch costs six times as much on a CPU.
+    on = active.to(dtype)[:, None, None]
+    grad = grad.nan_to_num(0.0, 0.0, 0.0) * on
 
-    averaged = momentum.lerp(grad, 1 - theta)
+    averaged = momentum.lerp(grad, (1 - theta) * on)
     # 1/theta times the usual Nesterov mix: the polar factor has no scale, the shared damping keeps the paper's.
     mixed = averaged
     if group["nesterov"]:
-        mixed = averaged + ((1 - theta) / theta) * grad if theta > 0 else grad
+        mixed = averaged.add(grad, alpha=(1 - theta) / theta) if theta > 0 else grad
 
     kept: dict[str, Tensor] = {}
     if group["lite"] is not None:
@@ -127,22 +142,20 @@ def _update_chunk(pieces: list[_Piece], group: Group, values: LiteValues | None)
         kept = {name: torch.cat([piece.state[name][piece.rows] for piece in pieces])}
     a, b = first.shape[-2:]
     scale = lr_scale(group["scale"], *((a, b) if group["layout"] == "out_in" else (b, a)))
-    new, changed = new_weights(w, mixed, grad, group, values, kept, scale)
+    new, changed = new_weights(w, mixed, grad, group, values, kept, scale, on)
 
-    new, averaged = torch.where(on, new, w), torch.where(on, averaged, momentum)
-    at = 0
-    for piece in pieces:
-        here = slice(at, at + piece.rows.stop - piece.rows.start)
-        piece.rows_of(piece.p, flip).copy_(new[here])
-        piece.rows_of(piece.state["momentum_buffer"], flip).copy_(averaged[here])
-        piece.state["skipped"] += (~finite[here]).sum()
-        for name, value in changed.items():
+    sizes = [piece.rows.stop - piece.rows.start for piece in pieces]
+    for name, result in (("", new), ("momentum_buffer", averaged)):
+        stored = [piece.rows_of(piece.state[name] if name else piece.p, flip) for piece in pieces]
+        torch._foreach_copy_(stored, result.split(sizes))
+    torch._foreach_add_([piece.state["skipped"] for piece in pieces], [x.sum() for x in (~finite).split(sizes)])
+    for name, value in changed.items():
+        for piece, here, alive in zip(pieces, value.split(sizes), active.split(sizes), strict=True):
             old = piece.state[name][piece.rows]
             if name == "inversions":
-                old += value[here] & active[here]
+                old += here & alive
             else:
-                old.copy_(torch.where(active[here].view(-1, *[1] * (value.ndim - 1)), value[here], old))
-        at = here.stop
+                old.copy_(torch.where(alive.view(-1, *[1] * (here.ndim - 1)), here, old))
 
 
 MUON = Algorithm(_check, _state, _update)
@@ -163,7 +176,8 @@ class Muon(GroupedOptimizer):
         polar_dtype: of the polynomial's products: None (float32), "bfloat16", "float32", "float64".
         layout: "out_in" as nn.Linear stores weights, or "in_out"; LITE's side and the scale are about (out, in).
         betas, eps: of AdamW groups.
-        chunk_bytes: about how much the temporaries of one batch may take (at least one matrix is updated).
+        chunk_bytes: about how much the temporaries of one batch may take (at least one matrix is updated); None is 4 MiB
+            on a CPU, whose cache it should fit, and 256 MiB elsewhere.
         nonfinite: "skip" (and count, per matrix) or "raise" for gradients with NaN or infinity.
 
     Matrices without a gradient (a zero-token expert) are left as they are: weight, momentum, projector, no decay.
@@ -192,7 +206,7 @@ class Muon(GroupedOptimizer):
         layout: str = "out_in",
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
-        chunk_bytes: int = 256 << 20,
+        chunk_bytes: int | None = None,
         nonfinite: str = "skip",
     ) -> None:
         defaults = {

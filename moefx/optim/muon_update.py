@@ -51,9 +51,10 @@ def new_weights(
     values: LiteValues | None,
     side: dict[str, Tensor],
     scale: float,
+    on_B11: Tensor | float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Weights [B, m, n] after the step and what changed of the projector's state."""
-    lr, decay = float(group["lr"]), float(group["weight_decay"])
+    """Weights [B, m, n] after the step and what changed of the projector's state; weights stay where `on_B11` is 0."""
+    lr, decay = float(group["lr"]) * on_B11, float(group["weight_decay"])
     steps, kind, low = polar_steps(group), group["polar"], DTYPES[group["polar_dtype"]]
     lite: LiteConfig | None = group["lite"]
     o = polar(mixed, steps, kind, low)
@@ -98,7 +99,7 @@ def combine(
     flat: Tensor | None,
     basis_BNK: Tensor | None,
     chi: float,
-    lr: float,
+    lr: Tensor | float,
     decay: float,
     scale: float,
 ) -> Tensor:
@@ -106,13 +107,14 @@ def combine(
 
     `basis_BNK` holds orthonormal columns V with P_s = V V^T; without it everything is sharp.
     """
+    new = (w * (1 - lr * decay)).sub_(sharp * (lr * scale))
     if basis_BNK is None or flat is None:
-        return (w * (1 - lr * decay)).add_(sharp, alpha=-lr * scale)
+        return new
     rest = (chi * flat - sharp).mul_(scale)
     if decay:
         rest = rest.add_(w, alpha=decay * (chi - 1))
-    rest = rest - apply_basis(rest, basis_BNK)
-    return (w * (1 - lr * decay)).add_(sharp, alpha=-lr * scale).add_(rest, alpha=-lr)
+    rest = rest.sub_(apply_basis(rest, basis_BNK))
+    return new.sub_(rest.mul_(lr))
 
 
 def nested(
@@ -121,7 +123,7 @@ def nested(
     h: Tensor | None,
     s: Tensor,
     values: LiteValues,
-    lr: float,
+    lr: Tensor | float,
     decay: float,
     scale: float,
     hold: Tensor | None = None,
@@ -143,4 +145,4 @@ def nested(
         u = u + (chi - 1) * flat_part(u)
         if decay:
             new = new - lr * decay * (chi - 1) * flat_part(w)
-    return new.add_(u, alpha=-lr * scale)
+    return new.sub_(u * (lr * scale))

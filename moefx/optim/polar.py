@@ -68,14 +68,43 @@ def polar(
     top = x.abs().amax((-2, -1), keepdim=True)
     x = x / torch.where(top > 0, top, 1)
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    x = x / torch.where(norm > 0, norm * (_SAFETY if kind == "polar_express" else 1), 1)
-    x = x.to(compute_dtype or wide)
+    x = (x / torch.where(norm > 0, norm * (_SAFETY if kind == "polar_express" else 1), 1)).to(compute_dtype or wide)
     tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
+    x = matrices(x.mT if tall else x)
     for a, b, c in coefficients(kind, steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return (x.mT if tall else x).to(wide)
+        gram = outer(x)
+        if halved(x):
+            poly = outer(gram).mul_(c).add_(gram, alpha=b)
+        else:
+            poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, poly, x, beta=a)
+    x = x.mT if tall else x
+    return x.to(wide).unflatten(0, x_BMN.shape[:-2]) if x_BMN.ndim > 2 else x[0].to(wide)
+
+
+def halved(x_BMN: Tensor) -> bool:
+    """Whether x x^T is worth computing by halves. Measured on CPUs: -12 % of a polar factor with m = 512, -25 % with
+    1024, nothing below; and slower in bfloat16. Not measured on GPUs, where it means smaller products and more launches.
+    """
+    return x_BMN.device.type == "cpu" and x_BMN.dtype != torch.bfloat16 and x_BMN.shape[-2] >= 512
+
+
+def outer(x_BMN: Tensor) -> Tensor:
+    """x x^T [B, m, m]. It is symmetric: where that pays, one off-diagonal block is the transpose of the other."""
+    return _outer(x_BMN) if halved(x_BMN) else torch.bmm(x_BMN, x_BMN.mT)
+
+
+def _outer(x_BMN: Tensor) -> Tensor:
+    m = x_BMN.shape[-2]
+    if m <= 128:
+        return torch.bmm(x_BMN, x_BMN.mT)
+    half = -(-m // 32) * 16  # a multiple of 16 rows, for whole vectors
+    first, second = x_BMN[:, :half], x_BMN[:, half:]
+    out = x_BMN.new_empty(x_BMN.shape[0], m, m)
+    out[:, :half, :half], out[:, half:, half:] = _outer(first), _outer(second)
+    low = torch.bmm(second, first.mT)
+    out[:, half:, :half], out[:, :half, half:] = low, low.mT
+    return out
 
 
 def orthonormal(y_BNK: Tensor) -> tuple[Tensor, Tensor]:

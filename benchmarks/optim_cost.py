@@ -8,7 +8,7 @@ turns after one that is left out. Results: benchmarks/results/optim_cost.csv.
   loop        64 equal matrices, one polar factor after the other, over all in batches
   torch       `torch.optim.Muon`, one step of all matrices, over Muon with the same polynomial and number of steps;
               torch computes in bfloat16, which this Muon can too: both dtypes are given
-  lite        Muon-LITE (fast mode, every option at its default) over Muon, a step that projects; `lite-l` has no damping
+  lite        Muon-LITE (fast mode, every option at its default) over Muon; `lite-l` has no damping
   state       extra bytes of state over the bytes of momentum: LITE's basis
 """
 

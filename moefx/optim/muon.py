@@ -176,8 +176,8 @@ class Muon(GroupedOptimizer):
         polar_dtype: of the polynomial's products: None (float32), "bfloat16", "float32", "float64".
         layout: "out_in" as nn.Linear stores weights, or "in_out"; LITE's side and the scale are about (out, in).
         betas, eps: of AdamW groups.
-        chunk_bytes: about how much the temporaries of one batch may take (at least one matrix is updated); None is 4 MiB
-            on a CPU, whose cache it should fit, and 256 MiB elsewhere.
+        chunk_bytes: about how much the temporaries of one batch may take (at least one matrix is updated); None is
+            4 MiB on a CPU, whose cache it should fit, and 256 MiB elsewhere.
         nonfinite: "skip" (and count, per matrix) or "raise" for gradients with NaN or infinity.
 
     Matrices without a gradient (a zero-token expert) are left as they are: weight, momentum, projector, no decay.

@@ -11,7 +11,6 @@ from .lite import (
     COLD_ITERATIONS,
     LiteConfig,
     LiteValues,
-    apply_basis,
     apply_isometry,
     controlled_projector,
     improve_basis,
@@ -85,8 +84,9 @@ def new_weights(
         sharp = polar(mixed + beta1 * shift * grad, steps, kind, low) if beta1 else o
         flat = sharp if beta1 == beta2 else (polar(mixed + beta2 * shift * grad, steps, kind, low) if beta2 else o)
     elif beta1 or beta2:
-        h = polar(grad, steps, kind, low)
-        sharp, flat = o + beta1 * h, o + beta2 * h
+        # A noisy gradient needs no more digits than the momentum's factor had in the first Muon.
+        h = polar(grad, lite.damping_steps, kind, low, tight=True)
+        sharp, flat = torch.add(o, h, alpha=beta1), torch.add(o, h, alpha=beta2)
     if values.uniform:
         return combine(w, sharp, None, None, 1.0, lr, decay, scale), {}
     basis = improve_basis(mixed, side["basis"], 1 if bool(group["projected"]) else COLD_ITERATIONS)
@@ -110,10 +110,10 @@ def combine(
     new = (w * (1 - lr * decay)).sub_(sharp * (lr * scale))
     if basis_BNK is None or flat is None:
         return new
-    rest = (chi * flat - sharp).mul_(scale)
-    if decay:
-        rest = rest.add_(w, alpha=decay * (chi - 1))
-    rest = rest.sub_(apply_basis(rest, basis_BNK))
+    rest = (flat * chi).sub_(sharp).mul_(scale)
+    if decay and chi != 1:
+        rest.add_(w, alpha=decay * (chi - 1))
+    rest = torch.baddbmm(rest, rest @ basis_BNK, basis_BNK.mT, alpha=-1)
     return new.sub_(rest.mul_(lr))
 
 

@@ -78,7 +78,7 @@ def test_fast_mode_is_algorithm_1_with_the_exact_projector(shape: tuple[int, int
     oracle = ExactLite(start, 3, decay=0.1, shared=damping == "shared")
     for g in grads:
         oracle.step(g, 0.02, 2.0, -0.25, 1.0)
-    lite = LiteConfig(rank_fraction=0.2, damping=damping)
+    lite = LiteConfig(rank_fraction=0.2, damping=damping, damping_steps=12)
     found, _ = run(start, grads, lite=lite, polar_steps=12)
     assert torch.allclose(found, oracle.w, atol=1e-4)
     plain, _ = run(start, grads, polar_steps=12)
@@ -178,7 +178,7 @@ def test_closed_form_travel(mode: str) -> None:
     # A diagonal gradient of constant sign: the axes are the singular vectors, the first two are sharp.
     n, steps, lr = 20, 10, 0.01
     p = nn.Parameter(torch.zeros(n, n, dtype=torch.float64))
-    lite = LiteConfig(2.0, -0.25, 1.0, rank_fraction=0.05, mode=mode)  # k = 2
+    lite = LiteConfig(2.0, -0.25, 1.0, rank_fraction=0.05, mode=mode, damping_steps=14)  # k = 2
     optimizer = Muon([p], lr=lr, lite=lite, weight_decay=0.0, scale="none", polar_steps=14)
     g = torch.diag(torch.tensor([10.0, 9.0] + [1.0] * (n - 2), dtype=torch.float64))
     for _ in range(steps):

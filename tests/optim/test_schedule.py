@@ -82,6 +82,7 @@ def test_plain_descriptions() -> None:
         (lambda: LiteConfig(rank_fraction=1.5), "0 to 1"),
         (lambda: LiteConfig(chi=-1.0), "flat directions"),
         (lambda: LiteConfig(spare=-1), "spare"),
+        (lambda: LiteConfig(damping_steps=0), "damping_steps"),
         (lambda: LiteConfig(mode="parity", damping="shared"), "orthogonal"),
     ],
 )

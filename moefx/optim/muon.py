@@ -9,8 +9,9 @@ import torch
 from ..errors import InputError, nearest
 from .adamw import ADAMW
 from .base import Algorithm, Group, GroupedOptimizer, State, need_matrices, usable, working_dtype
+from .diagnostics import diagnose
 from .lite import LiteConfig, LiteValues, initial_basis, sharp_rank
-from .muon_update import DTYPES, SCALES, lr_scale, new_weights, polar_steps
+from .muon_update import DTYPES, SCALES, lr_scale, nesterov, new_weights, polar_steps
 from .polar import coefficients, matrices, slices
 
 Tensor = torch.Tensor
@@ -131,10 +132,7 @@ def _update_chunk(pieces: list[_Piece], group: Group, values: LiteValues | None)
     grad = grad.nan_to_num(0.0, 0.0, 0.0) * on
 
     averaged = momentum.lerp(grad, (1 - theta) * on)
-    # 1/theta times the usual Nesterov mix: the polar factor has no scale, the shared damping keeps the paper's.
-    mixed = averaged
-    if group["nesterov"]:
-        mixed = averaged.add(grad, alpha=(1 - theta) / theta) if theta > 0 else grad
+    mixed = nesterov(averaged, grad, group)
 
     kept: dict[str, Tensor] = {}
     if group["lite"] is not None:
@@ -224,6 +222,41 @@ class Muon(GroupedOptimizer):
             "chunk_bytes": chunk_bytes,
         }
         super().__init__(params, defaults, lite, nonfinite)
+
+    @torch.no_grad()
+    def diagnostics(self) -> dict[str, dict[str, Tensor]]:
+        """Metrics of the last step, by parameter name: tensors [E] (E = 1 for a matrix), on the parameter's device.
+
+        Call it between `step` and `zero_grad`: updates are computed again from momentum and gradient, at the cost of
+        about one more step. Parameters of other algorithms, and those without a gradient, are left out.
+
+            update_rms          of the orthogonalized, scaled update per unit of learning rate, without decay; plain
+                                Muon and steps without a projector have this one alone
+            update_rms_sharp, update_rms_flat
+                                of its two parts, per coordinate in a basis of theirs: 0.2 each in plain square Muon
+            effective_rank      trace of the sharp projector; `rank` is the k that it should have
+            captured            share of the momentum's energy in the sharp directions, at least k / min(m, n) for
+                                the true top k
+            inverted            less than half of that bound: flat directions were taken for sharp ones
+            inversions          parity mode: how often the guard saw that
+            cosine              between polar(momentum) and polar(gradient)
+            overlap             cosine of this projector and that of the last call, 1 for equal ones; not in the first
+
+        In parity mode the projector is that of the controller's present ratio, one move after the step's own.
+        """
+        before: dict[Tensor, Tensor] = self.__dict__.setdefault("_projectors", {})
+        found = {}
+        for group in self.param_groups:
+            lite: LiteConfig | None = group["lite"]
+            values = None if lite is None else lite.values(max(int(group["step"]) - 1, 0))
+            for index, p in enumerate(group["params"]):
+                if group["algorithm"] != "muon" or p.grad is None:
+                    continue
+                metrics, rows = diagnose(p, self.state[p], group, values, flipped(group, p), before.get(p))
+                if rows is not None:
+                    before[p] = rows
+                found[self._name(group, index)] = metrics
+        return found
 
 
 class MuonLITE(Muon):

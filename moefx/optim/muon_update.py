@@ -62,7 +62,6 @@ def new_weights(
         return combine(w, o, None, None, 1.0, lr, decay, scale), {}
 
     rank = sharp_rank(lite.rank_fraction, *mixed.shape[-2:])
-    chi, beta1, beta2 = values
     if lite.mode == "parity":
         # The controller moves in every step, also while the schedules still leave the update as it is.
         found = controlled_projector(mixed, o, side["ratio"], rank, steps, low)
@@ -74,23 +73,44 @@ def new_weights(
         state["ratio"] = ratio
         if values.neutral:
             return combine(w, o, None, None, 1.0, lr, decay, scale), state
-        h = polar(grad, steps, kind, low) if beta1 or beta2 else None
+        h = polar(grad, steps, kind, low) if values.beta1 or values.beta2 else None
         hold = found.inverted[:, None, None] if lite.guard else None
         return nested(w, o, h, s, values, lr, decay, scale, hold), state
 
-    shift = 1 - float(group["momentum"])
-    sharp, flat = o, o
-    if lite.damping == "shared":
-        sharp = polar(mixed + beta1 * shift * grad, steps, kind, low) if beta1 else o
-        flat = sharp if beta1 == beta2 else (polar(mixed + beta2 * shift * grad, steps, kind, low) if beta2 else o)
-    elif beta1 or beta2:
-        # A noisy gradient needs no more digits than the momentum's factor had in the first Muon.
-        h = polar(grad, lite.damping_steps, kind, low, tight=True)
-        sharp, flat = torch.add(o, h, alpha=beta1), torch.add(o, h, alpha=beta2)
+    sharp, flat = directions(o, mixed, grad, group, values)
     if values.uniform:
         return combine(w, sharp, None, None, 1.0, lr, decay, scale), {}
     basis = improve_basis(mixed, side["basis"], 1 if bool(group["projected"]) else COLD_ITERATIONS)
-    return combine(w, sharp, flat, basis[..., :rank], chi, lr, decay, scale), {"basis": basis}
+    return combine(w, sharp, flat, basis[..., :rank], values.chi, lr, decay, scale), {"basis": basis}
+
+
+def nesterov(averaged: Tensor, grad: Tensor, group: Group) -> Tensor:
+    """What is orthogonalized: 1/theta times the usual Nesterov mix, or the average.
+
+    The polar factor has no scale, and the shared damping keeps the paper's.
+    """
+    theta = group["momentum"]
+    if not group["nesterov"]:
+        return averaged
+    return averaged.add(grad, alpha=(1 - theta) / theta) if theta > 0 else grad
+
+
+def directions(o: Tensor, mixed: Tensor, grad: Tensor, group: Group, values: LiteValues) -> tuple[Tensor, Tensor]:
+    """Fast mode: the damped updates (sharp, flat), neither amplified nor projected; `o` is mixed's polar factor."""
+    lite: LiteConfig = group["lite"]
+    steps, kind, low = polar_steps(group), group["polar"], DTYPES[group["polar_dtype"]]
+    _, beta1, beta2 = values
+    if lite.damping == "shared":
+        shift = 1 - float(group["momentum"])
+        sharp = polar(mixed + beta1 * shift * grad, steps, kind, low) if beta1 else o
+        if beta1 == beta2:
+            return sharp, sharp
+        return sharp, polar(mixed + beta2 * shift * grad, steps, kind, low) if beta2 else o
+    if not (beta1 or beta2):
+        return o, o
+    # A noisy gradient needs no more digits than the momentum's factor had in the first Muon.
+    h = polar(grad, lite.damping_steps, kind, low, tight=True)
+    return torch.add(o, h, alpha=beta1), torch.add(o, h, alpha=beta2)
 
 
 def combine(

@@ -74,9 +74,11 @@ def diagnose(
 
 
 def _rms(x: Tensor, entries: Tensor | int) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=(-2, -1)) / torch.as_tensor(entries).clamp_min(1e-12).sqrt()
+    found: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1)) / torch.as_tensor(entries).clamp_min(1e-12).sqrt()
+    return found
 
 
 def _norm_of_projector(rows: Tensor) -> Tensor:
     """||R^T R||_F."""
-    return torch.linalg.vector_norm(rows @ rows.mT, dim=(-2, -1))
+    found: Tensor = torch.linalg.vector_norm(rows @ rows.mT, dim=(-2, -1))
+    return found

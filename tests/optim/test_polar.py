@@ -171,12 +171,14 @@ def test_without_a_gap_one_iteration_a_step_holds_almost_the_best_energy() -> No
     assert (m[0] @ at_random).square().sum() < 0.6 * best
 
 
-def test_exact_projector_and_its_approximations() -> None:
+def test_invariant_3_exact_projector_and_its_approximations() -> None:
     x, k = spectrum(40, 60, 1e3, gap=4), 4
     U, s, Vh = torch.linalg.svd(x, full_matrices=False)
     exact = U[:, :k] @ Vh[:k]
     threshold = (s[k - 1] + s[k]) / 2
     found = controlled_projector(x[None], svd_polar(x)[None], (threshold / s.norm())[None], k, 10).s[0]
+    values = torch.linalg.svdvals(found)
+    assert torch.allclose(values, (torch.arange(len(values)) < k).double(), atol=1e-6)
     assert torch.allclose(found.T @ found, exact.T @ exact, atol=1e-6)
     assert torch.allclose((found.T @ found) @ (found.T @ found), found.T @ found, atol=1e-6)
     six = controlled_projector(

@@ -49,7 +49,7 @@ def train(params: list[nn.Parameter], optimizer: torch.optim.Optimizer, steps: r
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", list(MADE))
-def test_resuming_mid_ramp_is_the_uninterrupted_run_bitwise(kind: str, dtype: torch.dtype) -> None:
+def test_invariant_9_resuming_mid_ramp_is_the_uninterrupted_run_bitwise(kind: str, dtype: torch.dtype) -> None:
     params, groups = problem(dtype)
     optimizer = MADE[kind](groups)
     train(params, optimizer, range(15))
@@ -76,6 +76,23 @@ def test_resuming_mid_ramp_is_the_uninterrupted_run_bitwise(kind: str, dtype: to
             assert torch.equal(value, after.state[q][key]), key
             assert value.dtype == after.state[q][key].dtype
     assert [int(g["step"]) for g in after.param_groups] == [15, 15]
+
+
+@pytest.mark.parametrize("kind", list(MADE))
+def test_resuming_after_any_step_is_the_uninterrupted_run_bitwise(kind: str) -> None:
+    params, groups = problem()
+    whole, saved = MADE[kind](groups), []
+    for t in range(14):
+        saved.append(copy.deepcopy(([p.detach() for p in params], whole.state_dict())))
+        train(params, whole, range(t, t + 1))
+    for t, (values, state) in enumerate(saved):
+        again, groups = problem()
+        optimizer = MADE[kind](groups)
+        optimizer.load_state_dict(state)
+        for p, value in zip(again, values, strict=True):
+            p.data.copy_(value)
+        train(again, optimizer, range(t, 14))
+        assert all(torch.equal(p, q) for p, q in zip(params, again, strict=True)), t
 
 
 def test_losing_the_step_is_noticed() -> None:

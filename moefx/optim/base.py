@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from ..errors import InputError, nearest
 from .lite import LiteConfig
+from .polar import largest
 from .roles import LITE_ROLES, ROLES
 from .schedule import describe
 
@@ -149,7 +150,7 @@ class GroupedOptimizer(Optimizer):
         SOAP, so that one expert does not stop the others), without waiting for the device, or raises.
 
         Raises:
-            InputError: a sparse or complex gradient, or with `nonfinite="raise"` one that is not finite; nothing was
+            InputError: a sparse gradient, or with `nonfinite="raise"` one that is not finite; nothing was
                 changed then.
         """
         loss = None
@@ -263,7 +264,7 @@ def _other(why: str, where: str | None = None) -> InputError:
 
 def usable(grad_EMN: Tensor) -> tuple[Tensor, Tensor]:
     """(active, finite) [E] of a stack of gradients: has one at all and all finite; finite. Without a host sync."""
-    top = grad_EMN.abs().amax((-2, -1))
+    top = largest(grad_EMN)
     finite = torch.isfinite(top)
     return finite & (top > NO_GRADIENT), finite
 

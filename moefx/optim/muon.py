@@ -129,7 +129,7 @@ def _update_chunk(pieces: list[_Piece], group: Group, values: LiteValues | None)
     active, finite = usable(grad)
     # Gates are factors of 0 and 1: a torch.where over the batch costs six times as much on a CPU.
     on = active.to(dtype)[:, None, None]
-    grad = grad.nan_to_num(0.0, 0.0, 0.0) * on
+    grad = grad.nan_to_num(0.0, 0.0, 0.0).mul_(on)
 
     averaged = momentum.lerp(grad, (1 - theta) * on)
     mixed = nesterov(averaged, grad, group)

@@ -127,14 +127,19 @@ def combine(
 
     `basis_BNK` holds orthonormal columns V with P_s = V V^T; without it everything is sharp.
     """
-    new = (w * (1 - lr * decay)).sub_(sharp * (lr * scale))
+    new = descend(w * (1 - lr * decay), sharp, lr * scale)
     if basis_BNK is None or flat is None:
         return new
     rest = (flat * chi).sub_(sharp).mul_(scale)
     if decay and chi != 1:
         rest.add_(w, alpha=decay * (chi - 1))
     rest = torch.baddbmm(rest, rest @ basis_BNK, basis_BNK.mT, alpha=-1)
-    return new.sub_(rest.mul_(lr))
+    return descend(new, rest, lr)
+
+
+def descend(w: Tensor, x: Tensor, lr: Tensor | float) -> Tensor:
+    """w - lr x, in place of w."""
+    return w.addcmul_(x, lr, value=-1) if isinstance(lr, Tensor) else w.sub_(x, alpha=lr)
 
 
 def nested(
@@ -165,4 +170,4 @@ def nested(
         u = u + (chi - 1) * flat_part(u)
         if decay:
             new = new - lr * decay * (chi - 1) * flat_part(w)
-    return new.sub_(u * (lr * scale))
+    return descend(new, u, lr * scale)

@@ -75,10 +75,11 @@ def polar(
     wide = torch.float64 if x_BMN.dtype == torch.float64 else torch.float32
     x = x_BMN.to(wide)
     # Scaled by the largest entry first: the squares of a gradient of 1e-25 would all be zero.
-    top = x.abs().amax((-2, -1), keepdim=True)
+    top = largest(x)[..., None, None]
     x = x / torch.where(top > 0, top, 1)
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    x = (x / torch.where(norm > 0, norm * (_SAFETY if kind == "polar_express" else 1), 1)).to(compute_dtype or wide)
+    x.div_(torch.where(norm > 0, norm * (_SAFETY if kind == "polar_express" else 1), 1))
+    x = x.to(compute_dtype or wide)
     tall = x.shape[-2] > x.shape[-1]
     x = matrices(x.mT if tall else x)
     skip = int(tight and kind == "polar_express")
@@ -144,6 +145,11 @@ def orthonormal(y_BNK: Tensor) -> tuple[Tensor, Tensor]:
         q = torch.linalg.solve_triangular(factor.mT, q, upper=True, left=False)
         ok = ok & (info == 0)
     return q, ok & torch.isfinite(q).all(-1).all(-1)
+
+
+def largest(x_BMN: Tensor) -> Tensor:
+    """The largest absolute value of every matrix, NaN if it has one; without a temporary of its size."""
+    return torch.maximum(x_BMN.amax((-2, -1)), -x_BMN.amin((-2, -1)))
 
 
 def matrices(x: Tensor) -> Tensor:

@@ -302,6 +302,32 @@ def test_sparse_gradients_are_refused(cls: type[torch.optim.Optimizer]) -> None:
     assert torch.equal(embedding.weight, before)
 
 
+def test_complex_gradients_do_not_reach_the_optimizer() -> None:
+    p = matrix(3, 4)
+    Muon([p])
+    with pytest.raises(RuntimeError, match="type"):
+        p.grad = torch.zeros(3, 4, dtype=torch.complex64)
+
+
+@pytest.mark.parametrize("cls", [Muon, Soap, AdamW])
+def test_nan_is_skipped_and_counted_or_raised(cls: type[torch.optim.Optimizer]) -> None:
+    for nonfinite in ("skip", "raise"):
+        p = nn.Parameter(torch.ones(3, 4))
+        optimizer = cls([("w", p)], nonfinite=nonfinite)
+        for t in range(3):  # SOAP's first gradient gives its bases alone
+            p.grad = torch.randn(3, 4, generator=torch.Generator().manual_seed(t))
+            optimizer.step()
+        before = p.detach().clone()
+        p.grad[1, 2] = torch.nan
+        if nonfinite == "skip":
+            optimizer.step()
+            assert optimizer.skipped() == {"group 0: w": 1}
+        else:
+            with pytest.raises(InputError, match=r"w(.|\n)*1 of 12 entries"):
+                optimizer.step()
+        assert torch.equal(p, before)
+
+
 def test_roles_choose_the_algorithm_unless_the_group_does() -> None:
     roles = ("embedding", "head", "norm", "bias", "router", "expert", "attention", "mlp", "other")
     optimizer = Muon([{"params": [matrix(3, 4)], "role": role} for role in roles])

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from ..errors import InputError, nearest
 from .distributed import Place, agreed, as_laid_out, check_placements, is_dtensor, local, local_with_grad, place_of
 from .lite import LiteConfig
+from .polar import largest
 from .resume import HOST_COUNTERS, checked, describe_lite
 from .roles import LITE_ROLES, ROLES
 
@@ -150,7 +151,7 @@ class GroupedOptimizer(Optimizer):
         SOAP, so that one expert does not stop the others), without waiting for the device, or raises.
 
         Raises:
-            InputError: a sparse or complex gradient, or with `nonfinite="raise"` one that is not finite; nothing was
+            InputError: a sparse gradient, or with `nonfinite="raise"` one that is not finite; nothing was
                 changed then.
         """
         loss = None
@@ -233,7 +234,7 @@ class GroupedOptimizer(Optimizer):
 
 def usable(grad_EMN: Tensor, place: Place) -> tuple[Tensor, Tensor]:
     """(active, finite) [E] of a stack of gradients: has one at all and all finite; finite. Without a host sync."""
-    top = grad_EMN.abs().amax((-2, -1)) if grad_EMN.shape[-2:].numel() else grad_EMN.new_zeros(len(grad_EMN))
+    top = largest(grad_EMN) if grad_EMN.shape[-2:].numel() else grad_EMN.new_zeros(len(grad_EMN))
     if place.gather is not None:
         top = top.nan_to_num(nan=torch.inf, posinf=torch.inf)  # a maximum over ranks may lose a NaN
         dist.all_reduce(top, dist.ReduceOp.MAX, place.gather)

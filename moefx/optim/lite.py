@@ -62,7 +62,11 @@ class LiteConfig:
             SOAP's damping always shares its preconditioner.
         side: which side of the (out, in) matrix the projector acts on: "right" (input features, as the released code),
             "left", or the "small" one.
-        spare: columns of the fast basis beyond k; the k with the largest response are used.
+        damping_steps: fast mode with orthogonal damping: polynomial steps of polar(G), from its tight bound (see
+            `polar`). 4 leave singular values within 0.12 of 1, all but the smallest, where the five steps of the first
+            Muon leave them anywhere in 0.68 .. 1.2; on the river quadratic of the tests, losses change by 0.3 %.
+        spare: columns of the fast basis beyond k; the k with the largest response are used. A basis that goes on from
+            step to step gains nothing from them in the tests, and they are state.
         guard: parity mode: detect that the controller selects the flattest directions, treat that matrix as all sharp
             in this step, and restart its controller. False reproduces the released code there too.
         kappa: SOAP: scale of the damped gradient against the momentum average; None is 1 - betas[0].
@@ -79,7 +83,8 @@ class LiteConfig:
     mode: str = "fast"
     damping: str = "orthogonal"
     side: str = "right"
-    spare: int = 2
+    damping_steps: int = 4
+    spare: int = 0
     guard: bool = True
     kappa: float | None = None
 
@@ -89,6 +94,8 @@ class LiteConfig:
                 raise InputError(f"LiteConfig has no {name}={given!r}", todo=nearest(str(given), known))
         if not 0 <= self.rank_fraction <= 1:
             raise InputError(f"rank_fraction={self.rank_fraction} is no share", todo="give a number from 0 to 1")
+        if self.damping_steps < 1:
+            raise InputError(f"damping_steps={self.damping_steps}", todo="give 1 or more; 4 are the default")
         if self.spare < 0:
             raise InputError(f"spare={self.spare} columns", todo="give 0 or more")
         for name in ("chi", "chi_diagonal"):
@@ -175,19 +182,24 @@ def improve_basis(m_BMN: Tensor, basis_BNK: Tensor, iterations: int) -> Tensor:
     """Subspace iterations towards the top right singular vectors of m, strongest column first.
 
     Source: orthogonal iteration on m^T m. A small multiple of the old basis is kept, which changes no eigenvector but
-    keeps columns alive that a rank-deficient m would send to zero.
+    keeps columns alive that a rank-deficient m would send to zero. Columns are ordered by their response ||m v_j|| at
+    the begin of an iteration: one product with m less than afterwards.
     """
-    top = m_BMN.abs().amax((-2, -1), keepdim=True)
-    m = m_BMN / torch.where(top > 0, top, 1)
-    size = m.square().sum((-2, -1), keepdim=True)
-    m = m / torch.where(size > 0, size, 1).sqrt()
-    keep = 8 * torch.finfo(m.dtype).eps
+    keep = m_BMN.shape[-1] * torch.finfo(m_BMN.dtype).eps
     for _ in range(iterations):
-        found, ok = orthonormal(m.mT @ (m @ basis_BNK) + keep * basis_BNK)
+        response = _unit(m_BMN @ basis_BNK)
+        order = response.square().sum(-2).argsort(dim=-1, descending=True, stable=True)[:, None, :]
+        basis_BNK = basis_BNK.gather(-1, order.expand_as(basis_BNK))
+        turned = _unit(m_BMN.mT @ response.gather(-1, order.expand_as(response)))
+        found, ok = orthonormal(turned + keep * basis_BNK)
         basis_BNK = torch.where(ok[:, None, None], found, basis_BNK)
-    strength = (m @ basis_BNK).square().sum(-2)
-    order = strength.argsort(dim=-1, descending=True, stable=True)
-    return basis_BNK.gather(-1, order[:, None, :].expand_as(basis_BNK))
+    return basis_BNK
+
+
+def _unit(x_BMK: Tensor) -> Tensor:
+    """Every matrix over its largest entry: squares of tiny numbers would be zero."""
+    top = x_BMK.abs().amax((-2, -1), keepdim=True)
+    return x_BMK / torch.where(top > 0, top, 1)
 
 
 class Controlled(NamedTuple):
@@ -218,8 +230,3 @@ def controlled_projector(
 def apply_isometry(x_BMN: Tensor, s_BMN: Tensor) -> Tensor:
     """x S^T S by the cheaper of the two orders."""
     return (x_BMN @ s_BMN.mT) @ s_BMN if s_BMN.shape[-2] <= s_BMN.shape[-1] else x_BMN @ (s_BMN.mT @ s_BMN)
-
-
-def apply_basis(x_BMN: Tensor, basis_BNK: Tensor) -> Tensor:
-    """x V V^T."""
-    return (x_BMN @ basis_BNK) @ basis_BNK.mT

@@ -9,10 +9,11 @@ import torch
 from ..errors import InputError, nearest
 from .adamw import ADAMW
 from .base import Algorithm, Group, GroupedOptimizer, State, need_matrices, usable, working_dtype
-from .distributed import Place, check_copies, check_placements, per_matrix
+from .diagnostics import diagnose
+from .distributed import Place, check_copies, check_placements, is_dtensor, per_matrix
 from .exchange import Cuts, Tensors, run
 from .lite import LiteConfig, LiteValues, initial_basis, sharp_rank
-from .muon_update import DTYPES, SCALES, lr_scale, new_weights, polar_steps
+from .muon_update import DTYPES, SCALES, lr_scale, nesterov, new_weights, polar_steps
 from .polar import coefficients, matrices, slices
 
 Tensor = torch.Tensor
@@ -29,7 +30,9 @@ class _Piece(NamedTuple):
 
     def rows_of(self, x: Tensor, flip: bool) -> Tensor:
         """Its matrices of a tensor shaped like the parameter, oriented for a projector on the last dimension."""
-        part = matrices(x)[self.rows]
+        part = matrices(x)
+        if len(part) != self.rows.stop - self.rows.start:
+            part = part[self.rows]
         return part.mT if flip else part
 
 
@@ -95,11 +98,22 @@ def _update(params: list[Tensor], states: list[State], places: list[Place], grou
         check_copies(params, places)
     turn = 0
     for bucket in buckets.values():
-        for chunk in _chunks(bucket, group["chunk_bytes"]):
+        for chunk in _chunks(bucket, budget(group, bucket[0].p.device)):
             _update_chunk(chunk, group, values, turn)
             turn += sum(piece.rows.stop - piece.rows.start for piece in chunk)
     if lite is not None and lite.mode == "fast" and values is not None and params:
         group["projected"].fill_(not values.uniform)
+
+
+# Bytes of temporaries of one batch. A CPU reads a batch that outgrows its cache from memory once per operation, and is
+# then slower than a loop; a GPU wants few launches.
+CACHE_BYTES, DEVICE_BYTES = 4 << 20, 256 << 20
+
+
+def budget(group: Group, device: torch.device) -> int:
+    """As configured, else by the device."""
+    given: int | None = group["chunk_bytes"]
+    return given if given is not None else CACHE_BYTES if device.type == "cpu" else DEVICE_BYTES
 
 
 def _chunks(bucket: list[_Piece], budget: int) -> list[list[_Piece]]:
@@ -124,42 +138,40 @@ def _update_chunk(pieces: list[_Piece], group: Group, values: LiteValues | None,
     flip = flipped(group, place.shape)
 
     def gathered(tensors: list[Tensor]) -> Tensor:
-        return torch.cat([piece.rows_of(t, flip).to(dtype) for piece, t in zip(pieces, tensors, strict=True)])
+        parts = [piece.rows_of(t, flip).to(dtype) for piece, t in zip(pieces, tensors, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     w = gathered([piece.p for piece in pieces])
     momentum = gathered([piece.state["momentum_buffer"] for piece in pieces])
     grad = gathered([piece.p.grad for piece in pieces if piece.p.grad is not None])
     active, finite = usable(grad, place)
-    on = active[:, None, None]
-    grad = torch.where(on, grad, 0)
+    # Gates are factors of 0 and 1: a torch.where over the batch costs six times as much on a CPU.
+    on = active.to(dtype)[:, None, None]
+    grad = grad.nan_to_num(0.0, 0.0, 0.0).mul_(on)
 
-    averaged = momentum.lerp(grad, 1 - theta)
-    # 1/theta times the usual Nesterov mix: the polar factor has no scale, the shared damping keeps the paper's.
-    mixed = averaged
-    if group["nesterov"]:
-        mixed = averaged + ((1 - theta) / theta) * grad if theta > 0 else grad
+    averaged = momentum.lerp(grad, (1 - theta) * on)
+    mixed = nesterov(averaged, grad, group)
 
     kept: dict[str, Tensor] = {}
     lite: LiteConfig | None = group["lite"]
     if lite is not None and values is not None and (lite.mode == "parity" or not values.uniform):
         name = "ratio" if lite.mode == "parity" else "basis"
         kept = {name: torch.cat([piece.state[name][piece.rows] for piece in pieces])}
-    new, changed = _solved(w, mixed, grad, kept, place, group, values, turn)
+    new, changed = _solved(w, mixed, grad, kept, place, group, values, turn, on)
 
-    new, averaged = torch.where(on, new, w), torch.where(on, averaged, momentum)
-    at = 0
-    for piece in pieces:
-        here = slice(at, at + piece.rows.stop - piece.rows.start)
-        piece.rows_of(piece.p, flip).copy_(new[here])
-        piece.rows_of(piece.state["momentum_buffer"], flip).copy_(averaged[here])
-        piece.state["skipped"][piece.rows] += ~finite[here]
-        for name, value in changed.items():
+    sizes = [piece.rows.stop - piece.rows.start for piece in pieces]
+    for name, result in (("", new), ("momentum_buffer", averaged)):
+        stored = [piece.rows_of(piece.state[name] if name else piece.p, flip) for piece in pieces]
+        torch._foreach_copy_(stored, result.split(sizes))
+    for piece, here in zip(pieces, (~finite).split(sizes), strict=True):
+        piece.state["skipped"][piece.rows] += here
+    for name, value in changed.items():
+        for piece, here, alive in zip(pieces, value.split(sizes), active.split(sizes), strict=True):
             old = piece.state[name][piece.rows]
             if name == "inversions":
-                old += value[here].bool() & active[here]
+                old += here.bool() & alive
             else:
-                old.copy_(torch.where(active[here].view(-1, *[1] * (value.ndim - 1)), value[here], old))
-        at = here.stop
+                old.copy_(torch.where(alive.view(-1, *[1] * (here.ndim - 1)), here, old))
 
 
 def _solved(
@@ -171,12 +183,13 @@ def _solved(
     group: Group,
     values: LiteValues | None,
     turn: int,
+    on_B11: Tensor,
 ) -> tuple[Tensor, Tensors]:
     """`new_weights` on whichever ranks it takes."""
     a, b = place.shape[-2:]
     scale = lr_scale(group["scale"], *((a, b) if group["layout"] == "out_in" else (b, a)))
     if place.gather is None and not place.copies:
-        return new_weights(w, mixed, grad, group, values, kept, scale)
+        return new_weights(w, mixed, grad, group, values, kept, scale, on_B11)
     decay = float(group["weight_decay"])
     inputs = {"mixed": mixed, **kept}
     if values is not None and (values.beta1 or values.beta2):
@@ -200,7 +213,8 @@ def _solved(
         cuts["basis"] = (-2, a if flip else b)
     changed = run(solve, inputs, place, cuts, turn)
     new = changed.pop("new")
-    return (new + w * (1 - float(group["lr"]) * decay) if stays else new), changed
+    new = new + w * (1 - float(group["lr"]) * decay) if stays else new
+    return torch.where(on_B11 > 0, new, w), changed
 
 
 MUON = Algorithm(_check, _state, _update)
@@ -221,7 +235,8 @@ class Muon(GroupedOptimizer):
         polar_dtype: of the polynomial's products: None (float32), "bfloat16", "float32", "float64".
         layout: "out_in" as nn.Linear stores weights, or "in_out"; LITE's side and the scale are about (out, in).
         betas, eps: of AdamW groups.
-        chunk_bytes: about how much the temporaries of one batch may take (at least one matrix is updated).
+        chunk_bytes: about how much the temporaries of one batch may take (at least one matrix is updated); None is
+            4 MiB on a CPU, whose cache it should fit, and 256 MiB elsewhere.
         replicas: what ranks with the same matrices do: "repeat" the update each, or "split" the matrices among them
             and all-gather the results. Of plain tensors, "split" means all ranks of the default process group.
         nonfinite: "skip" (and count, per matrix) or "raise" for gradients with NaN or infinity.
@@ -252,7 +267,7 @@ class Muon(GroupedOptimizer):
         layout: str = "out_in",
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
-        chunk_bytes: int = 256 << 20,
+        chunk_bytes: int | None = None,
         replicas: str = "repeat",
         nonfinite: str = "skip",
     ) -> None:
@@ -272,6 +287,48 @@ class Muon(GroupedOptimizer):
             "replicas": replicas,
         }
         super().__init__(params, defaults, lite, nonfinite)
+
+    @torch.no_grad()
+    def diagnostics(self) -> dict[str, dict[str, Tensor]]:
+        """Metrics of the last step, by parameter name: tensors [E] (E = 1 for a matrix), on the parameter's device.
+
+        Call it between `step` and `zero_grad`: updates are computed again from momentum and gradient, at the cost of
+        about one more step. Parameters of other algorithms, and those without a gradient, are left out.
+
+            update_rms          of the orthogonalized, scaled update per unit of learning rate, without decay; plain
+                                Muon and steps without a projector have this one alone
+            update_rms_sharp, update_rms_flat
+                                of its two parts, per coordinate in a basis of theirs: 0.2 each in plain square Muon
+            effective_rank      trace of the sharp projector; `rank` is the k that it should have
+            captured            share of the momentum's energy in the sharp directions, at least k / min(m, n) for
+                                the true top k
+            inverted            less than half of that bound: flat directions were taken for sharp ones
+            inversions          parity mode: how often the guard saw that
+            cosine              between polar(momentum) and polar(gradient)
+            overlap             cosine of this projector and that of the last call, 1 for equal ones; not in the first
+
+        In parity mode the projector is that of the controller's present ratio, one move after the step's own.
+        """
+        before: dict[Tensor, Tensor] = self.__dict__.setdefault("_projectors", {})
+        found = {}
+        for group in self.param_groups:
+            lite: LiteConfig | None = group["lite"]
+            values = None if lite is None else lite.values(max(int(group["step"]) - 1, 0))
+            for index, p in enumerate(group["params"]):
+                if group["algorithm"] != "muon" or p.grad is None:
+                    continue
+                if is_dtensor(p):
+                    raise InputError(
+                        "diagnostics are for whole parameters, and this one is sharded",
+                        where=f"group {group.get('name', '')!r}, shape {list(p.shape)}",
+                        todo="call them on an optimizer of a model on one process",
+                    )
+                flip = flipped(group, p.shape)
+                metrics, rows = diagnose(p, self.state[p], group, values, flip, before.get(p))
+                if rows is not None:
+                    before[p] = rows
+                found[self._name(group, index)] = metrics
+        return found
 
 
 class MuonLITE(Muon):

@@ -11,7 +11,6 @@ from .lite import (
     COLD_ITERATIONS,
     LiteConfig,
     LiteValues,
-    apply_basis,
     apply_isometry,
     controlled_projector,
     improve_basis,
@@ -51,9 +50,10 @@ def new_weights(
     values: LiteValues | None,
     side: dict[str, Tensor],
     scale: float,
+    on_B11: Tensor | float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Weights [B, m, n] after the step and what changed of the projector's state."""
-    lr, decay = float(group["lr"]), float(group["weight_decay"])
+    """Weights [B, m, n] after the step and what changed of the projector's state; weights stay where `on_B11` is 0."""
+    lr, decay = float(group["lr"]) * on_B11, float(group["weight_decay"])
     steps, kind, low = polar_steps(group), group["polar"], DTYPES[group["polar_dtype"]]
     lite: LiteConfig | None = group["lite"]
     o = polar(mixed, steps, kind, low)
@@ -62,7 +62,6 @@ def new_weights(
         return combine(w, o, None, None, 1.0, lr, decay, scale), {}
 
     rank = sharp_rank(lite.rank_fraction, *mixed.shape[-2:])
-    chi, beta1, beta2 = values
     if lite.mode == "parity":
         # The controller moves in every step, also while the schedules still leave the update as it is.
         found = controlled_projector(mixed, o, side["ratio"], rank, steps, low)
@@ -74,22 +73,44 @@ def new_weights(
         state["ratio"] = ratio
         if values.neutral:
             return combine(w, o, None, None, 1.0, lr, decay, scale), state
-        h = polar(grad, steps, kind, low) if beta1 or beta2 else None
+        h = polar(grad, steps, kind, low) if values.beta1 or values.beta2 else None
         hold = found.inverted[:, None, None] if lite.guard else None
         return nested(w, o, h, s, values, lr, decay, scale, hold), state
 
-    shift = 1 - float(group["momentum"])
-    sharp, flat = o, o
-    if lite.damping == "shared":
-        sharp = polar(mixed + beta1 * shift * grad, steps, kind, low) if beta1 else o
-        flat = sharp if beta1 == beta2 else (polar(mixed + beta2 * shift * grad, steps, kind, low) if beta2 else o)
-    elif beta1 or beta2:
-        h = polar(grad, steps, kind, low)
-        sharp, flat = o + beta1 * h, o + beta2 * h
+    sharp, flat = directions(o, mixed, grad, group, values)
     if values.uniform:
         return combine(w, sharp, None, None, 1.0, lr, decay, scale), {}
     basis = improve_basis(mixed, side["basis"], 1 if bool(group["projected"]) else COLD_ITERATIONS)
-    return combine(w, sharp, flat, basis[..., :rank], chi, lr, decay, scale), {"basis": basis}
+    return combine(w, sharp, flat, basis[..., :rank], values.chi, lr, decay, scale), {"basis": basis}
+
+
+def nesterov(averaged: Tensor, grad: Tensor, group: Group) -> Tensor:
+    """What is orthogonalized: 1/theta times the usual Nesterov mix, or the average.
+
+    The polar factor has no scale, and the shared damping keeps the paper's.
+    """
+    theta = group["momentum"]
+    if not group["nesterov"]:
+        return averaged
+    return averaged.add(grad, alpha=(1 - theta) / theta) if theta > 0 else grad
+
+
+def directions(o: Tensor, mixed: Tensor, grad: Tensor, group: Group, values: LiteValues) -> tuple[Tensor, Tensor]:
+    """Fast mode: the damped updates (sharp, flat), neither amplified nor projected; `o` is mixed's polar factor."""
+    lite: LiteConfig = group["lite"]
+    steps, kind, low = polar_steps(group), group["polar"], DTYPES[group["polar_dtype"]]
+    _, beta1, beta2 = values
+    if lite.damping == "shared":
+        shift = 1 - float(group["momentum"])
+        sharp = polar(mixed + beta1 * shift * grad, steps, kind, low) if beta1 else o
+        if beta1 == beta2:
+            return sharp, sharp
+        return sharp, polar(mixed + beta2 * shift * grad, steps, kind, low) if beta2 else o
+    if not (beta1 or beta2):
+        return o, o
+    # A noisy gradient needs no more digits than the momentum's factor had in the first Muon.
+    h = polar(grad, lite.damping_steps, kind, low, tight=True)
+    return torch.add(o, h, alpha=beta1), torch.add(o, h, alpha=beta2)
 
 
 def combine(
@@ -98,7 +119,7 @@ def combine(
     flat: Tensor | None,
     basis_BNK: Tensor | None,
     chi: float,
-    lr: float,
+    lr: Tensor | float,
     decay: float,
     scale: float,
 ) -> Tensor:
@@ -106,13 +127,19 @@ def combine(
 
     `basis_BNK` holds orthonormal columns V with P_s = V V^T; without it everything is sharp.
     """
+    new = descend(w * (1 - lr * decay), sharp, lr * scale)
     if basis_BNK is None or flat is None:
-        return (w * (1 - lr * decay)).add_(sharp, alpha=-lr * scale)
-    rest = (chi * flat - sharp).mul_(scale)
-    if decay:
-        rest = rest.add_(w, alpha=decay * (chi - 1))
-    rest = rest - apply_basis(rest, basis_BNK)
-    return (w * (1 - lr * decay)).add_(sharp, alpha=-lr * scale).add_(rest, alpha=-lr)
+        return new
+    rest = (flat * chi).sub_(sharp).mul_(scale)
+    if decay and chi != 1:
+        rest.add_(w, alpha=decay * (chi - 1))
+    rest = torch.baddbmm(rest, rest @ basis_BNK, basis_BNK.mT, alpha=-1)
+    return descend(new, rest, lr)
+
+
+def descend(w: Tensor, x: Tensor, lr: Tensor | float) -> Tensor:
+    """w - lr x, in place of w."""
+    return w.addcmul_(x, lr, value=-1) if isinstance(lr, Tensor) else w.sub_(x, alpha=lr)
 
 
 def nested(
@@ -121,7 +148,7 @@ def nested(
     h: Tensor | None,
     s: Tensor,
     values: LiteValues,
-    lr: float,
+    lr: Tensor | float,
     decay: float,
     scale: float,
     hold: Tensor | None = None,
@@ -143,4 +170,4 @@ def nested(
         u = u + (chi - 1) * flat_part(u)
         if decay:
             new = new - lr * decay * (chi - 1) * flat_part(w)
-    return new.add_(u, alpha=-lr * scale)
+    return descend(new, u, lr * scale)

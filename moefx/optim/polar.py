@@ -28,6 +28,9 @@ _POLAR_EXPRESS: tuple[Triple, ...] = (
     (1.875, -1.25, 0.375),
 )
 _SAFETY = 1.01
+_AFTER_FIRST = (
+    1.99  # the largest value of the first polynomial, and so the largest singular value that the second takes
+)
 # Muon's first polynomial (Jordan et al. 2024): fast, but it leaves singular values anywhere in 0.68 .. 1.2.
 _QUINTIC: Triple = (3.4445, -4.775, 2.0315)
 KINDS = ("polar_express", "quintic")
@@ -48,7 +51,11 @@ def coefficients(kind: str, steps: int) -> tuple[Triple, ...]:
 
 
 def polar(
-    x_BMN: Tensor, steps: int = 8, kind: str = "polar_express", compute_dtype: torch.dtype | None = None
+    x_BMN: Tensor,
+    steps: int = 8,
+    kind: str = "polar_express",
+    compute_dtype: torch.dtype | None = None,
+    tight: bool = False,
 ) -> Tensor:
     """U V^T of x = U S V^T, for the last two dimensions; a zero matrix gives zero.
 
@@ -58,6 +65,9 @@ def polar(
             3e2, 1e3 and 1e4: 1e-3, 6e-2, 0.4 with 6 steps; 1e-6, 6e-5, 0.2 with 8; 1e-6, 3e-6, 3e-2 with 10.
         kind: "polar_express", or "quintic" (3.4445, -4.775, 2.0315).
         compute_dtype: of the matrix products; default float32, float64 for float64 input.
+        tight: bound the largest singular value by the fourth root of the sum of fourth powers instead of the Frobenius
+            norm (which the released LITE code takes), 4.7 times lower for a square Gaussian matrix of 1024 rows, and
+            nearly free. Polar Express can then begin with its second polynomial: `steps` are as accurate as one more.
 
     Returns:
         [..., m, n] in float32, or float64 for float64 input.
@@ -65,17 +75,54 @@ def polar(
     wide = torch.float64 if x_BMN.dtype == torch.float64 else torch.float32
     x = x_BMN.to(wide)
     # Scaled by the largest entry first: the squares of a gradient of 1e-25 would all be zero.
-    top = x.abs().amax((-2, -1), keepdim=True)
+    top = largest(x)[..., None, None]
     x = x / torch.where(top > 0, top, 1)
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    x = x / torch.where(norm > 0, norm * (_SAFETY if kind == "polar_express" else 1), 1)
+    x.div_(torch.where(norm > 0, norm * (_SAFETY if kind == "polar_express" else 1), 1))
     x = x.to(compute_dtype or wide)
     tall = x.shape[-2] > x.shape[-1]
+    x = matrices(x.mT if tall else x)
+    skip = int(tight and kind == "polar_express")
+    for number, (a, b, c) in enumerate(coefficients(kind, steps + skip)[skip:]):
+        gram = outer(x)
+        if tight and number == 0:
+            bound = torch.linalg.vector_norm(gram.to(wide), dim=(-2, -1), keepdim=True)  # of the squares
+            factor = (_AFTER_FIRST / _SAFETY if skip else 1) ** 2 / torch.where(bound > 0, bound, 1)
+            x, gram = x * factor.sqrt().to(x.dtype), gram * factor.to(x.dtype)
+        if halved(x):
+            poly = outer(gram).mul_(c).add_(gram, alpha=b)
+        else:
+            poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, poly, x, beta=a)
     x = x.mT if tall else x
-    for a, b, c in coefficients(kind, steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return (x.mT if tall else x).to(wide)
+    return x.to(wide).unflatten(0, x_BMN.shape[:-2]) if x_BMN.ndim > 2 else x[0].to(wide)
+
+
+def halved(x_BMN: Tensor) -> bool:
+    """Whether x x^T is worth computing by halves.
+
+    Measured on a CPU: a polar factor takes 12 % less time with m = 512 and 25 % less with 1024; nothing is gained
+    below, and bfloat16 gets slower. Not measured on GPUs, where it means smaller products and more launches.
+    """
+    return x_BMN.device.type == "cpu" and x_BMN.dtype != torch.bfloat16 and x_BMN.shape[-2] >= 512
+
+
+def outer(x_BMN: Tensor) -> Tensor:
+    """x x^T [B, m, m]. It is symmetric: where that pays, one off-diagonal block is the transpose of the other."""
+    return _outer(x_BMN) if halved(x_BMN) else torch.bmm(x_BMN, x_BMN.mT)
+
+
+def _outer(x_BMN: Tensor) -> Tensor:
+    m = x_BMN.shape[-2]
+    if m <= 128:
+        return torch.bmm(x_BMN, x_BMN.mT)
+    half = -(-m // 32) * 16  # a multiple of 16 rows, for whole vectors
+    first, second = x_BMN[:, :half], x_BMN[:, half:]
+    out = x_BMN.new_empty(x_BMN.shape[0], m, m)
+    out[:, :half, :half], out[:, half:, half:] = _outer(first), _outer(second)
+    low = torch.bmm(second, first.mT)
+    out[:, half:, :half], out[:, :half, half:] = low, low.mT
+    return out
 
 
 def orthonormal(y_BNK: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,6 +145,11 @@ def orthonormal(y_BNK: Tensor) -> tuple[Tensor, Tensor]:
         q = torch.linalg.solve_triangular(factor.mT, q, upper=True, left=False)
         ok = ok & (info == 0)
     return q, ok & torch.isfinite(q).all(-1).all(-1)
+
+
+def largest(x_BMN: Tensor) -> Tensor:
+    """The largest absolute value of every matrix, NaN if it has one; without a temporary of its size."""
+    return torch.maximum(x_BMN.amax((-2, -1)), -x_BMN.amin((-2, -1)))
 
 
 def matrices(x: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def test_diagonal_lite_is_the_element_loop(shape: tuple[int, ...]) -> None:
     assert not torch.allclose(found, element_loop(grads, 0.3, 4.0), atol=1e-3)
 
 
-def test_all_sharp_is_adamw_and_all_flat_is_scaled_adamw() -> None:
+def test_invariant_2_all_sharp_is_adamw_and_all_flat_is_scaled_adamw() -> None:
     grads = gradients(20, 5, 8, dtype=torch.float32)
     plain = run(grads)
     assert torch.equal(run(grads, lite=LiteConfig(4.0, rank_fraction=1.0)), plain)

@@ -78,7 +78,7 @@ def test_fast_mode_is_algorithm_1_with_the_exact_projector(shape: tuple[int, int
     oracle = ExactLite(start, 3, decay=0.1, shared=damping == "shared")
     for g in grads:
         oracle.step(g, 0.02, 2.0, -0.25, 1.0)
-    lite = LiteConfig(rank_fraction=0.2, damping=damping)
+    lite = LiteConfig(rank_fraction=0.2, damping=damping, damping_steps=12)
     found, _ = run(start, grads, lite=lite, polar_steps=12)
     assert torch.allclose(found, oracle.w, atol=1e-4)
     plain, _ = run(start, grads, polar_steps=12)
@@ -114,7 +114,7 @@ def test_scales() -> None:
 
 
 @pytest.mark.parametrize("mode", ["fast", "parity"])
-def test_neutral_lite_is_muon_bitwise_and_does_no_work(mode: str) -> None:
+def test_invariant_1_neutral_lite_is_muon_bitwise_and_does_no_work(mode: str) -> None:
     start, grads = random(16, 24, dtype=torch.float32), gradients(20, 16, 24, dtype=torch.float32)
     plain, _ = run(start, grads)
     for fraction in (0.05, 0.5, 1.0):
@@ -133,15 +133,20 @@ def test_neutral_lite_is_muon_bitwise_and_does_no_work(mode: str) -> None:
     assert not torch.equal(changed, plain)
 
 
-def test_equal_damping_needs_no_projector() -> None:
+def test_invariant_1_equal_damping_needs_no_projector() -> None:
     start, grads = random(16, 24), gradients(6, 16, 24)
     with mock.patch.object(product, "improve_basis", side_effect=AssertionError):
         first, second = (run(start, grads, lite=LiteConfig(1.0, 0.5, 0.5, rank_fraction=f))[0] for f in (0.1, 0.9))
     assert torch.equal(first, second)
+    # Parity's controller moves, towards other ranks, but has no part in the update.
+    released = [LiteConfig(1.0, 0.5, 0.5, rank_fraction=f, mode="parity") for f in (0.1, 0.9)]
+    (first, one), (second, two) = (run(start, grads, lite=lite) for lite in released)
+    assert torch.equal(first, second)
+    assert not torch.equal(*(next(iter(o.state.values()))["ratio"] for o in (one, two)))
     assert torch.equal(run(start, grads, lite=LiteConfig(rank_fraction=0.0))[0], run(start, grads)[0])
 
 
-def test_everything_flat_or_sharp() -> None:
+def test_invariant_2_everything_flat_or_sharp() -> None:
     w, o, h = random(5, 7), random(5, 7, seed=1), random(5, 7, seed=2)
     chi, b1, b2, lr, decay, scale = 2.0, -0.25, 1.0, 0.1, 0.3, 1.7
     nothing, everything = torch.zeros(1, 7, 0, dtype=w.dtype), torch.eye(7, dtype=w.dtype)[None]
@@ -160,7 +165,7 @@ def test_one_projection_is_the_nested_form_for_an_exact_projector() -> None:
     assert torch.allclose(nested(w, o, h, U @ V.mT, values, 0.1, 0.3, 1.7), merged, atol=1e-13)
 
 
-def test_decay_alone_is_amplified_in_flat_directions() -> None:
+def test_invariant_5_decay_alone_is_amplified_in_flat_directions() -> None:
     w, V, zero = (
         random(1, 6, 8),
         torch.linalg.qr(random(8, 2, seed=3)).Q[None],
@@ -174,11 +179,11 @@ def test_decay_alone_is_amplified_in_flat_directions() -> None:
 
 
 @pytest.mark.parametrize("mode", ["fast", "parity"])
-def test_closed_form_travel(mode: str) -> None:
+def test_invariant_4_closed_form_travel(mode: str) -> None:
     # A diagonal gradient of constant sign: the axes are the singular vectors, the first two are sharp.
     n, steps, lr = 20, 10, 0.01
     p = nn.Parameter(torch.zeros(n, n, dtype=torch.float64))
-    lite = LiteConfig(2.0, -0.25, 1.0, rank_fraction=0.05, mode=mode)  # k = 2
+    lite = LiteConfig(2.0, -0.25, 1.0, rank_fraction=0.05, mode=mode, damping_steps=14)  # k = 2
     optimizer = Muon([p], lr=lr, lite=lite, weight_decay=0.0, scale="none", polar_steps=14)
     g = torch.diag(torch.tensor([10.0, 9.0] + [1.0] * (n - 2), dtype=torch.float64))
     for _ in range(steps):
@@ -197,7 +202,7 @@ def test_closed_form_travel(mode: str) -> None:
     [None, LiteConfig(mode="parity")]
     + [LiteConfig(rank_fraction=0.2, damping=damping) for damping in ("orthogonal", "shared")],
 )
-def test_equivariance_and_scale_freedom(lite: LiteConfig | None) -> None:
+def test_invariant_6_equivariance_and_scale_freedom(lite: LiteConfig | None) -> None:
     start, grads = random(12, 20), gradients(6, 12, 20)
     A, B = torch.linalg.qr(random(12, 12, seed=8)).Q, torch.linalg.qr(random(20, 20, seed=9)).Q
     found, _ = run(start, grads, lite=lite)
@@ -210,7 +215,7 @@ def test_equivariance_and_scale_freedom(lite: LiteConfig | None) -> None:
 
 @pytest.mark.parametrize("mode", ["fast", "parity"])
 @pytest.mark.parametrize("side", ["right", "left", "small"])
-def test_transposed_storage_gives_the_transposed_result(mode: str, side: str) -> None:
+def test_invariant_7_transposed_storage_gives_the_transposed_result(mode: str, side: str) -> None:
     start, grads = random(3, 12, 20), gradients(5, 3, 12, 20)
     lite = LiteConfig(mode=mode, side=side)
     found, _ = run(start, grads, lite=lite)
@@ -222,7 +227,7 @@ def test_transposed_storage_gives_the_transposed_result(mode: str, side: str) ->
 
 
 @pytest.mark.parametrize("lite", [None, LiteConfig(), LiteConfig(mode="parity")])
-def test_a_stack_is_its_matrices_and_chunks_do_not_matter(lite: LiteConfig | None) -> None:
+def test_invariant_7_a_stack_is_its_matrices_and_chunks_do_not_matter(lite: LiteConfig | None) -> None:
     start, grads = random(5, 12, 20, dtype=torch.float32), gradients(6, 5, 12, 20, dtype=torch.float32)
     stack, _ = run(start, grads, lite=lite)
     for e in range(5):

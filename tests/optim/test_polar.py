@@ -7,7 +7,7 @@ import torch
 
 from moefx.errors import InputError
 from moefx.optim.lite import controlled_projector, improve_basis, initial_basis, sharp_rank
-from moefx.optim.polar import coefficients, matrices, orthonormal, polar, slices
+from moefx.optim.polar import coefficients, halved, matrices, orthonormal, outer, polar, slices
 
 from .oracles import scalar_polar, spectrum, svd_polar
 
@@ -37,6 +37,34 @@ def test_fewer_steps_or_the_quintic_are_less_accurate() -> None:
 def test_the_polynomials_act_on_singular_values(steps: int) -> None:
     x = spectrum(20, 31, 200)
     assert relative(polar(x, steps), scalar_polar(x, steps)) < 1e-11
+
+
+@pytest.mark.parametrize("shape", [(40, 64), (64, 40), (64, 96)])
+def test_a_tight_bound_saves_a_step(shape: tuple[int, int]) -> None:
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for steps in (4, 5, 6):
+        same, more = (relative(polar(x, t), svd_polar(x)) for t in (steps, steps + 1))
+        assert relative(polar(x, steps, tight=True), svd_polar(x)) < min(1.3 * more + 1e-12, same)
+    # Four are more accurate than the quintic's five, which keep the scale of the update but not its singular values.
+    assert relative(polar(x, 4, tight=True), svd_polar(x)) < 0.6 * relative(polar(x, 5, "quintic"), svd_polar(x))
+    # The bound holds with equality where one direction has all the energy.
+    one = spectrum(*shape, 1e6, gap=1)
+    values = torch.linalg.svdvals(polar(one, 4, tight=True))
+    assert 0.8 < values[0] < 1.2
+    assert values.max() < 1.25
+    assert torch.equal(polar(torch.zeros(2, 4, 5), 4, tight=True), torch.zeros(2, 4, 5))
+    assert torch.allclose(polar(x * 1e-25, 4, tight=True), polar(x, 4, tight=True), atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(512, 520), (611, 530)])
+def test_products_by_halves_are_the_whole_ones(shape: tuple[int, int]) -> None:
+    x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    assert torch.allclose(outer(x), x @ x.mT, atol=1e-10)
+    assert halved(x)
+    assert not halved(x.bfloat16())
+    assert not halved(x[:, :500])
+    y = spectrum(*shape, 30)
+    assert relative(polar(y.float(), 6), svd_polar(y)) < 2e-3
 
 
 def test_scale_free_batched_transposed_and_zero() -> None:
@@ -143,12 +171,14 @@ def test_without_a_gap_one_iteration_a_step_holds_almost_the_best_energy() -> No
     assert (m[0] @ at_random).square().sum() < 0.6 * best
 
 
-def test_exact_projector_and_its_approximations() -> None:
+def test_invariant_3_exact_projector_and_its_approximations() -> None:
     x, k = spectrum(40, 60, 1e3, gap=4), 4
     U, s, Vh = torch.linalg.svd(x, full_matrices=False)
     exact = U[:, :k] @ Vh[:k]
     threshold = (s[k - 1] + s[k]) / 2
     found = controlled_projector(x[None], svd_polar(x)[None], (threshold / s.norm())[None], k, 10).s[0]
+    values = torch.linalg.svdvals(found)
+    assert torch.allclose(values, (torch.arange(len(values)) < k).double(), atol=1e-6)
     assert torch.allclose(found.T @ found, exact.T @ exact, atol=1e-6)
     assert torch.allclose((found.T @ found) @ (found.T @ found), found.T @ found, atol=1e-6)
     six = controlled_projector(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
-from moefx.optim import CosineCoupled, LiteConfig, Muon, Ramp, Soap
+from moefx.optim import CosineCoupled, LiteConfig, Muon, Ramp, Soap, muon_update
 
 from .oracles import ExactLite, river
 
@@ -63,7 +64,7 @@ def losses() -> dict[str, float]:
     }
 
 
-def test_the_order_of_the_parts(losses: dict[str, float]) -> None:
+def test_invariant_10_the_order_of_the_parts(losses: dict[str, float]) -> None:
     assert losses["lite"] < losses["amplified"] < losses["damped"] < losses["muon"]
     assert losses["lite"] <= 0.7 * losses["muon"]
 
@@ -80,17 +81,17 @@ def test_fast_mode_is_as_good_as_exact_svd(losses: dict[str, float]) -> None:
     assert losses["muon"] == pytest.approx(river(exact(1.0, 0.0, zero), lr=0.1), rel=0.02)
 
 
-def test_parity_mode_is_within_15_percent_of_exact(losses: dict[str, float]) -> None:
+def test_invariant_10_parity_mode_is_within_15_percent_of_exact(losses: dict[str, float]) -> None:
     found = river(product(LiteConfig(2.0, -0.25, BOTH, mode="parity")), lr=0.1)
     assert found == pytest.approx(losses["lite"], rel=0.15)
 
 
-def test_amplifying_the_sharp_side_gains_nothing(losses: dict[str, float]) -> None:
+def test_invariant_10_amplifying_the_sharp_side_gains_nothing(losses: dict[str, float]) -> None:
     assert river(exact(2.0, 0.0, zero, amplify="sharp"), lr=0.1) == pytest.approx(losses["muon"], rel=0.02)
 
 
 @pytest.mark.parametrize("lr", [0.1, 0.2])
-def test_lite_loses_where_flat_progress_is_not_the_limit(lr: float) -> None:
+def test_invariant_10_lite_loses_where_flat_progress_is_not_the_limit(lr: float) -> None:
     # Solvable inside the budget: from Muon's best rate (0.1) on, noise is the limit, and LITE adds to it. With a rate
     # of its own, half of Muon's, LITE still wins here: 0.034 against 0.046.
     lite = LiteConfig(2.0, -0.25, BOTH)
@@ -133,7 +134,7 @@ def test_amplification_helps_soap_below_its_best_rate() -> None:
 
 
 @pytest.mark.parametrize(("s", "beta"), [(0.1, 0.0), (0.5, 1.0), (1.2, 0.5), (0.05, -0.5)])
-def test_one_linear_mode_follows_its_recurrence(s: float, beta: float) -> None:
+def test_invariant_8_one_linear_mode_follows_its_recurrence(s: float, beta: float) -> None:
     """Without whitening (F = I) and with the un-normalized momentum, w obeys a two-term recurrence."""
     theta = 0.95
     w, m, seen = 1.0, 0.0, [1.0]
@@ -151,3 +152,31 @@ def test_one_linear_mode_follows_its_recurrence(s: float, beta: float) -> None:
     stable = 0 < s < 2 * (1 + theta) / (1 + beta * (1 + theta)) and (beta >= 0 or abs(beta) * s < (1 - theta) / theta)
     assert bool((roots < 1).all()) == stable
     assert math.isfinite(w)
+
+
+def test_invariant_8_the_optimizer_without_whitening_follows_the_recurrence() -> None:
+    """F = I: polar factors replaced by the identity, and the projector by the first axis."""
+    theta, lr, chi, beta1, beta2 = 0.9, 0.02, 2.0, 0.25, 1.0
+    curvature = torch.tensor([8.0, 1.0, 0.1], dtype=torch.float64)
+    p = nn.Parameter(torch.eye(3, dtype=torch.float64))
+    lite = LiteConfig(chi, beta1, beta2, damping="shared")
+    # The average is 1 - theta times the momentum sum.
+    optimizer = Muon(
+        [p], lr=lr / (1 - theta), lite=lite, momentum=theta, nesterov=False, weight_decay=0.0, scale="none"
+    )
+    axis = torch.eye(3, dtype=torch.float64)[None, :, :1]
+    seen = [torch.ones(3, dtype=torch.float64)]
+    with (
+        mock.patch.object(muon_update, "polar", side_effect=lambda x, *_, **__: x),
+        mock.patch.object(muon_update, "improve_basis", return_value=axis),
+    ):
+        for _ in range(60):
+            p.grad = p.detach() * curvature
+            optimizer.step()
+            seen.append(p.detach().diagonal().clone())
+    s = lr * curvature * torch.tensor([1.0, chi, chi])
+    beta = torch.tensor([beta1, beta2, beta2], dtype=torch.float64)
+    for before, here, after in itertools.islice(zip(seen, seen[1:], seen[2:], strict=False), 60):
+        expected = (1 + theta - (1 + beta) * s) * here - theta * (1 - beta * s) * before
+        assert torch.allclose(after, expected, atol=1e-14)
+    assert not torch.allclose(seen[2], (1 + theta - s) * seen[1] - theta * seen[0], atol=1e-3)  # heavy ball

@@ -13,7 +13,7 @@ from moefx.optim.schedule import damping_ramp, describe
 @pytest.mark.parametrize(
     ("p", "chi"), [(0.0, 1.0), (0.1, 1.2), (0.25, 1.5), (0.5, 1.91), (0.75, 1.63), (0.9, 1.20), (1.0, 1.0)]
 )
-def test_hidden_amplification_under_a_cosine(p: float, chi: float) -> None:
+def test_invariant_9_hidden_amplification_under_a_cosine(p: float, chi: float) -> None:
     schedule = CosineCoupled(2.0, 1000, 11000, 0.1)
     assert schedule(1000 + round(p * 10000)) == pytest.approx(chi, abs=0.006)
     assert schedule(0) == schedule(500) == 1.0
@@ -21,7 +21,7 @@ def test_hidden_amplification_under_a_cosine(p: float, chi: float) -> None:
 
 
 @pytest.mark.parametrize(("p", "chi"), [(0.0, 4.0), (0.5, 3.73), (0.75, 2.90), (0.9, 1.60), (1.0, 1.0)])
-def test_diagonal_amplification_under_a_cosine(p: float, chi: float) -> None:
+def test_invariant_9_diagonal_amplification_under_a_cosine(p: float, chi: float) -> None:
     schedule = CosineCoupled(4.0, 1000, 11000, 0.1, ramp=None)
     assert schedule(1000 + round(p * 10000)) == pytest.approx(chi, abs=0.006)
     assert schedule(0) == 4.0
@@ -82,6 +82,7 @@ def test_plain_descriptions() -> None:
         (lambda: LiteConfig(rank_fraction=1.5), "0 to 1"),
         (lambda: LiteConfig(chi=-1.0), "flat directions"),
         (lambda: LiteConfig(spare=-1), "spare"),
+        (lambda: LiteConfig(damping_steps=0), "damping_steps"),
         (lambda: LiteConfig(mode="parity", damping="shared"), "orthogonal"),
     ],
 )

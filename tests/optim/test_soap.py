@@ -96,7 +96,7 @@ def test_soap_lite_is_the_rule_in_weight_space(kappa: float | None) -> None:
     assert torch.allclose(found, oracle.w, atol=1e-9)
 
 
-def test_neutral_lite_is_soap_bitwise() -> None:
+def test_invariant_1_neutral_lite_is_soap_bitwise() -> None:
     start, grads = random(7, 10).float(), [g.float() for g in gradients(24, 7, 10)]
     plain, _ = run(start, grads)
     for lite in (
@@ -111,7 +111,7 @@ def test_neutral_lite_is_soap_bitwise() -> None:
 
 
 @pytest.mark.parametrize("lite", [None, FULL, UNIFORM])
-def test_a_stack_is_its_matrices(lite: LiteConfig | None) -> None:
+def test_invariant_7_a_stack_is_its_matrices(lite: LiteConfig | None) -> None:
     start, grads = random(3, 7, 10), gradients(10, 3, 7, 10)
     stack, _ = run(start, grads, lite=lite)
     for e in range(3):
@@ -119,7 +119,7 @@ def test_a_stack_is_its_matrices(lite: LiteConfig | None) -> None:
 
 
 @pytest.mark.parametrize("side", ["right", "left", "small"])
-def test_transposed_storage(side: str) -> None:
+def test_invariant_7_transposed_storage(side: str) -> None:
     start, grads = random(7, 10), gradients(10, 7, 10)
     lite = LiteConfig(2.0, -0.25, 1.0, rank_fraction=0.3, side=side)
     found, _ = run(start, grads, lite=lite)

@@ -49,7 +49,7 @@ def train(params: list[nn.Parameter], optimizer: torch.optim.Optimizer, steps: r
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", list(MADE))
-def test_resuming_mid_ramp_is_the_uninterrupted_run_bitwise(kind: str, dtype: torch.dtype) -> None:
+def test_invariant_9_resuming_mid_ramp_is_the_uninterrupted_run_bitwise(kind: str, dtype: torch.dtype) -> None:
     params, groups = problem(dtype)
     optimizer = MADE[kind](groups)
     train(params, optimizer, range(15))
@@ -76,6 +76,23 @@ def test_resuming_mid_ramp_is_the_uninterrupted_run_bitwise(kind: str, dtype: to
             assert torch.equal(value, after.state[q][key]), key
             assert value.dtype == after.state[q][key].dtype
     assert [int(g["step"]) for g in after.param_groups] == [15, 15]
+
+
+@pytest.mark.parametrize("kind", list(MADE))
+def test_resuming_after_any_step_is_the_uninterrupted_run_bitwise(kind: str) -> None:
+    params, groups = problem()
+    whole, saved = MADE[kind](groups), []
+    for t in range(14):
+        saved.append(copy.deepcopy(([p.detach() for p in params], whole.state_dict())))
+        train(params, whole, range(t, t + 1))
+    for t, (values, state) in enumerate(saved):
+        again, groups = problem()
+        optimizer = MADE[kind](groups)
+        optimizer.load_state_dict(state)
+        for p, value in zip(again, values, strict=True):
+            p.data.copy_(value)
+        train(again, optimizer, range(t, 14))
+        assert all(torch.equal(p, q) for p, q in zip(params, again, strict=True)), t
 
 
 def test_losing_the_step_is_noticed() -> None:
@@ -277,6 +294,32 @@ def test_sparse_gradients_are_refused(cls: type[torch.optim.Optimizer]) -> None:
     with pytest.raises(InputError, match=r"table(.|\n)*sparse=False"):
         optimizer.step()
     assert torch.equal(embedding.weight, before)
+
+
+def test_complex_gradients_do_not_reach_the_optimizer() -> None:
+    p = matrix(3, 4)
+    Muon([p])
+    with pytest.raises(RuntimeError, match="type"):
+        p.grad = torch.zeros(3, 4, dtype=torch.complex64)
+
+
+@pytest.mark.parametrize("cls", [Muon, Soap, AdamW])
+def test_nan_is_skipped_and_counted_or_raised(cls: type[torch.optim.Optimizer]) -> None:
+    for nonfinite in ("skip", "raise"):
+        p = nn.Parameter(torch.ones(3, 4))
+        optimizer = cls([("w", p)], nonfinite=nonfinite)
+        for t in range(3):  # SOAP's first gradient gives its bases alone
+            p.grad = torch.randn(3, 4, generator=torch.Generator().manual_seed(t))
+            optimizer.step()
+        before = p.detach().clone()
+        p.grad[1, 2] = torch.nan
+        if nonfinite == "skip":
+            optimizer.step()
+            assert optimizer.skipped() == {"group 0: w": 1}
+        else:
+            with pytest.raises(InputError, match=r"w(.|\n)*1 of 12 entries"):
+                optimizer.step()
+        assert torch.equal(p, before)
 
 
 def test_roles_choose_the_algorithm_unless_the_group_does() -> None:

@@ -8,7 +8,7 @@ and tuned. All arms of a seed begin with the same weights, see the same batches 
 the same windows. Results: benchmarks/results/routing_effect.csv (one row per measurement), and a picture of the curves.
 
   learned          the layers' own routers, load-balancing loss 1e-2, z-loss 1e-3
-  sp_cp            the same with the specialization and the coupling loss besides, at their defaults
+  sp_cp, sp_cp_10  the same with the specialization and the coupling loss besides, at their defaults and ten times that
   matched          `learned` with wider experts: as many multiplications per token as `grouter` with its network
   grouter, raw     routing and gates by the causal Grouter, tuned or not
   layer_gates      indices by the tuned Grouter, gates by the layers' own routers (no balance loss)
@@ -58,8 +58,10 @@ ARMS = (
     "bidirectional",
     "sp_cp",
     "random_unit",
+    "sp_cp_10",
 )
-LEARNED = ("learned", "learned_8", "matched", "sp_cp")
+LEARNED = ("learned", "learned_8", "matched", "sp_cp", "sp_cp_10")
+LOSSES = {"sp_cp": "lb,z,sp,cp,metrics", "sp_cp_10": "lb,z,sp=2e-2,cp=1e-2,metrics"}
 
 
 @lru_cache
@@ -252,7 +254,7 @@ def run(arm: str, seed: int, out: Path) -> None:
     inner = MATCHED if arm == "matched" else INNER
     model, router, options = build(seed, experts=experts, inner=inner), None, {}
     if arm in LEARNED:
-        options["losses"] = "lb,z,sp,cp,metrics" if arm == "sp_cp" else "lb,z,metrics"
+        options["losses"] = LOSSES.get(arm, "lb,z,metrics")
     else:
         names = {"raw": "causal-raw", "folded": "folded", "bidirectional": "bidirectional"}
         router = (

@@ -297,23 +297,28 @@ def done(out: Path) -> set[tuple[int, str]]:
 
 
 def plot(rows: list[dict[str, str]]) -> None:
+    """Each arm's validation loss less that of learned routers with the same seed, at the same step."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    seeds = sorted({r["seed"] for r in rows})
-    figure, axes = plt.subplots(1, len(seeds), figsize=(6 * len(seeds), 4), squeeze=False, sharey=True)
+    found = {
+        (r["seed"], r["arm"], int(r["step"])): float(r["value"]) for r in rows if r["measure"] == "validation loss"
+    }
+    shown = ("matched", "grouter", "raw", "layer_gates", "bidirectional", "random", "random_unit")
+    seeds = sorted({seed for seed, arm, _ in found if arm == "grouter"})
+    figure, axes = plt.subplots(1, len(seeds), figsize=(5 * len(seeds) + 1.6, 4), squeeze=False, sharey=True)
     for axis, seed in zip(axes[0], seeds, strict=True):
-        for arm in ARMS:
-            points = [(int(r["step"]), float(r["value"])) for r in rows
-                      if (r["seed"], r["arm"], r["measure"]) == (seed, arm, "validation loss")]  # fmt: skip
-            if points:
-                axis.plot(*zip(*sorted(points), strict=True), marker="o", label=arm)
-        axis.set(title=f"seed {seed}", xlabel="step", ylabel="validation loss, nats per token")
-        axis.legend()
+        for arm, marker in zip(shown, "os^vDPX", strict=True):
+            gaps = [found[seed, arm, t] - found[seed, "learned", t] for t in EVALUATED]
+            axis.plot(EVALUATED, gaps, marker=marker, label=arm)
+        axis.axhline(0, color="black", linewidth=1)
+        axis.set(title=f"seed {seed}", xlabel="step")
+    axes[0][0].set_ylabel("validation loss less that of learned routers, nats")
+    axes[0][-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.tight_layout()
-    figure.savefig(RESULTS / "routing_effect.png", dpi=120)
+    figure.savefig(RESULTS / "routing_effect.png", dpi=100)
 
 
 def main() -> None:

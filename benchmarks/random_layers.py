@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import multiprocessing
 import sys
 import time
 from pathlib import Path
@@ -31,6 +32,7 @@ CHUNK = 25
 
 def chunk(number: int) -> list[dict[str, Any]]:
     """The rows of one chunk."""
+    torch.set_num_threads(1)
     drawn: list[Config] = []
     quiet = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 
@@ -61,22 +63,23 @@ def row(number: int, config: Config) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--examples", type=int, default=500)
-    count = parser.parse_args().examples
-    torch.set_num_threads(1)
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     if RESULTS.exists():
         with RESULTS.open(newline="") as f:
             rows = list(csv.DictReader(f))
-    number = 1 + max((int(r["chunk"]) for r in rows), default=-1)
-    while len(rows) < count:
-        rows += chunk(number)
-        number += 1
-        with RESULTS.open("w", newline="") as f:
-            writer = csv.DictWriter(f, FIELDS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        tally = {o: sum(r["outcome"] == o for r in rows) for o in ("raised", "refused", "failed")}
-        print(f"{len(rows)} layers: {tally}", flush=True)
+    done = {int(r["chunk"]) for r in rows}
+    numbers = [n for n in range(-(-options.examples // CHUNK)) if n not in done]
+    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
+        for found in pool.imap_unordered(chunk, numbers):
+            rows += found
+            with RESULTS.open("w", newline="") as f:
+                writer = csv.DictWriter(f, FIELDS, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(sorted(rows, key=lambda r: int(r["chunk"])))
+            tally = {o: sum(r["outcome"] == o for r in rows) for o in ("raised", "refused", "failed")}
+            print(f"{len(rows)} layers: {tally}", flush=True)
     sys.exit(any(r["outcome"] == "failed" for r in rows))
 
 

@@ -248,7 +248,7 @@ CASES: dict[str, Case] = {
         moefx.PassError,
         ["pass fold_combine requires", "which nothing in the pipeline provides"],
     ),
-    "a router": (lambda: block(router=nn.Linear(2, 2)), moefx.InputError, ["router=", "leave router at its default"]),
+    "a router": (lambda: block(router="grouter"), moefx.InputError, ["router is a str", "pass a moefx.Grouter"]),
     "losses": (lambda: block(losses=[3]), moefx.InputError, ["losses holds 3", "known: "]),
     "regions": (lambda: block(regions="moe"), moefx.InputError, ["regions='moe'", "default 'model'"]),
     "a mesh": (lambda: block(mesh=object()), moefx.InputError, ["mesh=", "default None"]),

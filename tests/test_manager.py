@@ -233,7 +233,7 @@ def test_pass_without_run_is_named(graph: Subject) -> None:
 
 
 def test_registry() -> None:
-    assert pass_names()[:4] == ["raise_routers", "expand_routers", "merge_routers", "expand_experts"]
+    assert pass_names()[:4] == ["raise_routers", "route_by_token", "expand_routers", "merge_routers"]
     assert isinstance(get_pass("expand_experts"), ExpandExperts)
     assert get_pass("dead_code_training") == DeadCode(level="training")
     with pytest.raises(PassError) as e:

@@ -22,6 +22,7 @@ from .oracles import KINDS, Tensor, ops, randn
 COMPOSITE = ("experts", "expert_choice", "route")
 # The identity needs no kernel; codes and scales have their definition, on any device.
 REFERENCE_ONLY = (
+    "token_route",
     "overlap",
     "overlap_backward",
     "inject",

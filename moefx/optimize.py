@@ -141,7 +141,7 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
     leaves = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*model.parameters(), *leaves))
 
-    own = o.routing.extra(kwargs)[0] if o.routing is not None else kwargs
+    own = {k: v for k, v in kwargs.items() if o.routing is None or k not in o.routing.extra}
     with stage("warm-up"), observed(to_observe(model)) as calls:
         warm_up(model, args, own)
     with contextlib.ExitStack() as undo:

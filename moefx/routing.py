@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,15 +75,11 @@ class Routing:
 
     def inputs(self, named: dict[str, Any]) -> dict[str, Any]:
         """Those arguments of a call that the router reads, by the router's names; `InputError` for missing ones."""
-        found, signature = {}, inspect.signature(self.router.forward)
-        for name, p in signature.parameters.items():
+        parameters = inspect.signature(self.router.forward).parameters
+        found = _read(named, parameters, self.ids)
+        for name, p in parameters.items():
             source = self.ids if name == "input_ids" else name
-            given = named.get(source)
-            if name == "attention_mask" and isinstance(given, Tensor) and given.dim() != 2:
-                given = None  # a mask of attention, not of tokens
-            if isinstance(given, Tensor):
-                found[name] = given
-            elif p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
+            if name not in found and p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
                 raise InputError(
                     f"the router reads {source!r}, which the call does not have",
                     where=type(self.router).__qualname__,
@@ -92,10 +88,10 @@ class Routing:
                 )
         return found
 
-    def extra(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """A call's keywords in two: the model's, and those that the router alone reads."""
-        own = set(getattr(self.router, "extra_inputs", ()))
-        return {k: v for k, v in kwargs.items() if k not in own}, {k: v for k, v in kwargs.items() if k in own}
+    @property
+    def extra(self) -> tuple[str, ...]:
+        """Keywords of a call that the router alone reads."""
+        return tuple(getattr(self.router, "extra_inputs", ()))
 
 
 class Precomputed(nn.Module):
@@ -124,20 +120,15 @@ def routed(model: nn.Module, routing: Routing | None) -> Iterator[None]:
         yield
         return
     cls = type(model)
-    names = set(inspect.signature(routing.router.forward).parameters)
+    names = tuple(inspect.signature(routing.router.forward).parameters)
     positional = list(inspect.signature(cls.forward).parameters)[1:]
-    extra, ids = tuple(getattr(routing.router, "extra_inputs", ())), routing.ids
+    extra, ids = routing.extra, routing.ids
     biased = isinstance(getattr(routing.router, "selection_bias", None), Tensor)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         named = {**dict(zip(positional, args, strict=False)), **kwargs}
-        reads = {}
-        for name in names:
-            given = named.get(ids if name == "input_ids" else name)
-            if isinstance(given, Tensor) and (name != "attention_mask" or given.dim() == 2):
-                reads[name] = given
         router = self.moefx_router
-        out = router(**reads)
+        out = router(**_read(named, names, ids))
         given = list(out) if isinstance(out, tuple) else [out, router.selection_bias] if biased else [out]
         token_route([t.detach() for t in given])
         return cls.forward(self, *args, **{k: v for k, v in kwargs.items() if k not in extra})
@@ -152,6 +143,16 @@ def routed(model: nn.Module, routing: Routing | None) -> Iterator[None]:
     finally:
         model.__class__ = cls
         del model._modules[INSIDE]
+
+
+def _read(named: dict[str, Any], names: Iterable[str], ids: str) -> dict[str, Tensor]:
+    """Those tensors of a call that a router with arguments `names` is given; of masks only one of tokens."""
+    found = {}
+    for name in names:
+        given = named.get(ids if name == "input_ids" else name)
+        if isinstance(given, Tensor) and (name != "attention_mask" or given.dim() == 2):
+            found[name] = given
+    return found
 
 
 def _with_keywords(own: inspect.Signature, extra: tuple[str, ...]) -> inspect.Signature:

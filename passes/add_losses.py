@@ -11,17 +11,16 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from moefx import compat
 from moefx.dialect.glu import GluKind
 from moefx.dialect.route import DTYPES, RouteSpec
 from moefx.errors import InputError, PassError
 from moefx.graph.edit import arguments, find, module_path, origin, same_sizes, source_line, targets, value
 from moefx.graph.effects import name_of
+from moefx.graph.router import MOVES, route_of
 from moefx.losses import BiasUpdate, Item, LoadBalance, Loss, RoutingMetrics, Taps
 from moefx.manager import Context, Pass
 
 ops = torch.ops.moefx
-MOVES = ("view", "reshape", "flatten", "contiguous", "squeeze", "to", "int", "long", "type", "float", "detach")
 # Inputs that show how many sequences there are, by their first axis.
 BATCHED = ("input_ids", "inputs_embeds", "attention_mask", "labels", "position_ids")
 
@@ -138,7 +137,7 @@ def _taps(write: Writer, node: fx.Node) -> Taps:
         "slot": write(a["slot"]), "order": write(a["order"]),
         "mask": _mask(write, T), "batch": _batch(write, T), "chain": _chain(module_path(node), T),
     }  # fmt: skip
-    route = _route(idx)
+    route = route_of(idx)
     return Taps(**found, **(_unscored(node) if route is None else _router(write, route, activation)))
 
 
@@ -168,14 +167,6 @@ def _router(write: Writer, route: fx.Node, activation: fx.Node) -> dict[str, Any
     if w is not None and gate is not None and value(w).shape[-1] == value(gate[0]).shape[-1]:
         found |= {"router": write(w), "gate": gate[1]}
     return found
-
-
-def _route(idx: Any) -> fx.Node | None:
-    """The `moefx.route` node that made the indices, through reshapes and casts."""
-    while isinstance(idx, fx.Node) and idx.args and name_of(idx) in MOVES:
-        idx = idx.args[0]
-    source = idx.args[0] if isinstance(idx, fx.Node) and idx.target is compat.getitem else None
-    return source if isinstance(source, fx.Node) and source.target in targets(ops.route) else None
 
 
 def _name(bias: Any) -> str:

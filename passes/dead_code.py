@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from moefx.graph.effects import is_effect
+from moefx.graph.effects import erase_unread
 from moefx.manager import Context, Pass
 
 
@@ -25,7 +25,4 @@ class DeadCode(Pass):
         return "dead_code" if self.level == "model" else "dead_code_training"
 
     def run(self, graph: fx.Graph, ctx: Context) -> None:
-        for node in reversed(list(graph.nodes)):
-            if not node.users and node.op not in ("placeholder", "output") and not is_effect(node):
-                graph.erase_node(node)
-                ctx.row.matched += 1
+        ctx.row.matched += erase_unread(graph)

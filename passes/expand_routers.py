@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from moefx.dialect.route import RouteSpec, write
-from moefx.graph.edit import arguments, find, inheriting, origin, outputs, replace, value
+from moefx.graph.edit import arguments, find, inheriting, outputs, replace, value
 from moefx.manager import Context, Pass
 
 ops = torch.ops.moefx
@@ -26,14 +26,10 @@ class ExpandRouters(Pass):
         for node in ctx.at(find(graph, ops.route)):
             a, made = arguments(node), list[fx.Node]()
             logits, taken = a["logits"], outputs(node)
-            with inheriting(graph, node) as call_function:
+            with inheriting(graph, node) as make:
 
-                def call(target: Any, *args: Any, _node: fx.Node = node, _call: Any = call_function, **kw: Any) -> Any:
-                    if isinstance(target, str):
-                        new = graph.call_method(target, args, kw)
-                        new.meta = origin(_node)
-                    else:
-                        new = _call(target, *args, **kw)
+                def call(target: Any, *args: Any, _call: Any = make, **kw: Any) -> Any:
+                    new = _call(target, *args, **kw)
                     made.append(new)  # noqa: B023  used within this iteration only
                     return new
 

@@ -12,14 +12,14 @@ from moefx import compat
 from moefx.dialect.route import NAMES
 from moefx.graph.edit import arguments, find, inheriting, same_sizes, value
 from moefx.graph.effects import is_random, name_of
-from moefx.graph.router import Form, NoRouter, form_of, vector
+from moefx.graph.router import PRODUCTS, Form, NoRouter, form_of, route_of, vector
 from moefx.graph.slices import Slice, Slicer, Unsliceable
 from moefx.manager import Context, Pass
 
 ops = torch.ops.moefx
 Tensor = torch.Tensor
 # What ends the search for logits: behind a product there are activations.
-PRODUCTS = ("linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum", "embedding")
+ENDS = (*PRODUCTS, "embedding")
 # Between a router and its experts: other shapes and integer types of the same numbers.
 RESHAPES = ("view", "reshape", "flatten", "contiguous", "squeeze")
 CASTS = ("to", "int", "long", "type")
@@ -49,7 +49,7 @@ class RaiseRouters(Pass):
         slicer = Slicer(graph)
         for experts in ctx.at(find(graph, ops.experts)):
             a = arguments(experts)
-            if _is_raised(a["idx"]):
+            if route_of(a["idx"]) is not None:
                 continue
             misses = list[NoRouter]()
             for logits in _candidates(slicer, a["idx"], a["w"], value(a["weights"][0]).shape[0]):
@@ -68,13 +68,6 @@ class RaiseRouters(Pass):
                 ctx.rejected(experts, f"router left as it is: {nearest.why}")
 
 
-def _is_raised(idx: Any) -> bool:
-    while isinstance(idx, fx.Node) and idx.args and name_of(idx) in (*RESHAPES, *CASTS):
-        idx = idx.args[0]
-    source = idx.args[0] if isinstance(idx, fx.Node) and idx.target is compat.getitem else None
-    return isinstance(source, fx.Node) and source.target in (ops.route, ops.route.default)
-
-
 def _candidates(slicer: Slicer, idx: fx.Node, w: fx.Node, E: int) -> list[fx.Node]:
     """Nodes that may be the logits, nearest to the product that makes them first."""
     stack, seen = [idx, w], set[fx.Node]()
@@ -82,7 +75,7 @@ def _candidates(slicer: Slicer, idx: fx.Node, w: fx.Node, E: int) -> list[fx.Nod
         n = max(stack, key=slicer.position.__getitem__)  # the nearest to the experts
         stack.remove(n)
         seen.add(n)
-        if name_of(n) not in PRODUCTS:
+        if name_of(n) not in ENDS:
             stack += [i for i in n.all_input_nodes if i not in seen and i not in stack and i.op != "placeholder"]
     found = [n for n in seen if _is_row_of(value(n), E) and value(n).dim() > 1]
     return sorted(found, key=slicer.position.__getitem__)
@@ -100,7 +93,7 @@ def _has_noise(logits: fx.Node) -> bool:
         raise NoRouter("the experts are chosen at random", 0)
     while stack and len(seen) < NEAR:
         n = stack.pop()
-        if n in seen or n.op == "placeholder" or name_of(n) in PRODUCTS or not _is_row_of(value(n), E):
+        if n in seen or n.op == "placeholder" or name_of(n) in ENDS or not _is_row_of(value(n), E):
             continue
         seen.add(n)
         if _is_noise(n):
@@ -114,7 +107,7 @@ def _has_noise(logits: fx.Node) -> bool:
 
 def _is_noise(n: fx.Node, depth: int = 8) -> bool:
     """Random numbers, or what was made of them before they were added to something."""
-    if "dropout" in name_of(n) or name_of(n).strip("i_") in ("add", "sub") or name_of(n) in PRODUCTS or not depth:
+    if "dropout" in name_of(n) or name_of(n).strip("i_") in ("add", "sub") or name_of(n) in ENDS or not depth:
         return False
     return is_random(n) or any(_is_noise(i, depth - 1) for i in n.all_input_nodes)
 

@@ -13,13 +13,13 @@ from moefx import compat
 from moefx.dialect.route import RouteSpec, write_scores, write_weights
 from moefx.errors import PassError
 from moefx.graph.edit import arguments, find, module_path, origin, outputs, same_sizes, source_line, value
-from moefx.graph.effects import is_effect, name_of
+from moefx.graph.effects import erase_unread, name_of
 from moefx.graph.removal import downstream, take_out
+from moefx.graph.router import PRODUCTS
 from moefx.manager import Context, Pass
 
 ops = torch.ops.moefx
 Tensor = torch.Tensor
-PRODUCTS = ("linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum")
 # What is left of the layers' own routers, for losses, which need to know them.
 KEPT = {"router": "and its own routers are gone", "layer": "and its own routers only weigh what these choose"}
 
@@ -62,9 +62,7 @@ class RouteByToken(Pass):
         for where in take_out(graph, old, source.made, lambda node, i: _returned(node, i, source)):
             ctx.row.notes.append(f"what old routers added at {where} is no longer added")
         source.marker.replace_all_uses_with(source.given[0])
-        for node in reversed(list(graph.nodes)):
-            if not node.users and node.op not in ("placeholder", "output") and not is_effect(node):
-                graph.erase_node(node)
+        erase_unread(graph)
 
     def _new(self, source: _Source, layer: _Layer, n: int) -> tuple[fx.Node, fx.Node]:
         idx = source.idx(layer, n)

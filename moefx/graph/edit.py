@@ -78,10 +78,16 @@ def origin(node: fx.Node) -> dict[str, Any]:
 
 @contextmanager
 def inheriting(graph: fx.Graph, node: fx.Node) -> Iterator[Callable[..., fx.Node]]:
-    """Insert before `node`; the yielded `call(target, *args, **kwargs)` makes nodes that inherit its origin."""
+    """Insert before `node`; the yielded `call(target, *args, **kwargs)` makes nodes that inherit its origin.
 
-    def call(target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        new = graph.call_function(target, args, kwargs)
+    A target is a function, or the name of a method of the first argument.
+    """
+
+    def call(target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
+        if isinstance(target, str):
+            new = graph.call_method(target, args, kwargs)
+        else:
+            new = graph.call_function(target, args, kwargs)
         new.meta = origin(node)
         return new
 

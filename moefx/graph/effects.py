@@ -99,6 +99,15 @@ def is_random(node: fx.Node) -> bool:
     return name in _DRAWS
 
 
+def erase_unread(graph: fx.Graph) -> int:
+    """Take out nodes that nobody reads and that do nothing else (`is_effect`); how many there were."""
+    before = len(graph.nodes)
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node.op not in ("placeholder", "output") and not is_effect(node):
+            graph.erase_node(node)
+    return before - len(graph.nodes)
+
+
 def is_effect(node: fx.Node) -> bool:
     """Whether a node must stay although nobody reads it: writes, mode switches, assertions, random draws, regions."""
     return bool(

@@ -17,11 +17,15 @@ from moefx import compat
 from moefx.dialect.route import NAMES, RouteSpec, eager, write
 from moefx.dialect.route_fit import Hints, Trial, fit, same
 
-from .edit import same_sizes, value
+from .edit import same_sizes, targets, value
 from .effects import name_of
 from .slices import Slice
 
 Tensor = torch.Tensor
+# What makes logits.
+PRODUCTS = ("linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum")
+# Between a router and its experts: other shapes and types of the same numbers.
+MOVES = ("view", "reshape", "flatten", "contiguous", "squeeze", "to", "int", "long", "type", "float", "detach")
 KINDS, TRIAL_ROWS = 6, 144  # of trial logits: kinds of rows, and rows at least
 
 
@@ -31,6 +35,14 @@ class NoRouter(Exception):  # noqa: N818  control flow: why a candidate is not r
     def __init__(self, why: str, stage: int) -> None:
         self.why, self.stage = why, stage
         super().__init__(why)
+
+
+def route_of(idx: Any) -> fx.Node | None:
+    """The `moefx.route` node that made these indices, through reshapes and casts; None where there is none."""
+    while isinstance(idx, fx.Node) and idx.args and name_of(idx) in MOVES:
+        idx = idx.args[0]
+    source = idx.args[0] if isinstance(idx, fx.Node) and idx.target is compat.getitem else None
+    return source if isinstance(source, fx.Node) and source.target in targets(torch.ops.moefx.route) else None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from ..models.grouter import Grouter
 from ..optim.schedule import WarmupCosine
 from ..train import checkpoint as store
 from ..train.loop import DivergedError
-from .running import Batch, Batches, bar, batches_from, check_figures, for_grouter, next_batch, overlap, write_report
+from .reports import write_report
+from .running import Batch, Batches, bar, batches_from, check_figures, for_grouter, next_batch, overlap
 from .tap import Tap, tap
 
 KEPT = ("losses", "kl_curve", "exact_curve", "recall_curve", "tokens", "seconds")  # of a report, in checkpoints
@@ -73,7 +74,7 @@ class DistillReport:
 
     def write(self, folder: str | Path) -> None:
         """`report.json` and `report.md`."""
-        write_report(folder, self.to_dict(), "Distilling a Grouter", self.rows())
+        write_report(Path(folder), "report", "Distilling a Grouter", self.to_dict(), dict(self.rows()), head="| | |")
 
 
 def distill(

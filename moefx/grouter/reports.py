@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..train.story import write_json
 
-def write_report(out: Path, name: str, title: str, result: Mapping[str, Any], rows: Mapping[str, str]) -> str:
+
+def write_report(
+    out: Path,
+    name: str,
+    title: str,
+    result: Mapping[str, Any],
+    rows: Mapping[str, str],
+    head: str = "| figure | value |",
+) -> str:
     """Write `name`.json (all of `result`) and `name`.md (title and `rows`, figure -> value) into `out`.
 
     Returns:
         The text of the second.
     """
-    out.mkdir(parents=True, exist_ok=True)
     table = "".join(f"| {figure} | {value} |\n" for figure, value in rows.items())
-    text = f"# {title}\n\n| figure | value |\n|---|---|\n{table}"
-    (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    text = f"# {title}\n\n{head}\n|---|---|\n{table}"
+    write_json(out / f"{name}.json", result)
     (out / f"{name}.md").write_text(text, encoding="utf-8")
     return text
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -15,7 +13,6 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..models.grouter import Grouter
-from ..train.story import write_json
 from .check import top_set
 
 Batch = Tensor | Mapping[str, Tensor]
@@ -82,11 +79,3 @@ def bar(label: str, total: int, done: int, show: bool) -> Iterator[Callable[[int
     with Progress(TextColumn("{task.description}"), *columns, console=console, disable=off) as progress:
         task = progress.add_task(label, total=total, completed=done, figures="")
         yield lambda step, figures: progress.update(task, completed=step, figures=figures)
-
-
-def write_report(folder: str | Path, content: Mapping[str, Any], title: str, rows: Sequence[tuple[str, str]]) -> None:
-    """`report.json` with everything, and `report.md` with a table of `rows`."""
-    path = Path(folder)
-    write_json(path / "report.json", content)
-    lines = [f"# {title}", "", "| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows), ""]
-    (path / "report.md").write_text("\n".join(lines), encoding="utf-8")

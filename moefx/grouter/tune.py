@@ -19,6 +19,7 @@ from ..optim.schedule import WarmupCosine
 from ..train.loop import DivergedError
 from .check import top_set
 from .distill import kl
+from .reports import write_report
 from .running import (
     Batch,
     Batches,
@@ -28,7 +29,6 @@ from .running import (
     for_grouter,
     max_violation,
     next_batch,
-    write_report,
 )
 
 OBJECTIVES = ("sequence", "global")
@@ -85,7 +85,7 @@ class TuneReport:
 
     def write(self, folder: str | Path) -> None:
         """`report.json` and `report.md`."""
-        write_report(folder, self.to_dict(), "Tuning a Grouter", self.rows())
+        write_report(Path(folder), "report", "Tuning a Grouter", self.to_dict(), dict(self.rows()), head="| | |")
 
 
 def tune(

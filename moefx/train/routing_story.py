@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +20,7 @@ from .config import TrainConfig
 from .data import TokenDataset, open_dataset
 from .loop import CHECKPOINTS, TrainResult, set_aside, train
 from .models import load_model, vocab_size_of
-from .parts import autocast, device_of
-from .story import REPORT, baseline, write_json
+from .story import REPORT, baseline, optimized, write_json
 
 TEACHER, GROUTER, ROUTED, LEARNED = "teacher", "grouter", "routed", "learned"
 DISTILLED = "distilled"
@@ -84,7 +84,7 @@ def run_routing(
         )
     results, reports = {}, {}
     for arm, asked in ((LEARNED, {"losses": losses}), (ROUTED, {"router": grouter, "losses": _unrouted(losses)})):
-        opt = _optimized(copy.deepcopy(target), tokens, cfg, {**shared, **asked})
+        opt = optimized(copy.deepcopy(target), tokens, cfg, None, {**shared, **asked})
         results[arm] = _train(opt, tokens, cfg, arm, resume, console)
         reports[arm] = opt.report.to_dict()
     content = {
@@ -141,7 +141,7 @@ def _distilled(
     seed = cfg.seed + TEACHER_SEED
     teacher = _without_own_losses(load_model(model, seed, tokens.vocab_size) if isinstance(model, str) else model)
     own = replace(cfg, seed=seed)
-    trained = _optimized(teacher, tokens, own, {**shared, "losses": losses})
+    trained = optimized(teacher, tokens, own, None, {**shared, "losses": losses})
     _train(trained, tokens, own, TEACHER, resume, console)
 
     def batches(seed: int, first: int) -> Iterator[torch.Tensor]:
@@ -178,8 +178,6 @@ def _network(target: nn.Module, vocab_size: int, experts: int) -> Any:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    import json
-
     found = {name: folder / name / "report.json" for name in ("distill", "tune")}
     return {n: json.loads(p.read_text(encoding="utf-8")) for n, p in found.items()} if found["tune"].exists() else {}
 
@@ -190,17 +188,9 @@ def _train(opt: Any, tokens: TokenDataset, cfg: TrainConfig, arm: str, resume: b
     return train(opt, tokens, own, resume=begun, label=arm, console=console)
 
 
-def _optimized(model: nn.Module, tokens: TokenDataset, cfg: TrainConfig, options: dict[str, Any]) -> Any:
-    from ..optimize import optimize
-
-    ids = next(tokens.batches("train", cfg.batch, cfg.seq, cfg.seed)).to(device_of(model))
-    with autocast(model, cfg):
-        return optimize(model.train(), {"input_ids": ids, "labels": ids}, **options)
-
-
 def _without_own_losses(model: nn.Module) -> nn.Module:
-    """A copy that leaves the losses of its routers to `moefx.losses`."""
-    model = copy.deepcopy(model)
+    """A copy in train mode that leaves the losses of its routers to `moefx.losses`."""
+    model = copy.deepcopy(model).train()
     config: Any = getattr(model, "config", None)
     if getattr(config, "output_router_logits", False):
         config.output_router_logits = False

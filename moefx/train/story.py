@@ -83,8 +83,8 @@ def run_training(
             set_aside(sub.out)
 
     # Copied before either is trained: both start from the same bits.
-    optimized = _optimized(copy.deepcopy(original), tokens, cfg, optimize, {"recipe": recipe, **(options or {})})
-    result = train(optimized, tokens, outs[OPTIMIZED], resume=resume, label=OPTIMIZED, console=console)
+    opt = optimized(copy.deepcopy(original), tokens, cfg, optimize, {"recipe": recipe, **(options or {})})
+    result = train(opt, tokens, outs[OPTIMIZED], resume=resume, label=OPTIMIZED, console=console)
     reference = None
     if steps:
         begun = resume and bool(checkpoints(outs[ORIGINAL].out / CHECKPOINTS))
@@ -93,7 +93,7 @@ def run_training(
         )
     content = {
         "train": summarize(result, reference, cfg, tokens, baseline(tokens, cfg)),
-        "report": optimized.report.to_dict(),
+        "report": opt.report.to_dict(),
     }
     write_json(cfg.out / REPORT, content)
     console.print(table(content))
@@ -212,9 +212,10 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         ) from error
 
 
-def _optimized(
+def optimized(
     model: nn.Module, data: TokenDataset, cfg: TrainConfig, optimize: Optimize | None, options: dict[str, Any]
 ) -> Any:
+    """The model through `optimize` (None: moefx's own) with the options, on the first training batch."""
     if optimize is None:
         from ..optimize import optimize as compiler  # not at the top: data and checkpoints work without the compiler
     else:

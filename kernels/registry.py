@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -47,17 +50,49 @@ def register(op: str, name: str, supports: Callable[..., bool]) -> Callable[[Cal
     return add
 
 
+def register_triton(op: str, place: str, supports: Callable[..., bool]) -> None:
+    """Add the provider "triton" for `op`: the launcher `place`, "<module>:<function>" in `kernels/gpu`.
+
+    The module is imported at the first call, so that moefx works without triton. `supports` is asked for calls whose
+    first tensor lives on a CUDA or ROCm device, where triton is installed.
+    """
+    module, name = place.split(":")
+
+    @cache
+    def launcher() -> Callable[..., Any]:
+        found: Callable[..., Any] = getattr(import_module(f"moefx.kernels.gpu.{module}"), name)
+        return found
+
+    def here(*args: Any) -> bool:
+        return _first_tensor(args).device.type == "cuda" and _triton_found() and supports(*args)
+
+    provider = Provider("triton", lambda *args: launcher()(*args), here)
+    _TABLE.setdefault(op, OpProviders()).providers.append(provider)
+
+
+@cache
+def _triton_found() -> bool:
+    return find_spec("triton") is not None
+
+
+def _first_tensor(args: tuple[Any, ...]) -> torch.Tensor:
+    return next(t for a in args for t in (a if isinstance(a, list) else [a]) if isinstance(t, torch.Tensor))
+
+
+def choose(op: str, *args: Any) -> Provider:
+    """The provider that would compute `op` of `args`, which may be fake tensors of a device that is not here."""
+    for provider in _TABLE[op].providers:
+        if provider.supports(*args):
+            return provider
+    raise LookupError(f"no provider of {op} supports these arguments; the reference should have been registered last")
+
+
 def dispatch(op: str, *args: Any) -> Any:
     """Run `op` through its first supporting provider. Called from inside the op, on real tensors."""
-    entry = _TABLE[op]
-    for provider in entry.providers:
-        if provider.supports(*args):
-            tensors = (t for a in args for t in (a if isinstance(a, list) else [a]) if isinstance(t, torch.Tensor))
-            first = next(tensors)
-            key = (provider.name, first.device.type, first.dtype)
-            entry.used[key] = entry.used.get(key, 0) + 1
-            return provider.run(*args)
-    raise LookupError(f"no provider of {op} supports these arguments; the reference should have been registered last")
+    provider, first, used = choose(op, *args), _first_tensor(args), _TABLE[op].used
+    key = (provider.name, first.device.type, first.dtype)
+    used[key] = used.get(key, 0) + 1
+    return provider.run(*args)
 
 
 def used() -> dict[str, dict[str, int]]:

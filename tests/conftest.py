@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+# Kernels are interpreted or compiled, once for a process, as this says when triton is imported. Tests that compile do
+# so in processes of their own; tests on a GPU set it to 0.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,0 +1,123 @@
+"""What quantizing kernels share: scales from largest magnitudes and codes from numbers, bit for bit those of
+`moefx.precision` (`scaling.scales_from_amax`, `Format.encode`), with rounding left to the hardware's conversion.
+
+A spec becomes a few constants (`constants`), so that one kernel serves every element format and rule. E4M3, E5M2 and
+E2M1 elements; scales that are powers of two (fp32 or E8M0), or fp32 by division.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from moefx.precision.formats import MIN_NORMAL
+from moefx.precision.scaling import least_exponent, mantissa_bound
+from moefx.precision.spec import QuantSpec
+
+ELEMENTS = ("e4m3", "e5m2", "e2m1")
+
+
+@lru_cache
+def constants(spec: str) -> dict[str, Any]:
+    """The constexprs by which a kernel knows a spec with one level of scales."""
+    s = QuantSpec.parse(spec)
+    return {
+        "ELEM": s.elem,  # "e4m3", "e5m2", "e2m1"
+        "EMAX": s.format.emax,
+        "BOUND": mantissa_bound(s.format, s.rule) if s.is_po2 else 0,
+        "LEAST": least_exponent(s),
+        "MAX": s.format.max,
+        "EPS": s.eps,
+        "ZERO_ONE": s.zero == "one",
+        "PO2": s.is_po2,
+        "BYTES": s.scale == "e8m0",  # scales are stored as the exponent's byte
+    }
+
+
+def known(spec: str) -> bool:
+    """Whether these helpers cover a spec: not two-level, delayed or stochastic ones, nor other elements."""
+    s = QuantSpec.parse(spec)
+    return s.elem in ELEMENTS and not (s.two_level or s.delayed or s.stochastic)
+
+
+def as_bytes(t: torch.Tensor) -> torch.Tensor:
+    """8-bit tensors of any dtype as uint8, for kernels that move codes."""
+    return t.view(torch.uint8) if t.element_size() == 1 else t
+
+
+@triton.jit
+def po2_field(
+    amax, EMAX: tl.constexpr, BOUND: tl.constexpr, LEAST: tl.constexpr, EPS: tl.constexpr, ZERO_ONE: tl.constexpr
+):
+    """The exponent field, T + 127, of the power-of-two scale 2^T of blocks with the largest magnitudes `amax` (fp32).
+
+    255 where amax is not finite. A maximum over a block ignores NaN on a GPU: take it over the bits of the magnitudes
+    (`magnitude_bits`), under which NaN is above everything.
+    """
+    if EPS > 0:
+        amax = tl.where(amax < EPS, EPS, amax)
+    u = amax.to(tl.int32, bitcast=True)
+    fraction = u & 0x7FFFFF
+    small = fraction.to(tl.float32).to(tl.int32, bitcast=True)  # a subnormal's fraction, as a normal number
+    field = tl.where(u < 0x800000, (small >> 23) - 149, u >> 23)
+    fraction = tl.where(u < 0x800000, small & 0x7FFFFF, fraction)
+    field = field - EMAX + (fraction > BOUND).to(tl.int32)
+    field = tl.minimum(tl.maximum(field, LEAST + 127), 254)
+    field = tl.where(u == 0, 127 if ZERO_ONE else LEAST + 127, field)
+    return tl.where(u >= 0x7F800000, 255, field)
+
+
+@triton.jit
+def magnitude_bits(x):
+    """int32 whose order is that of |x| (fp32), with infinity and NaN on top."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def inverse(field):
+    """2^-T (fp32) of an exponent field T + 127; NaN of 255."""
+    bits = tl.where(field == 255, 0x7FC00000, (254 - field) << 23)
+    return tl.where(field == 254, 0x400000, bits).to(tl.float32, bitcast=True)  # 2^-127 is subnormal
+
+
+@triton.jit
+def scale_value(field):
+    """2^T (fp32) of an exponent field T + 127; NaN of 255."""
+    bits = tl.where(field == 255, 0x7FC00000, tl.where(field == 0, 0x400000, field << 23))
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def f32_scale(amax, MAX: tl.constexpr, EPS: tl.constexpr, ZERO_ONE: tl.constexpr):
+    """The fp32 scale amax / MAX, limited to normal numbers; NaN where amax is not finite."""
+    if EPS > 0:
+        amax = tl.where(amax < EPS, EPS, amax)
+    scale = tl.math.div_rn(amax, tl.full(amax.shape, MAX, tl.float32))
+    scale = tl.where(scale < 1.1754943508222875e-38, 1.1754943508222875e-38, scale)
+    if ZERO_ONE:
+        scale = tl.where(amax == 0, 1.0, scale)
+    return tl.where(amax.to(tl.int32, bitcast=True) >= 0x7F800000, float("nan"), scale)
+
+
+@triton.jit
+def encode8(x, ELEM: tl.constexpr):
+    """uint8 codes of fp32 numbers in E4M3 or E5M2: nearest, ties to even, limited to the largest number; NaN is NaN."""
+    if ELEM == "e4m3":
+        return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    x = tl.where(x > 57344.0, 57344.0, tl.where(x < -57344.0, -57344.0, x))
+    return x.to(tl.float8e5).to(tl.uint8, bitcast=True)
+
+
+@triton.jit
+def decode8(code, ELEM: tl.constexpr):
+    """fp32 numbers of uint8 codes in E4M3 or E5M2."""
+    if ELEM == "e4m3":
+        return code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    return code.to(tl.float8e5, bitcast=True).to(tl.float32)
+
+
+assert MIN_NORMAL == 1.1754943508222875e-38  # the literal in `f32_scale`

@@ -1,0 +1,66 @@
+"""Launching: on the device, in the interpreter, or, for kernels of machines that are not here, compiling alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from triton import knobs
+
+Tensor = torch.Tensor
+_WHERE_UNKNOWN = 132  # multiprocessors of an H100 or H200: what programs are counted by where there is no device
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel compiled by `recording`: its name, what Triton made of it, and the options it was launched with."""
+
+    name: str
+    kernel: Any
+    options: dict[str, Any]
+
+
+_recorded: list[Compiled] | None = None
+
+
+def launch(kernel: Any, grid: Sequence[int] | Callable[[dict[str, Any]], Sequence[int]], *args: Any, **kw: Any) -> None:
+    """Run `kernel[grid](*args, **kw)` on the device of its first tensor; a grid with a zero runs nothing.
+
+    `kw` are constexprs by name, and Triton's options `num_warps` and `num_stages`.
+    """
+    if not callable(grid) and 0 in grid:
+        return
+    if _recorded is not None:
+        made = kernel.warmup(*args, grid=tuple(grid) if not callable(grid) else grid, **kw)
+        _recorded.append(Compiled(kernel.__name__, made, dict(kw)))
+        return
+    first = next(a for a in args if isinstance(a, Tensor))
+    with torch.cuda.device_of(first) if first.is_cuda else nullcontext():
+        kernel[grid if callable(grid) else tuple(grid)](*args, **kw)
+
+
+@contextmanager
+def recording() -> Iterator[list[Compiled]]:
+    """Within, launches compile and do not run. Call launchers with tensors on the device "meta"."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device: persistent kernels start a few programs on each."""
+    if device.type == "cuda":
+        count: int = torch.cuda.get_device_properties(device).multi_processor_count
+        return count
+    return 4 if knobs.runtime.interpret else _WHERE_UNKNOWN  # few, so that an interpreted program meets several tiles
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)

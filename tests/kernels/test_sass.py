@@ -34,3 +34,15 @@ def test_machine_code(module: str) -> None:
     found = compiled(module)
     assert found["complaints"] == []
     assert {row["target"] for row in found["kernels"]} >= {"sm_90", "sm_100"}
+
+
+def test_every_gate_can_fail() -> None:
+    found = compiled("tests.kernels.broken")["complaints"]
+    by_gate: dict[str, str] = {}
+    for text in found:
+        by_gate.setdefault(text.split(": ")[1], text)
+    assert set(by_gate) == {
+        "spills", "registers", "shared", "HGMMA", "HMMA", "LDGSTS", "atomics", "F2FP.SATFINITE",
+    }  # fmt: skip
+    for gate, text in by_gate.items():
+        assert gate in text.partition(" on sm_90")[2] or f"no {gate}" in text, text

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,13 +26,14 @@ from .precision_metrics import Meter
 from .program import Program
 from .raising.replay import Assembly
 from .routing import INSIDE
+from .weights import KeptCodes
 
 Tensor = torch.Tensor
 # Config entries that no forward depends on: captures run without a cache, and `save_pretrained` notes the other ones.
 _NOT_COMPUTED_WITH = frozenset({"use_cache", "dtype", "architectures", "_name_or_path", "transformers_version"})
 _OWN = frozenset({
     "_history", "_indices", "_original", "_options", "_compile", "_variants", "_structure", "_report", "_refs",
-    "_extras", "_counts",
+    "_extras", "_counts", "_kept",
 })  # fmt: skip
 
 
@@ -62,7 +64,7 @@ class OptimizedModule(nn.Module):
         own["_original"] = original
         own["_compile"], own["_options"], own["_report"] = compile_variant, options, report
         own["_variants"], own["_structure"], own["_refs"] = {}, None, {}
-        own["_extras"], own["_counts"] = {}, {}
+        own["_extras"], own["_counts"], own["_kept"] = {}, {}, None
         own["_history"], own["_indices"] = AmaxHistory(options.recipe.amax_history), {}
         super().__init__()
         del own["_is_full_backward_hook"]
@@ -189,7 +191,7 @@ class OptimizedModule(nn.Module):
         program = variant.program
         primals, index = self._primals(program, leaves)
         push = None if index is None else functools.partial(self._history.push, index)
-        outs = program(primals, push)
+        outs = program(primals, push, self._kept)
 
         def target(slot: compat.Slot) -> Tensor:
             kind = slot.kind.split(":")[1]
@@ -200,6 +202,26 @@ class OptimizedModule(nn.Module):
         if program.extras:
             self._keep(program.returned_extras(outs))
         return program.finish(outs, primals, target)
+
+    @contextmanager
+    def microbatches(self) -> Iterator[None]:
+        """Within, casts of weights are made once and shared by all calls, until a parameter changes.
+
+            with opt.microbatches():
+                for ids in microbatches:
+                    opt(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+
+        For gradient accumulation and for activation checkpointing around the model. After the step of any optimizer,
+        and when a parameter was written in place or replaced (`load_state_dict`), weights are cast again at the next
+        call; writing through `p.data` leaves no trace and is not seen. The codes are freed at the end.
+        """
+        before = self._kept
+        try:
+            with KeptCodes(self.original) as self._kept:
+                yield
+        finally:
+            self._kept = before
 
     def _keep(self, extras: dict[tuple[str, str], Tensor]) -> None:
         """Remember what a call returned beside the model's outputs; choices are added up until biases are updated."""

@@ -33,6 +33,7 @@ from .raising.probe import observed
 from .report import Report
 from .routing import Routing, as_routing, check_causal, check_vocabulary, mark_layout, routed
 from .verify import Verifier
+from .weights import hoist_weight_casts
 
 CODEGENS = ("inductor", "eager")
 GRAPH_LEVEL = ("raise_idioms", "unbind_experts")  # passes that find experts where no module was raised
@@ -189,13 +190,16 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
 
     with stage("partition") as done:  # stage 6
         fw, bw = split(joint, codegen=o.codegen) if grad else (joint.gm, None)
+        weights = (
+            [hoist_weight_casts(half, _parameters(joint)) for half in (fw, bw)] if bw is not None else (None, None)
+        )
         done(fw)
-    report.graphs.keep("forward", fw, copy_plain(fw.graph))
-    if bw is not None:
-        report.graphs.keep("backward", bw, copy_plain(bw.graph))
+    for name, half in (*zip(("weights", "weights_backward"), weights, strict=True), ("forward", fw), ("backward", bw)):
+        if half is not None:
+            report.graphs.keep(name, half, copy_plain(half.graph))
     with stage("codegen") as done:
         make = compiler(o.codegen, backward=True, progress=stage.backward)
-        program = Program(joint, fw, bw, compiler(o.codegen, inference=bw is None), make, assemblies)
+        program = Program(joint, fw, bw, compiler(o.codegen, inference=bw is None), make, assemblies, weights)
         done(fw)
     report.memory = {"saved_bytes": program.saved_bytes if grad else 0, "layers": program.saved_by_layer}
 
@@ -280,6 +284,12 @@ def _joint_names(joint: Joint, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         named = called[int(slot.key)] if slot.kind == "input" else str(slot.key)
         names[node.name] = f"gradient of output {slot.key}" if slot.kind == "tangent" else named
     return names
+
+
+def _parameters(joint: Joint) -> set[str]:
+    """Names of the placeholders that are parameters."""
+    placeholders = joint.graph.find_nodes(op="placeholder")
+    return {n.name for s, n in zip(joint.inputs, placeholders, strict=True) if s.kind == "param"}
 
 
 def _joint_values(

@@ -22,6 +22,7 @@ from .graph.casts import DELAYED, QUANTIZE, is_weight
 from .graph.edit import module_path
 from .joint import Compiler, Joint, prune_tangents
 from .raising.replay import Assembly
+from .weights import KeptCodes, WeightCodes
 
 Tensor = torch.Tensor
 VIEWS = frozenset({torch.ops.aten.permute.default, torch.ops.aten.transpose.int, torch.ops.aten.view.default})
@@ -38,6 +39,7 @@ class Program:
         assemblies: inputs called by their names are built from parameters.
         inputs: what each forward argument is (`Slot`s of parameters, buffers, plain inputs), in calling order.
         fw_graph, bw_graph: the graph modules before code generation.
+        fw_weights, bw_weights: what makes the codes of weights that they take as inputs; None if they take none.
         saved_bytes: bytes kept for the backward besides parameters, buffers and inputs; None where sizes are symbolic.
     """
 
@@ -49,6 +51,7 @@ class Program:
         compile_fw: Compiler,
         compile_bw: Compiler,
         assemblies: Assemblies | None = None,
+        weights: Sequence[fx.GraphModule | None] = (None, None),
     ) -> None:
         self.assemblies = assemblies or {}
         placeholders = list(joint.graph.find_nodes(op="placeholder"))
@@ -67,7 +70,7 @@ class Program:
         self.count = len(outs)
 
         position = {name: i for i, name in enumerate(names)}
-        self.fw_order = [position[n.name] for n in fw.graph.find_nodes(op="placeholder")]
+        self.fw_order = [position.get(n.name, n.name) for n in fw.graph.find_nodes(op="placeholder")]
         fw_out: Sequence[Any] = fw.graph.output_node().args[0]  # type: ignore[assignment]
         self.saved = [n.name for n in fw_out[self.count :]]
         mutated = {(s.kind.split(":")[1], s.key) for _, s in self.mutations}
@@ -86,6 +89,8 @@ class Program:
         grads: Sequence[Any] = joint.graph.output_node().args[0][self.count :]  # type: ignore[index, assignment]
         self.no_grad_inputs = [i for i, g in enumerate(grads) if g is None] if joint.grad else []
         self.fw = compile_fw(fw)
+        self.position = position
+        self.fw_weights, self.bw_weights = (None if gm is None else WeightCodes(gm, compile_fw(gm)) for gm in weights)
         self._backwards: dict[frozenset[str], tuple[Runner, list[str]]] = {}
         self._lock = threading.Lock()
 
@@ -94,25 +99,32 @@ class Program:
         """For each backward compiled so far, the outputs whose tangents it expects."""
         return [sorted(key for name, key, _ in self.tangents if name not in absent) for absent in self._backwards]
 
-    def __call__(self, primals: list[Any], push: Push | None = None) -> Any:
+    def __call__(self, primals: list[Any], push: Push | None = None, kept: KeptCodes | None = None) -> Any:
         """Run on values in `inputs` order; returns the graph's outputs, which `finish` puts in the model's structure.
 
-        `push` takes the magnitudes of each half when there is a history of them.
+        `push` takes the magnitudes of each half when there is a history of them; `kept` holds codes of weights that
+        calls share.
         """
         for i in self.clone_inputs:
             primals[i] = primals[i].detach().clone()
+        codes = {}
+        if self.fw_weights is not None:
+            codes = self.fw_weights(lambda name: primals[self.position[name]], kept)
         if self.bw_graph is None or not torch.is_grad_enabled():
             with torch.no_grad(), compat.disable_autocast():
-                outs: Sequence[Any] = self.fw([primals[i] for i in self.fw_order])
+                outs: Sequence[Any] = self.fw(self._arguments(primals, codes))
         else:
             args = list(primals)
             for i in self.no_grad_inputs:
                 if isinstance(args[i], Tensor) and args[i].requires_grad:
                     args[i] = args[i].detach()
-            outs = _Run.apply(self, push, *args)  # type: ignore[no-untyped-call]
+            outs = _Run.apply(self, push, kept, codes, *args)  # type: ignore[no-untyped-call]
             if push is not None and self.history_output is not None:
                 push(outs[self.history_output])
         return outs
+
+    def _arguments(self, primals: Sequence[Any], codes: dict[str, Tensor]) -> list[Any]:
+        return [primals[i] if isinstance(i, int) else codes[i] for i in self.fw_order]
 
     def finish(self, outs: Sequence[Any], primals: Sequence[Any], targets: Callable[[Any], Tensor]) -> Any:
         """Write buffer updates back and rebuild the output structure."""
@@ -129,12 +141,15 @@ class Program:
         behind = self.results[len(self.results) - len(self.extras) :]
         return {extra: outs[i].detach() for extra, i in zip(self.extras, behind, strict=True)}
 
-    def backward(self, saved: dict[str, Any], tangents: Sequence[Tensor | None]) -> Sequence[Any]:
+    def backward(
+        self, saved: dict[str, Any], tangents: Sequence[Tensor | None], kept: KeptCodes | None = None
+    ) -> Sequence[Any]:
         """Gradients of all inputs, None where there is none.
 
         Args:
             saved: saved values by node name; consumed.
             tangents: one per differentiable output in graph order, None where that output has no gradient.
+            kept: codes of weights that calls share.
         """
         absent = frozenset(name for (name, _, _), t in zip(self.tangents, tangents, strict=True) if t is None)
         if absent not in self._backwards:
@@ -145,6 +160,8 @@ class Program:
         for (name, _, val), tangent in zip(self.tangents, tangents, strict=True):
             if tangent is not None:
                 saved[name] = like_traced(tangent, val)
+        if self.bw_weights is not None:
+            saved |= self.bw_weights(saved.__getitem__, kept)
         values = [saved.pop(n) for n in names]
         saved.clear()
         with torch.no_grad(), compat.disable_autocast():
@@ -160,12 +177,14 @@ class _Run(torch.autograd.Function):
     """The one autograd node of a variant."""
 
     @staticmethod
-    def forward(ctx: Any, program: Program, push: Push | None, *primals: Any) -> tuple[Any, ...]:
+    def forward(
+        ctx: Any, program: Program, push: Push | None, kept: KeptCodes | None, codes: dict[str, Tensor], *primals: Any
+    ) -> tuple[Any, ...]:
         with compat.disable_autocast():
-            outs = program.fw([primals[i] for i in program.fw_order])
+            outs = program.fw(program._arguments(primals, codes))
         values = outs[program.count :]
         tensors = [v for v in values if isinstance(v, Tensor)]
-        ctx.program, ctx.push = program, push
+        ctx.program, ctx.push, ctx.kept = program, push, kept
         ctx.save_for_backward(*tensors)
         ctx.others = [None if isinstance(v, Tensor) else v for v in values]
         ctx.set_materialize_grads(False)
@@ -189,12 +208,12 @@ class _Run(torch.autograd.Function):
         del tensors
         ctx.maybe_clear_saved_tensors()  # unless the graph is retained: each can then die at its last use
         tangents = [grads[program.results[key]] for _, key, _ in program.tangents]
-        gradients = list(program.backward(saved, tangents))
+        gradients = list(program.backward(saved, tangents, ctx.kept))
         if (i := program.history_input) is not None:
             if ctx.push is not None and gradients[i] is not None:
                 ctx.push(gradients[i])
             gradients[i] = None
-        return (None, None, *(_refuse_second(gradients) if torch.is_grad_enabled() else gradients))
+        return (None, None, None, None, *(_refuse_second(gradients) if torch.is_grad_enabled() else gradients))
 
 
 class _Once(torch.autograd.Function):
@@ -238,6 +257,8 @@ def like_traced(tangent: Tensor, val: Tensor) -> Tensor:
 
 def _is_view_of_input(node: fx.Node) -> bool:
     """Whether a saved value is a view of a parameter or an input, and so keeps nothing alive by itself."""
+    if "moefx_weight" in node.meta:
+        return False
     while node.op == "call_function":
         schema = getattr(node.target, "_schema", None)
         info = schema.returns[0].alias_info if schema is not None and schema.returns else None
@@ -274,6 +295,8 @@ def saved_by_layer(nodes: Sequence[fx.Node]) -> dict[str, dict[str, int]]:
 
 def _kind(node: fx.Node) -> str | None:
     """What a saved node of an experts module is; None for nodes of other modules."""
+    if "moefx_weight" in node.meta:
+        return "weights"
     source = node
     while source.target is compat.getitem or source.target in VIEWS:
         source = source.args[0]  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-# make train | test | lint | nightly | bench | clean      options for the command: make test ARGS="-k dialect -x"
+# make train | test | lint | nightly | bench | test-gpu | bench-gpu | clean      options for the command: make test ARGS="-k dialect -x"
 # The first one creates $(VENV) and installs moefx into it; later ones only after pyproject.toml or constraints.txt change.
 
 VENV ?= .venv
@@ -14,7 +14,7 @@ TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 SOURCES := pyproject.toml LICENSE $(wildcard README.md) moefx passes kernels models
 CHECKED := $(abspath $(VENV))/checked-wheel
 
-.PHONY: help venv train test lint nightly bench clean
+.PHONY: help venv train test test-gpu lint nightly bench bench-gpu clean
 .DELETE_ON_ERROR:
 
 help:
@@ -43,6 +43,13 @@ test: $(STAMP)
 
 nightly: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal -m nightly $(ARGS)
+
+# On a machine with a CUDA device. Kernels are compiled, not interpreted.
+test-gpu: $(STAMP)
+	TRITON_INTERPRET=0 $(PY) -m pytest -m gpu tests/gpu $(ARGS)
+
+bench-gpu: $(STAMP)
+	$(PY) benchmarks/gpu.py $(ARGS)
 
 bench: $(STAMP)
 	$(PY) benchmarks/step_time.py $(ARGS)

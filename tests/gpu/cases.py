@@ -1,0 +1,143 @@
+"""Operands of every dialect op that has a kernel, at sizes that are odd on purpose, under three routings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+import moefx.dialect  # noqa: F401  registers the ops
+
+Tensor = torch.Tensor
+ops = torch.ops.moefx
+ROW, COLUMN, TILE = (f"e4m3 {block} po2/rceil eps=1e-10" for block in ("1x128", "128x1", "128x128"))
+DEVICE = "cuda"  # tests/kernels/test_gpu_cases.py tries the operands on a CPU
+ROUTINGS = ("balanced", "skewed", "adversarial")
+# T, H, I, E, k: odd token counts, widths that are no multiples of 128 for the wide ops, k that is no power of two.
+WIDE = ((4001, 576, 192, 72, 6), (513, 2880, 320, 32, 4), (1, 256, 128, 8, 2), (2048, 2048, 768, 128, 8))
+NARROW = ((4001, 512, 256, 72, 6), (513, 2048, 768, 128, 8), (1, 256, 128, 8, 2))
+
+
+def routing(kind: str, T: int, E: int, k: int) -> Tensor:
+    """Indices int64 [T, k], different within a row but for the hot expert of "adversarial"."""
+    gen = torch.Generator(DEVICE).manual_seed(T + E)
+    if kind == "balanced":
+        return (torch.arange(T * k, device=DEVICE).view(T, k) * (1 if k <= E else 0)) % E
+    if kind == "skewed":
+        logits = torch.randn(E, generator=gen, device=DEVICE) * 2 + torch.randn(T, E, generator=gen, device=DEVICE)
+        return logits.topk(k).indices
+    idx = torch.randint(0, max(E // 4, 1), (T, k), generator=gen, device=DEVICE)  # three quarters of experts are empty
+    idx[:, 0] = E - 1
+    idx[::7, -1] = E  # a pair of another rank: dropped
+    return idx
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
+    """Normal numbers with some rows far larger than others."""
+    gen = torch.Generator(DEVICE).manual_seed(seed + sum(shape))
+    x = torch.randn(shape, generator=gen, device=DEVICE)
+    rows = torch.exp2(torch.randint(-6, 6, (*shape[:-1], 1), generator=gen, device=DEVICE).float())
+    return (x * rows).to(dtype)
+
+
+def cases(op: str, kind: str) -> Iterator[tuple[str, Callable[[], tuple[Any, ...]]]]:
+    """Name and operands of each case of `op`; operands are made when asked for."""
+    for T, H, I, E, k in NARROW if op in SCALED else WIDE:
+        yield f"T{T} H{H} I{I} E{E} k{k}", lambda s=(T, H, I, E, k): OPERANDS[op](kind, *s)
+
+
+def _maps(kind: str, T: int, E: int, k: int, align: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    made: tuple[Tensor, Tensor, Tensor, Tensor] = ops.plan(routing(kind, T, E, k), E, align)
+    return made
+
+
+def _unpermute(kind: str, T: int, H: int, I: int, E: int, k: int) -> tuple[Any, ...]:
+    token, order, slot, _ = _maps(kind, T, E, k)
+    return rand(len(token), H), token, order, slot, rand(T, k, dtype=torch.float32)
+
+
+def _codes(x: Tensor, spec: str, offsets: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    codes, scales = ops.quantize(x, offsets, [spec])
+    return codes, scales
+
+
+def _permute_scaled(kind: str, T: int, H: int, I: int, E: int, k: int) -> tuple[Any, ...]:
+    token, _, slot, _ = _maps(kind, T, E, k, 16)
+    return *_codes(rand(T, H), ROW), token, slot
+
+
+def _grouped(kind: str, T: int, H: int, I: int, E: int, k: int) -> tuple[Any, ...]:
+    token, _, _, offsets = _maps(kind, T, E, k)
+    return rand(len(token), H), rand(E, 2 * I, H, seed=1), offsets
+
+
+def _wgrad(kind: str, T: int, H: int, I: int, E: int, k: int) -> tuple[Any, ...]:
+    token, _, _, offsets = _maps(kind, T, E, k)
+    return rand(len(token), 2 * I), rand(len(token), H, seed=1), offsets
+
+
+def _scaled_mm(kind: str, T: int, H: int, I: int, E: int, k: int) -> tuple[Any, ...]:
+    token, _, _, offsets = _maps(kind, T, E, k, 16)
+    x, w = _codes(rand(len(token), H), ROW), _codes(rand(E, 2 * I, H, seed=1), TILE)
+    return *x, *w, offsets, ROW, TILE, torch.bfloat16
+
+
+def _scaled_wgrad(kind: str, T: int, H: int, I: int, E: int, k: int) -> tuple[Any, ...]:
+    token, _, _, offsets = _maps(kind, T, E, k, 16)
+    a, b = (_codes(rand(len(token), n, seed=n), COLUMN, offsets) for n in (2 * I, H))
+    return *a, *b, offsets, COLUMN, COLUMN, torch.float32
+
+
+def _glu_quantize(kind: str, T: int, H: int, I: int, E: int, k: int) -> tuple[Any, ...]:
+    token, _, _, offsets = _maps(kind, T, E, k, 16)
+    S = len(token)
+    return rand(S, 2 * I), rand(S, 1, dtype=torch.float32)[:, 0], offsets, "silu", [ROW, COLUMN], []
+
+
+def _glu_backward_quantize(kind: str, T: int, H: int, I: int, E: int, k: int) -> tuple[Any, ...]:
+    h, w, offsets, *_ = _glu_quantize(kind, T, H, I, E, k)
+    return rand(h.shape[0], I, seed=2), h, None, w, offsets, "silu", "", [ROW, COLUMN], []
+
+
+def _transpose(kind: str, T: int, H: int, I: int, E: int, k: int, rule: str = "tight") -> tuple[Any, ...]:
+    token, _, _, offsets = _maps(kind, T, E, k, 16)
+    return *_codes(rand(len(token), H), ROW), offsets, ROW, COLUMN, rule
+
+
+def _quantize(kind: str, T: int, H: int, I: int, E: int, k: int) -> tuple[Any, ...]:
+    token, _, _, offsets = _maps(kind, T, E, k, 16)
+    return rand(len(token), H), offsets, [ROW, COLUMN]
+
+
+def _overlap(kind: str, T: int, H: int, I: int, E: int, k: int) -> tuple[Any, ...]:
+    token, _, slot, _ = _maps(kind, T, E, k)
+    return rand(len(token), I), slot, 1e-12
+
+
+OPERANDS: dict[str, Callable[..., tuple[Any, ...]]] = {
+    "plan": lambda kind, T, H, I, E, k: (routing(kind, T, E, k), E, 16),
+    "permute": lambda kind, T, H, I, E, k: (rand(T, H), *_maps(kind, T, E, k)[0:3:2]),
+    "unpermute": _unpermute,
+    "unpermute_backward": lambda *a: (rand(a[1], a[2], seed=3), *_unpermute(*a)),
+    "permute_scaled": _permute_scaled,
+    "grouped_mm": _grouped,
+    "grouped_wgrad": _wgrad,
+    "glu": lambda kind, T, H, I, E, k: (rand(T * k, 2 * I), rand(T * k, 1, dtype=torch.float32)[:, 0], "silu"),
+    "glu_backward": lambda kind, T, H, I, E, k: (
+        rand(T * k, I, seed=2), rand(T * k, 2 * I), rand(T * k, 1, dtype=torch.float32)[:, 0], "silu",
+    ),
+    "quantize": _quantize,
+    "dequantize": lambda *a: (*_codes(_quantize(*a)[0], ROW), None, ROW, torch.bfloat16),
+    "transpose_scaled": _transpose,
+    "glu_quantize": _glu_quantize,
+    "glu_backward_quantize": _glu_backward_quantize,
+    "scaled_grouped_mm": _scaled_mm,
+    "scaled_grouped_wgrad": _scaled_wgrad,
+    "overlap": _overlap,
+    "overlap_backward": lambda *a: (rand(a[1], 1, dtype=torch.float32)[:, 0], *_overlap(*a)),
+}  # fmt: skip
+SCALED = ("permute_scaled", "quantize", "dequantize", "transpose_scaled", "glu_quantize", "glu_backward_quantize",
+          "scaled_grouped_mm", "scaled_grouped_wgrad")  # fmt: skip
+# Movement and casts give the same bits; the others differ by the order of fp32 sums and by the last bits of exp.
+EXACT = ("plan", "permute", "permute_scaled", "quantize", "dequantize", "transpose_scaled")

@@ -3,6 +3,7 @@
     python benchmarks/gpu.py [--parts peaks ops layers step] [--minutes 9] [--only TEXT]
     python benchmarks/gpu.py --device cpu --small --out DIR      tries the script where there is no GPU
     python benchmarks/gpu.py --table                             the rows of docs/performance.md
+    python benchmarks/gpu.py --decide                            layers as rows of kernels/decisions.csv
 
 Every part first measures what the machine can do (copy bandwidth, GEMM rates); each figure stands beside its floor: the
 larger of its bytes over the copy bandwidth and its operations over the GEMM rate. One row per case and provider goes to
@@ -167,6 +168,25 @@ def table(rows: list[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
+def decide(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """For each shape whose layer was measured wide and under a recipe: how many times faster the recipe is."""
+    ms: dict[tuple[str, str, str], float] = {}
+    for r in rows:
+        if r["part"] == "layers":
+            shape, _, way = r["case"].rpartition(", ")
+            ms[r["device"], shape, f"{r['provider']} {way}"] = float(r["ms"])
+    found = []
+    for device, shape in dict.fromkeys((d, s) for d, s, _ in ms):
+        wide, narrow = (
+            sum(ms.get((device, shape, f"moefx {recipe} {way}"), float("nan")) for way in ("forward", "backward"))
+            for recipe in ("bf16", "fp8_flow")
+        )
+        if wide / narrow == wide / narrow:  # neither is missing
+            sizes = dict(zip("THIEk", gpu_layers.LAYERS[shape], strict=True))
+            found.append({"device": device, "recipe": "fp8_flow", **sizes, "speedup": f"{wide / narrow:.3f}"})
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
@@ -175,11 +195,20 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="sizes that a CPU can do")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--decide", action="store_true", help="write kernels/decisions.csv from what was measured")
     parser.add_argument("--table", action="store_true", help="print the table and measure nothing")
     args = parser.parse_args()
     file = args.out / "gpu.csv"
     if args.table:
         print(table(read(file)))
+        return
+    if args.decide:
+        from moefx.kernels.decisions import FIELDS as COLUMNS
+
+        with (Path(__file__).parents[1] / "kernels" / "decisions.csv").open("w", newline="") as f:
+            writer = csv.DictWriter(f, COLUMNS)
+            writer.writeheader()
+            writer.writerows(decide(read(file)))
         return
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("no CUDA device here: every row stays 'not yet measured' (--device cpu --small tries the script)")

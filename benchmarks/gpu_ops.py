@@ -135,6 +135,12 @@ def _providers(op: str) -> tuple[str, str]:
     return ("triton", "torch_grouped") if op in LIBRARY else ("triton", "reference")
 
 
+def _calls(provider: str) -> int:
+    from moefx.kernels import registry
+
+    return sum(n for runs in registry.used().values() for who, n in runs.items() if who.startswith(f"{provider}/"))
+
+
 def planned() -> list[tuple[str, str, str]]:
     """Part, case and provider of every row that a full run writes."""
     return [("ops", f"{op}, {shape}", p) for shape in SHAPES for op in OPS for p in _providers(op)]
@@ -149,9 +155,13 @@ def cases(device: str, small: bool, missing: set[str]) -> Iterator[Case]:
         for op, make in OPS.items():
             for provider in _providers(op) if device == "cuda" else ("reference",):
 
-                def run(machine: Any, make: Any = make, provider: str = provider, o: Any = o) -> dict[str, Any]:
+                def run(machine: Any, make: Any = make, provider: str = provider, o: Any = o) -> dict[str, Any] | None:
                     call, nbytes, flop, rate = make(o)
+                    before = _calls(provider)
                     with registry.preferring(provider):
-                        return {"ms": machine.times(call), "bytes": int(nbytes), "flop": int(flop), "rate": rate}
+                        ms = machine.times(call)
+                    if _calls(provider) == before:  # it does not take these operands, and another one ran
+                        return None
+                    return {"ms": ms, "bytes": int(nbytes), "flop": int(flop), "rate": rate}
 
                 yield f"{op}, {shape}", provider, run

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
+from moefx.compat import size_hint
 from moefx.dialect.glu import GluKind
 from moefx.errors import RecipeError
 from moefx.graph.casts import QUANTIZE, Pair, by_spec, mark
@@ -26,6 +27,7 @@ from moefx.graph.edit import (
     value,
 )
 from moefx.graph.products import KEPT, Operand, Product, products
+from moefx.kernels import decisions
 from moefx.manager import Context, Pass
 from moefx.precision.recipe import BF16, Recipe, lookup
 from moefx.precision.spec import QuantSpec
@@ -59,8 +61,10 @@ class Quantize(Pass):
         used = [self.recipe.rule(p.path) for p in found]
         for rule in [r for r in self.recipe.rules if r not in used]:
             ctx.row.notes.append(f"rule {rule.path!r} matched no module")
+        slower = self._slower(found)
         for node in ctx.at(find(graph, ops.dispatch)):
-            self._wire(graph, node, ctx)
+            if module_path(node) not in slower:
+                self._wire(graph, node, ctx)
         kinds: dict[fx.Node, set[str]] = {}
         for p in found:
             for o in p.operands:
@@ -73,8 +77,26 @@ class Quantize(Pass):
                 if self.recipe.specs:
                     ctx.rejected(p.node, "a rule of the recipe keeps this module wide")
                 continue
+            if p.path in slower:
+                ctx.rejected(p.node, f"measured slower than wide: {slower[p.path]}; Recipe(force=True) quantizes it")
+                continue
             layer.rewrite(p, specs, ctx)
         layer.return_magnitudes()
+
+    def _slower(self, found: Sequence[Product]) -> dict[str, decisions.Row]:
+        """The modules for which a measured layer like them was slower under this recipe."""
+        slower: dict[str, decisions.Row] = {}
+        for p in found if self.recipe.specs and not self.recipe.force else ():
+            if (p.gemm, p.kind) == ("down", "fprop"):
+                x, w = (value(o.node) for o in p.operands)
+                E, H, I = (size_hint(s) for s in w.shape)
+                # The rows include those that fill each expert up to `align`; how many pairs there are is known to
+                # within that.
+                pairs = size_hint(x.shape[0]) - E * (self.recipe.align - 1) + self.recipe.align // 2
+                row = decisions.verdict(decisions.device_name(x.device), self.recipe.name, pairs, H, I, E)
+                if row is not None and row.speedup < 1:
+                    slower[p.path] = row
+        return slower
 
     def _wire(self, graph: fx.Graph, node: fx.Node, ctx: Context) -> None:
         x: Any = node.args[0]

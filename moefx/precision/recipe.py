@@ -70,6 +70,7 @@ class Recipe:
         turn: how codes in the other orientation get their scales: "tight", or "tile_max" as in FP8-Flow-MoE.
         amax_history: steps whose largest magnitudes the scales of `delayed` specs follow.
         allow_double_quant: accept conversions that round a second time on another grid (R13); measured and printed.
+        force: keep low precision also where it was measured slower than the wide program (`moefx.kernels.decisions`).
         propagate, fuse: whether explicit casts are propagated and folded, and fused into activations.
         passes: the whole pipeline by name, instead of the one that follows from the other fields.
 
@@ -87,6 +88,7 @@ class Recipe:
     turn: str = "tight"
     amax_history: int = 0
     allow_double_quant: bool = False
+    force: bool = False
     propagate: bool = True
     fuse: bool = True
     passes: tuple[str, ...] = ()
@@ -233,7 +235,7 @@ class Recipe:
 
 _DEFAULTS: dict[str, Any] = {
     "specs": {}, "rules": (), "align": 1, "accumulate": {}, "out": {}, "turn": "tight", "amax_history": 0,
-    "allow_double_quant": False, "propagate": True, "fuse": True, "passes": (),
+    "allow_double_quant": False, "force": False, "propagate": True, "fuse": True, "passes": (),
 }  # fmt: skip
 
 

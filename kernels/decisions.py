@@ -1,0 +1,76 @@
+"""Where low precision is slower than the wide program: measured layers, one row per device, recipe and shape.
+
+Casts cost bytes, products gain operations, and with small experts the casts win: users measure FP8 slower than bf16 on
+layers of 128 experts of width 768. No formula says where, so the table holds what `benchmarks/gpu.py --decide` measured
+on a device, and a shape that nothing like it was measured for has no verdict. `speedup` is wide time over narrow time,
+forward and backward.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+FIELDS = ("device", "recipe", "T", "H", "I", "E", "k", "speedup")
+NEAR = 1.5  # a measured layer speaks for shapes whose sizes are within this factor of its own
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured layer: T tokens, width H, experts' width I, E experts, k per token."""
+
+    device: str
+    recipe: str
+    T: int
+    H: int
+    I: int
+    E: int
+    k: int
+    speedup: float
+
+    @property
+    def sizes(self) -> tuple[float, float, float]:
+        """Rows per expert, H, I: what products and casts of a layer depend on."""
+        return self.T * self.k / self.E, self.H, self.I
+
+    def __str__(self) -> str:
+        return f"T={self.T} H={self.H} I={self.I} E={self.E} k={self.k} on {self.device}: {self.speedup:.2f}x"
+
+
+def read(file: Path) -> tuple[Row, ...]:
+    """The rows of a table."""
+    with file.open(newline="") as f:
+        return tuple(
+            Row(r["device"], r["recipe"], *(int(r[n]) for n in "THIEk"), float(r["speedup"]))  # type: ignore[arg-type]
+            for r in csv.DictReader(f)
+        )
+
+
+@cache
+def table() -> tuple[Row, ...]:
+    """The table that comes with moefx."""
+    return read(Path(__file__).with_name("decisions.csv"))
+
+
+def verdict(
+    device: str, recipe: str, S: int, H: int, I: int, E: int, rows: tuple[Row, ...] | None = None
+) -> Row | None:
+    """The measured layer nearest to one of S routed rows, if one on that device and with that recipe is near at all."""
+    sizes = (S / max(E, 1), H, I)
+    best, distance = None, math.log(NEAR)
+    for row in table() if rows is None else rows:
+        if (row.device, row.recipe) == (device, recipe) and min(sizes) > 0:
+            apart = max(abs(math.log(a / b)) for a, b in zip(sizes, row.sizes, strict=True))
+            if apart <= distance:
+                best, distance = row, apart
+    return best
+
+
+def device_name(device: torch.device) -> str:
+    """The name that tables know a device by."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -13,6 +13,7 @@ from moefx.precision.recipe import Recipe, get_recipe
 
 from .add_losses import AddLosses
 from .align_plans import AlignPlans
+from .bound_workspace import BoundWorkspace
 from .dead_code import DeadCode
 from .drop_noops import DropNoops
 from .expand_experts import ExpandExperts
@@ -77,6 +78,7 @@ for _factory in (
     InlinePointwise,
     RaiseIdioms,
     UnbindExperts,
+    BoundWorkspace,
 ):
     register_pass(_factory)
 
@@ -151,6 +153,7 @@ def observing(passes: PassManager) -> PassManager:
 __all__ = [
     "AddLosses",
     "AlignPlans",
+    "BoundWorkspace",
     "DeadCode",
     "DropNoops",
     "ExpandExperts",

@@ -21,7 +21,7 @@ import triton.language as tl
 
 from .launch import cdiv, launch
 from .plan import plan
-from .sass import Specimen
+from .sass import TARGETS, Specimen
 
 Tensor = torch.Tensor
 TILE = 8192  # bytes that a program moves k times
@@ -131,16 +131,16 @@ def specimens() -> list[Specimen]:
         token = torch.empty(T * 8, dtype=torch.int64, device="meta")
         return token, token.view(T, 8)
 
-    def wide(T: int, H: int, dtype: torch.dtype, registers: int = 48) -> Specimen:
+    def wide(T: int, H: int, dtype: torch.dtype, registers: int = 56) -> Specimen:
         call = partial(permute, torch.empty(T, H, dtype=dtype, device="meta"), *maps(T))
         has = ("LDG.128", "STG.128") if H % 8 == 0 else ()
-        return Specimen(f"{str(dtype)[6:]} T={T} H={H}", call, has=has, registers=registers)
+        return Specimen(f"{str(dtype)[6:]} T={T} H={H}", call, has=has, registers=registers, targets=tuple(TARGETS))
 
     def scaled(T: int, H: int, dtype: torch.dtype, block: int) -> Specimen:
         codes = torch.empty(T, H, dtype=torch.float8_e4m3fn, device="meta")
         scales = torch.empty(T, H // block, dtype=dtype, device="meta")
         call = partial(permute_scaled, codes, scales, *maps(T))
-        return Specimen(f"e4m3 1x{block} T={T} H={H}", call, has=("LDG.128", "STG.128"), registers=64)
+        return Specimen(f"e4m3 1x{block} T={T} H={H}", call, has=("LDG.128", "STG.128"), registers=56)
 
     return [
         wide(8192, 2048, torch.bfloat16),

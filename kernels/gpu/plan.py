@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from .launch import cdiv, launch, processors
-from .sass import Specimen
+from .sass import TARGETS, Specimen
 
 Tensor = torch.Tensor
 CHUNK = 512  # pairs sorted at a time: 4 for each thread, so that most steps of the sort stay within a warp
@@ -153,14 +153,14 @@ def specimens() -> list[Specimen]:
 
     def sorts(T: int, k: int, E: int, align: int, dtype: torch.dtype, registers: int) -> Specimen:
         call = partial(plan, torch.empty(T, k, dtype=dtype, device="meta"), E, align)
-        return Specimen(f"T={T} k={k} E={E} align={align}", call, has=("ATOMS|POPC",), registers=registers)
+        return Specimen(f"T={T} k={k} E={E} align={align}", call, registers=registers, targets=tuple(TARGETS))
 
     w, order = torch.empty(8192, 8, device="meta"), torch.empty(65536, dtype=torch.int64, device="meta")
     return [
-        sorts(8192, 8, 128, 1, torch.int64, 128),
-        sorts(8192, 8, 256, 16, torch.int32, 128),
-        sorts(32767, 10, 512, 128, torch.int64, 160),
-        sorts(8192, 6, 2048, 1, torch.int64, 255),
-        Specimen("gather_weights", partial(gather_weights, w, order), registers=64),
-        Specimen("scatter_weights", partial(scatter_weights, order.float(), order, 8192, 8), registers=64),
+        sorts(8192, 8, 128, 1, torch.int64, 144),
+        sorts(8192, 8, 256, 16, torch.int32, 144),
+        sorts(32767, 10, 512, 128, torch.int64, 144),
+        sorts(8192, 6, 2048, 1, torch.int64, 232),
+        Specimen("gather_weights", partial(gather_weights, w, order), registers=48),
+        Specimen("scatter_weights", partial(scatter_weights, order.float(), order, 8192, 8), registers=48),
     ]

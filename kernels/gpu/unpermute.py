@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from .launch import cdiv, launch
-from .sass import Specimen
+from .sass import TARGETS, Specimen
 
 Tensor = torch.Tensor
 THREADS = 128
@@ -130,14 +130,16 @@ def specimens() -> list[Specimen]:
     def back(T: int, k: int, H: int, dtype: torch.dtype, w: torch.dtype = torch.float32) -> Specimen:
         y, *rest = operands(T, k, H, dtype, w)
         call = partial(unpermute_backward, y[:T], y, *rest)
-        has = ("LDG.128", "STG.128") if H % 8 == 0 else ()
-        return Specimen(f"backward {str(dtype)[6:]} T={T} k={k} H={H}", call, has=has, registers=128)
+        has, targets = ("LDG.128", "STG.128") if H % 8 == 0 else (), tuple(TARGETS) if k == 8 else ("sm_90", "sm_100")
+        return Specimen(f"backward {str(dtype)[6:]} T={T} k={k} H={H}", call, has=has, registers=104, targets=targets)
 
     def forth(T: int, k: int, H: int, dtype: torch.dtype, weighted: bool = True) -> Specimen:
         *maps, w = operands(T, k, H, dtype, torch.float32)
         call = partial(unpermute, *maps, w if weighted else None)
-        has = ("LDG.128", "STG.128") if H % 8 == 0 else ()
-        return Specimen(f"{str(dtype)[6:]} T={T} k={k} H={H} {weighted=}", call, has=has, registers=128)
+        has, targets = ("LDG.128", "STG.128") if H % 8 == 0 else (), tuple(TARGETS) if k == 8 else ("sm_90", "sm_100")
+        return Specimen(
+            f"{str(dtype)[6:]} T={T} k={k} H={H} {weighted=}", call, has=has, registers=104, targets=targets
+        )
 
     bf16, fp32 = torch.bfloat16, torch.float32
     return [

@@ -127,18 +127,19 @@ def specimens() -> list[Specimen]:
         row = torch.empty(T * k, dtype=torch.int64, device="meta")
         return y, row, row, row.view(T, k), torch.empty(T, k, dtype=w, device="meta")
 
+    def specimen(name: str, call: partial[object], k: int, H: int) -> Specimen:
+        has = ("LDG.128", "STG.128") if H % 8 == 0 else ()
+        targets = tuple(TARGETS) if k == 8 else ("sm_90", "sm_100")
+        return Specimen(f"{name} k={k} H={H}", call, has=has, registers=104, targets=targets)
+
     def back(T: int, k: int, H: int, dtype: torch.dtype, w: torch.dtype = torch.float32) -> Specimen:
         y, *rest = operands(T, k, H, dtype, w)
-        call = partial(unpermute_backward, y[:T], y, *rest)
-        has, targets = ("LDG.128", "STG.128") if H % 8 == 0 else (), tuple(TARGETS) if k == 8 else ("sm_90", "sm_100")
-        return Specimen(f"backward {str(dtype)[6:]} T={T} k={k} H={H}", call, has=has, registers=104, targets=targets)
+        return specimen(f"backward {str(dtype)[6:]} T={T}", partial(unpermute_backward, y[:T], y, *rest), k, H)
 
     def forth(T: int, k: int, H: int, dtype: torch.dtype, weighted: bool = True) -> Specimen:
-        *maps, w = operands(T, k, H, dtype, torch.float32)
-        call = partial(unpermute, *maps, w if weighted else None)
-        has, targets = ("LDG.128", "STG.128") if H % 8 == 0 else (), tuple(TARGETS) if k == 8 else ("sm_90", "sm_100")
-        return Specimen(
-            f"{str(dtype)[6:]} T={T} k={k} H={H} {weighted=}", call, has=has, registers=104, targets=targets
+        y, token, order, slot, w = operands(T, k, H, dtype, torch.float32)
+        return specimen(
+            f"{str(dtype)[6:]} T={T}", partial(unpermute, y, token, order, slot, w if weighted else None), k, H
         )
 
     bf16, fp32 = torch.bfloat16, torch.float32

@@ -14,6 +14,7 @@ measured.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -127,7 +128,7 @@ def specimens() -> list[Specimen]:
         row = torch.empty(T * k, dtype=torch.int64, device="meta")
         return y, row, row, row.view(T, k), torch.empty(T, k, dtype=w, device="meta")
 
-    def specimen(name: str, call: partial[object], k: int, H: int) -> Specimen:
+    def specimen(name: str, call: Callable[[], object], k: int, H: int) -> Specimen:
         has = ("LDG.128", "STG.128") if H % 8 == 0 else ()
         targets = tuple(TARGETS) if k == 8 else ("sm_90", "sm_100")
         return Specimen(f"{name} k={k} H={H}", call, has=has, registers=104, targets=targets)

@@ -1,4 +1,4 @@
-"""The CPU providers of the dispatch plan and of what moves routing weights along it.
+"""Providers of the dispatch plan and of what moves routing weights along it: NumPy, and Triton on a GPU (`gpu.plan`).
 
 A plan is a stable counting sort of a few thousand small integers, where the cost of a call outweighs its work. NumPy's
 calls are short and its stable sort of 8- and 16-bit integers is a radix sort: 26 us against 160 us in torch ops for 256
@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .registry import register
+from .registry import register, register_triton
 
 Tensor = torch.Tensor
 
@@ -70,3 +70,14 @@ def scatter_weights_cpu(dw_S: Tensor, order_S: Tensor, T: int, k: int) -> Tensor
         dw_S, order_S = dw_S[held], order_S[held]
     dw_Tk.view(-1).scatter_(0, order_S, dw_S)
     return dw_Tk
+
+
+def plans(idx_Tk: Tensor, E: int, align: int = 1) -> bool:
+    """Whether the Triton kernels cover a plan: int32 rows, and counts of all experts in a program's registers."""
+    int32_rows = idx_Tk.numel() + E * align < 2**31 - 2**20
+    return idx_Tk.dim() == 2 and idx_Tk.dtype in (torch.int32, torch.int64) and 1 <= E <= 2048 and int32_rows
+
+
+register_triton("plan", "plan:plan", plans)
+register_triton("gather_weights", "plan:gather_weights", lambda w, order: True)
+register_triton("scatter_weights", "plan:scatter_weights", lambda dw, order, T, k: True)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import moefx.kernels.permute
-import moefx.kernels.plan  # noqa: F401  both register their CPU providers before the references
+import moefx.kernels.plan  # noqa: F401  both register their providers before the references
 
 from ._op import define
 
@@ -115,7 +115,7 @@ def _permute_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     return torch.ops.moefx.unpermute(dy, token, token, slot, None), None, None
 
 
-# `slot` is not read by permute itself: it is what the adjoint gathers by, and an op must carry what its backward needs.
+# `slot` is the inverse of `token`: `slot[token[s]]` holds s. The adjoint gathers by it, and a provider may read either.
 permute = define(
     "permute",
     "(Tensor x, Tensor token, Tensor slot) -> Tensor",

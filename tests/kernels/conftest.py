@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -19,3 +20,13 @@ def interpreted() -> Iterator[None]:
         pytest.skip("these tests interpret kernels; TRITON_INTERPRET says to compile them")
     with repaired():
         yield
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Fill new memory with NaN, and integers with their largest, so that what a kernel does not write is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.ones(1).new_empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(before)

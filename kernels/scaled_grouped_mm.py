@@ -1,9 +1,9 @@
 """Providers of the products of quantized operands: Triton kernels on GPUs with fp8 tensor cores.
 
-They read E4M3 and E5M2 codes in blocks that do not cross the depth unevenly: x in blocks of a row (1x32, 1x64, 1x128 and
-multiples), or with a scale per row or per expert; w the same or in square blocks; wgrad operands in blocks of a column
-(32x1 and so on) or square ones, or with a scale per column or per expert. Widths are multiples of 16, as 16-byte loads
-want them. Everything else, as four-bit codes and two levels of scales, is the reference's.
+They read E4M3 and E5M2 codes: x in blocks of a row (1x32, 1x64, 1x128 and multiples), or with a scale per row or per
+expert; w the same or in square blocks; wgrad operands in blocks of a column (32x1 and so on) or square ones, or with a
+scale per column or per expert. Widths are multiples of 16, as 16-byte loads want them. Everything else, as four-bit
+codes and two levels of scales, is the reference's; so are codes of a result under more than one spec.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _OUT = (torch.bfloat16, torch.float16, torch.float32)
 
 @cache
 def _has_fp8(index: int | None) -> bool:
-    """Whether a device multiplies OCP fp8 codes and holds the kernels' tiles: sm_90 and sm_100, and none that is not."""
+    """Whether a device multiplies OCP fp8 codes and holds the kernels' tiles: sm_90 and sm_100, or none being here."""
     if torch.version.hip is not None:
         return False
     return not torch.cuda.is_available() or torch.cuda.get_device_capability(index)[0] in (9, 10)

@@ -66,50 +66,6 @@ def _at(index, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _product(
-    x, xs, w, ws, S, N, K, E, x_row, w_expert, w_n, w_k, xs_row, xs_k, ws_expert, ws_n, ws_k,
-    expert, rows, mine, n,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, XR: tl.constexpr, XC: tl.constexpr, WR: tl.constexpr,
-    WC: tl.constexpr, XS_BYTES: tl.constexpr, WS_BYTES: tl.constexpr, WIDEN: tl.constexpr, WHOLE_K: tl.constexpr,
-):  # fmt: skip
-    """fp32 [BM, BN]: one tile. XR x XC and WR x WC are the blocks of the operands, 0 for all of an axis."""
-    cols = n * BN + tl.arange(0, BN)
-    x_rows, w_cols = x + rows.to(tl.int64) * x_row, w + expert.to(tl.int64) * w_expert + cols.to(tl.int64) * w_n
-    xs_rows = xs + (rows.to(tl.int64) if XR == 1 else expert + rows * 0) * xs_row
-    w_cut, x_cut = cols < N, mine
-    if WR == BN:  # one scale for the tile
-        ws_cols, ws_cut = ws + expert.to(tl.int64) * ws_expert + n * ws_n, expert < E
-    else:
-        ws_cols, ws_cut = ws + expert.to(tl.int64) * ws_expert + _at(cols, WR) * ws_n, w_cut & (expert < E)
-    acc = tl.zeros((BM, BN), tl.float32)
-    for k in range(0, tl.where(expert < E, K, 0), BK):  # rows of nobody stay zero
-        ks = k + tl.arange(0, BK)
-        x_use = x_cut[:, None] if WHOLE_K else x_cut[:, None] & (ks < K)[None, :]
-        w_use = w_cut[None, :] if WHOLE_K else w_cut[None, :] & (ks < K)[:, None]
-        a = tl.load(x_rows[:, None] + ks[None, :], mask=x_use, other=0.0)
-        b = tl.load(w_cols[None, :] + (ks * w_k)[:, None], mask=w_use, other=0.0)
-        if WIDEN:
-            p = tl.dot(a.to(tl.float16), b.to(tl.float16))
-        else:
-            p = tl.dot(a, b)
-        if XC > 0 and WC > 0 and WR == BN:
-            s = _scale(xs_rows + k // XC * xs_k, x_cut, XS_BYTES) * _scale(ws_cols + k // WC * ws_k, ws_cut, WS_BYTES)
-            p = p * s[:, None]
-        else:
-            if XC > 0:
-                p = p * _scale(xs_rows + k // XC * xs_k, x_cut, XS_BYTES)[:, None]
-            if WC > 0:
-                sw = _scale(ws_cols + k // WC * ws_k, ws_cut, WS_BYTES)
-                p = p * (sw if WR == BN else sw[None, :])
-        acc += p
-    if XC == 0:
-        acc = acc * _scale(xs_rows, x_cut, XS_BYTES)[:, None]
-    if WC == 0:
-        acc = acc * _scale(ws_cols, ws_cut, WS_BYTES)[None, :]
-    return acc
-
-
-@triton.jit
 def _scaled_grouped_mm(
     x, xs, w, ws, offsets, y, codes, scales, S, N, K, E, x_row, w_expert, w_n, w_k, xs_row, xs_k, ws_expert, ws_n,
     ws_k, least,
@@ -119,18 +75,49 @@ def _scaled_grouped_mm(
     LEAST: tl.constexpr, MAX: tl.constexpr, EPS: tl.constexpr, ZERO_ONE: tl.constexpr, PO2: tl.constexpr,
     BYTES: tl.constexpr,
 ):  # fmt: skip
+    """XR x XC and WR x WC are the blocks of the operands, 0 for all of an axis; the rest is `codec.constants`."""
     until = tiles_until(offsets, S, E, BE, BM)
     m_tiles, n_tiles = tl.max(until, 0), tl.cdiv(N, BN)
     for tile in range(tl.program_id(0), m_tiles * n_tiles, tl.num_programs(0)):
         m, n = in_bands(tile, m_tiles, n_tiles, BAND)
         expert, first, end = rows_of(m, until, offsets, S, E, BM)
         rows, cols = first + tl.arange(0, BM), n * BN + tl.arange(0, BN)
-        live = rows < end
-        acc = _product(
-            x, xs, w, ws, S, N, K, E, x_row, w_expert, w_n, w_k, xs_row, xs_k, ws_expert, ws_n, ws_k,
-            expert, rows, live & (expert < E), n, BM, BN, BK, XR, XC, WR, WC, XS_BYTES, WS_BYTES, WIDEN, WHOLE_K,
-        )  # fmt: skip
-        kept = live[:, None] & (cols < N)[None, :]
+        live, w_cut = rows < end, cols < N
+        x_cut = live & (expert < E)  # what rows of nobody hold is not looked at
+        x_rows, w_cols = x + rows.to(tl.int64) * x_row, w + expert.to(tl.int64) * w_expert + cols.to(tl.int64) * w_n
+        xs_rows = xs + (rows.to(tl.int64) if XR == 1 else expert + rows * 0) * xs_row
+        ws_cols, ws_cut = ws + expert.to(tl.int64) * ws_expert, expert < E
+        if WR == BN:  # one scale for the tile
+            ws_cols += n * ws_n
+        else:
+            ws_cols, ws_cut = ws_cols + _at(cols, WR) * ws_n, ws_cut & w_cut
+        acc = tl.zeros((BM, BN), tl.float32)
+        for k in range(0, tl.where(expert < E, K, 0), BK):
+            ks = k + tl.arange(0, BK)
+            x_use = x_cut[:, None] if WHOLE_K else x_cut[:, None] & (ks < K)[None, :]
+            w_use = w_cut[None, :] if WHOLE_K else w_cut[None, :] & (ks < K)[:, None]
+            a = tl.load(x_rows[:, None] + ks[None, :], mask=x_use, other=0.0)
+            b = tl.load(w_cols[None, :] + (ks * w_k)[:, None], mask=w_use, other=0.0)
+            if WIDEN:
+                p = tl.dot(a.to(tl.float16), b.to(tl.float16))
+            else:
+                p = tl.dot(a, b)
+            if XC > 0 and WC > 0 and WR == BN:
+                sx = _scale(xs_rows + k // XC * xs_k, x_cut, XS_BYTES)
+                sw = _scale(ws_cols + k // WC * ws_k, ws_cut, WS_BYTES)
+                p = p * (sx * sw)[:, None]
+            else:
+                if XC > 0:
+                    p = p * _scale(xs_rows + k // XC * xs_k, x_cut, XS_BYTES)[:, None]
+                if WC > 0:
+                    sw = _scale(ws_cols + k // WC * ws_k, ws_cut, WS_BYTES)
+                    p = p * (sw if WR == BN else sw[None, :])
+            acc += p
+        if XC == 0:
+            acc = acc * _scale(xs_rows, x_cut, XS_BYTES)[:, None]
+        if WC == 0:
+            acc = acc * _scale(ws_cols, ws_cut, WS_BYTES)[None, :]
+        kept = live[:, None] & w_cut[None, :]
         at = rows.to(tl.int64)[:, None] * N + cols[None, :]
         out = acc.to(y.dtype.element_ty)
         tl.store(y + at, out, mask=kept)
@@ -278,7 +265,7 @@ _MX, _MX_COLUMN = "e4m3 1x32 e8m0/rceil", "e4m3 32x1 e8m0/rceil"
 def specimens() -> list[Specimen]:
     """Products of the built-in recipes at the sizes of Qwen3-30B-A3B and DeepSeek-V3, and of sizes that fit no tile."""
     found = []
-    for name, T, H, I, E, k in (  # noqa: E741
+    for name, T, H, I, E, k in (
         ("Qwen3", 8192, 2048, 768, 128, 8), ("DeepSeek-V3", 8192, 7168, 2048, 256, 8), ("odd", 999, 336, 80, 6, 3),
         ("few rows", 256, 2048, 768, 128, 8),
     ):  # fmt: skip
@@ -286,7 +273,7 @@ def specimens() -> list[Specimen]:
     return found
 
 
-def _specimens(name: str, S: int, H: int, I: int, E: int) -> list[Specimen]:  # noqa: E741
+def _specimens(name: str, S: int, H: int, I: int, E: int) -> list[Specimen]:
     bf16, f32, offsets = torch.bfloat16, torch.float32, torch.empty(E + 1, dtype=torch.int32, device="meta")
 
     def coded(spec: str, *shape: int, rows: bool = False) -> tuple[Tensor, Tensor]:
@@ -308,19 +295,29 @@ def _specimens(name: str, S: int, H: int, I: int, E: int) -> list[Specimen]:  # 
         x, w = coded(_ROW, S, H, rows=True), coded(_TILE, E, 2 * I, H)
         return scaled_grouped_mm_quantize(*x, *w, offsets, _ROW, _TILE, bf16, [_ROW])
 
-    made: list[tuple[str, Any, str]] = [
-        ("fprop", lambda: fprop(_ROW, _TILE), "QGMMA"),
-        ("fprop, codes of it", coded_fprop, "QGMMA"),
-        ("dgrad", lambda: dgrad(_ROW, _TILE), "HGMMA"),
-        ("wgrad", lambda: wgrad(_COLUMN, _COLUMN), "HGMMA"),
+    def stored_flipped(x: str, w: str) -> Any:  # dgrad of a weight stored [E, in, out]: the depth is contiguous
+        return scaled_grouped_mm(*coded(x, S, 2 * I, rows=True), *coded(w, E, H, 2 * I), offsets, x, w, bf16)
+
+    made: list[tuple[str, Any, str, int]] = [
+        ("fprop", lambda: fprop(_ROW, _TILE), "QGMMA", 255),
+        ("fprop, codes of it", coded_fprop, "QGMMA", 255),
+        ("dgrad", lambda: dgrad(_ROW, _TILE), "HGMMA", 255),
+        ("wgrad", lambda: wgrad(_COLUMN, _COLUMN), "HGMMA", 246),
     ]
     if name == "Qwen3":
         tensor, row, column = (f"e4m3 {block} f32/exact" for block in ("tensor", "row", "column"))
+        wide = "e5m2 tensor f32/exact"
         made += [
-            ("fprop mx", lambda: fprop(_MX, _MX), "QGMMA"),
-            ("wgrad mx", lambda: wgrad(_MX_COLUMN, _MX_COLUMN), "HGMMA"),
-            ("fprop rows", lambda: fprop(row, row), "QGMMA"),
-            ("dgrad tensor e5m2", lambda: dgrad("e5m2 tensor f32/exact", tensor), "HGMMA"),
-            ("wgrad columns", lambda: wgrad(column, column), "HGMMA"),
+            ("fprop mx", lambda: fprop(_MX, _MX), "QGMMA", 212),
+            ("dgrad mx", lambda: dgrad(_MX, _MX), "HGMMA", 255),
+            ("wgrad mx", lambda: wgrad(_MX_COLUMN, _MX_COLUMN), "HGMMA", 216),
+            ("fprop rows", lambda: fprop(row, row), "QGMMA", 220),
+            ("dgrad tensor e5m2", lambda: dgrad(wide, tensor), "HGMMA", 250),
+            ("dgrad tensor e5m2 [in, out]", lambda: stored_flipped(wide, tensor), "QGMMA", 255),
+            ("wgrad columns", lambda: wgrad(column, column), "HGMMA", 200),
         ]
-    return [Specimen(f"{name} {what}", call, has=(op, "LDGSTS"), lacks=("HMMA",)) for what, call, op in made]
+    # Sums over blocks are additions of their own also where no scale stands between, on fp8 tensor cores above all.
+    return [
+        Specimen(f"{name} {what}", call, has=(op, "LDGSTS", "FFMA|FADD"), lacks=("HMMA",), registers=registers)
+        for what, call, op, registers in made
+    ]

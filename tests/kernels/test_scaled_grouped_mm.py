@@ -16,7 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from moefx.dialect.scaled_gemm import _mm, _mm_quantize, _wgrad
 from moefx.kernels import registry
 from moefx.kernels.gpu import scaled_grouped_mm as kernels
+from moefx.precision.builtin import BUILT_IN
 from moefx.precision.quantize import dequantize, fp32_scales, quantize
+from moefx.precision.recipe import lookup
 from moefx.precision.spec import QuantSpec
 
 from .interpreter import assert_same_bits
@@ -81,6 +83,7 @@ MM = [
     ("e5m2 1x128 f32/exact", "e4m3 128x128 f32/exact", False),
     ("e4m3 1x32 e8m0/rceil", "e4m3 1x32 e8m0/rceil", False),
     ("e4m3 1x32 e8m0/rceil", "e4m3 1x32 e8m0/rceil", True),
+    ("e4m3 1x32 e8m0/rceil", "e4m3 32x32 e8m0/rceil", False),
     ("e4m3 1x64 po2/rceil", TILE, False),
     ("e4m3 row f32/exact", "e4m3 row f32/exact", True),
     ("e5m2 tensor f32/exact", "e4m3 tensor f32/exact", True),
@@ -258,12 +261,10 @@ def test_blocks_that_begin_at_fixed_rows_are_seen(monkeypatch: pytest.MonkeyPatc
         integers(136, 48, seed=0), powers(3, 48, seed=2), integers(136, 16, seed=1), powers(3, 16, seed=3), offsets,
         COLUMN, COLUMN, torch.float32,
     )  # fmt: skip
-    real = kernels.blocks_before
     assert_same_bits(kernels.scaled_grouped_wgrad(*args), _wgrad(*args))
     monkeypatch.setattr(kernels, "blocks_before", lambda at, e, BE, BR: tl.load(at + e) // 128)
     with pytest.raises(AssertionError):
         assert_same_bits(kernels.scaled_grouped_wgrad(*args), _wgrad(*args))
-    assert real is not kernels.blocks_before
 
 
 def chosen(op: str, specs: tuple[str, ...], more: tuple[Any, ...] = (), K: int = 256, flipped: bool = False) -> str:
@@ -291,6 +292,18 @@ def test_triton_multiplies_what_it_can(x_spec: str, w_spec: str, flipped: bool) 
 @pytest.mark.parametrize(("a_spec", "b_spec"), WGRAD)
 def test_triton_makes_the_weight_gradients_it_can(a_spec: str, b_spec: str) -> None:
     assert chosen("scaled_grouped_wgrad", (a_spec, b_spec)) == "triton"
+
+
+@pytest.mark.parametrize("name", sorted(set(BUILT_IN) - {"bf16", "nvfp4"}))
+def test_triton_multiplies_for_the_built_in_recipes(name: str) -> None:
+    specs = BUILT_IN[name].specs
+    for gemm in ("up", "down"):
+        of = {key: lookup(specs, gemm, key) for key in ("input.fprop", "weight.fprop", "grad.dgrad", "weight.dgrad")}
+        for kind, x in (("fprop", "input"), ("dgrad", "grad")):
+            pair = (of[f"{x}.{kind}"], of[f"weight.{kind}"])
+            assert chosen("scaled_grouped_mm", pair, flipped=kind == "dgrad") == "triton"
+        pair = (lookup(specs, gemm, "grad.wgrad"), lookup(specs, gemm, "input.wgrad"))
+        assert chosen("scaled_grouped_wgrad", pair) == "triton"
 
 
 def test_the_reference_takes_the_rest() -> None:

@@ -215,7 +215,8 @@ def _mm(
 ) -> list[Tensor]:  # fmt: skip
     S, (E, N, K) = x.shape[0], w.shape
     y = x.new_empty(S, N, dtype=dtype)
-    made, out, least = [y], (None, None), 0.0
+    made, least = [y], 0.0
+    out: tuple[Tensor | None, Tensor | None] = (None, None)
     constants = dict.fromkeys(codec.constants(x_spec))
     if spec is not None:
         s = QuantSpec.parse(spec)

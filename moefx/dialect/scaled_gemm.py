@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+import moefx.kernels.scaled_grouped_mm  # noqa: F401  registers the GPU provider before the references
 from moefx.precision.quantize import dequantize
 
 from ._op import autocast, define

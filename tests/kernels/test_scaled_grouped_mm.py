@@ -1,0 +1,317 @@
+"""Grouped products of codes in the interpreter: against float64, and exactly where sums are exact.
+
+The bound is that of fp32 sums of dequantized operands, K rounding errors of the sum of magnitudes. Codes that are small
+integers under powers of two make every sum exact, so that nothing hides in a bound.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import triton.language as tl
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from moefx.dialect.scaled_gemm import _mm, _mm_quantize, _wgrad
+from moefx.kernels import registry
+from moefx.kernels.gpu import scaled_grouped_mm as kernels
+from moefx.precision.builtin import BUILT_IN
+from moefx.precision.quantize import dequantize, fp32_scales, quantize
+from moefx.precision.recipe import lookup
+from moefx.precision.spec import QuantSpec
+
+from .interpreter import assert_same_bits
+
+Tensor = torch.Tensor
+EPS = torch.finfo(torch.float32).eps
+ROW, TILE, COLUMN = (f"e4m3 {block} po2/rceil eps=1e-10" for block in ("1x128", "128x128", "128x1"))
+
+
+def offsets_of(*counts: int) -> Tensor:
+    return torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    """Normal numbers whose size differs from row to row and from block to block."""
+    gen = torch.Generator().manual_seed(seed)
+    size = torch.randint(-6, 6, (*shape[:-1], -(-shape[-1] // 32)), generator=gen).float().exp2()
+    return torch.randn(*shape, generator=gen) * size.repeat_interleave(32, -1)[..., : shape[-1]]
+
+
+def encoded(spec: str, x: Tensor, offsets: Tensor | None = None) -> tuple[Tensor, Any]:
+    amax = x.abs().max() if QuantSpec.parse(spec).delayed else None
+    return quantize(x, spec, offsets=offsets, amax=amax)
+
+
+def operands(
+    S: int, K: int, N: int, offsets: Tensor, x_spec: str, w_spec: str, flipped: bool = False
+) -> tuple[Any, ...]:
+    E = offsets.shape[0] - 1
+    x = encoded(x_spec, numbers(S, K), offsets)
+    if flipped:
+        codes, scales = encoded(str(QuantSpec.parse(w_spec).transposed()), numbers(E, K, N, seed=1))
+        w = codes.mT, scales.mT
+    else:
+        w = encoded(w_spec, numbers(E, N, K, seed=1))
+    return *x, *w, offsets, x_spec, w_spec
+
+
+def exact(args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """The product in float64, and the sum of magnitudes that its rounding errors are relative to."""
+    x, xs, w, ws, offsets, x_spec, w_spec = args
+    a = dequantize(x, xs, x_spec, offsets=offsets).double()
+    b = dequantize(w, ws, w_spec).double()
+    y = a.new_zeros(2, a.shape[0], b.shape[1])
+    for e in range(b.shape[0]):
+        rows = slice(int(offsets[e]), int(offsets[e + 1]))
+        y[0, rows], y[1, rows] = a[rows] @ b[e].T, a[rows].abs() @ b[e].T.abs()
+    return y[0], y[1]
+
+
+def assert_close(y: Tensor, want: Tensor, size: Tensor, depth: int) -> None:
+    """Within rounding of fp32 sums; one more rounding where the result is narrower."""
+    narrow = torch.finfo(y.dtype).eps / 2 if y.dtype != torch.float32 else 0.0
+    bound = (depth + 4) * EPS * size + narrow * want.abs() * 1.01
+    assert torch.isfinite(y).all()
+    assert bool(((y.double() - want).abs() <= bound).all())
+
+
+MM = [
+    (ROW, TILE, False),
+    (ROW, TILE, True),  # the dgrad of a weight stored [E, N, K]: its transposed view
+    ("e5m2 1x128 f32/exact", "e4m3 128x128 f32/exact", False),
+    ("e4m3 1x32 e8m0/rceil", "e4m3 1x32 e8m0/rceil", False),
+    ("e4m3 1x32 e8m0/rceil", "e4m3 1x32 e8m0/rceil", True),
+    ("e4m3 1x32 e8m0/rceil", "e4m3 32x32 e8m0/rceil", False),
+    ("e4m3 1x64 po2/rceil", TILE, False),
+    ("e4m3 row f32/exact", "e4m3 row f32/exact", True),
+    ("e5m2 tensor f32/exact", "e4m3 tensor f32/exact", True),
+    ("e4m3 tensor f32/exact delayed", "e4m3 row f32/exact", False),
+    (ROW, "e4m3 row f32/exact", False),
+    ("e4m3 row f32/exact", "e4m3 1x128 po2/rceil", False),
+]
+
+
+@pytest.mark.parametrize(("x_spec", "w_spec", "flipped"), MM)
+def test_products_are_those_of_the_dequantized_operands(x_spec: str, w_spec: str, flipped: bool) -> None:
+    offsets = offsets_of(5, 0, 67)
+    args = operands(75, 256, 144, offsets, x_spec, w_spec, flipped)  # 3 rows of nobody, 16 columns in the last tile
+    y = kernels.scaled_grouped_mm(*args, torch.float32)
+    assert_close(y, *exact(args), depth=256)
+    assert not y[72:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("K", [16, 208])
+def test_a_depth_that_fits_no_block_and_narrow_results(dtype: torch.dtype, K: int) -> None:
+    args = operands(9, K, 16, offsets_of(3, 6), ROW, TILE)
+    y = kernels.scaled_grouped_mm(*args, dtype)
+    assert y.dtype == dtype
+    assert_close(y, *exact(args), depth=K)
+
+
+def test_many_rows_take_the_large_tile_and_programs_several_tiles() -> None:
+    offsets = offsets_of(300)
+    args = operands(300, 128, 272, offsets, ROW, TILE)
+    assert_close(kernels.scaled_grouped_mm(*args, torch.float32), *exact(args), depth=128)
+
+
+def integers(*shape: int, seed: int) -> Tensor:
+    gen = torch.Generator().manual_seed(seed)
+    return torch.randint(-4, 5, shape, generator=gen).to(torch.float8_e4m3fn)
+
+
+def powers(*shape: int, seed: int) -> Tensor:
+    return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(seed)).float().exp2()
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_exact_sums_are_the_references_bits(flipped: bool) -> None:
+    w, ws = integers(2, 144, 256, seed=2), powers(2, 2, 2, seed=3)
+    if flipped:
+        w, ws = w.mT.contiguous().mT, ws.mT.contiguous().mT
+    args = (integers(40, 256, seed=0), powers(40, 2, seed=1), w, ws, offsets_of(7, 30), ROW, TILE)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_same_bits(kernels.scaled_grouped_mm(*args, dtype), _mm(*args, dtype))
+
+
+def by_hand(args: tuple[Any, ...], forget: int = -1) -> Tensor:
+    """Block for block in the kernel's order; the scales of block `forget` are left out."""
+    x, xs, w, ws, offsets, *_ = args
+    y = torch.zeros(x.shape[0], w.shape[1])
+    for e in range(w.shape[0]):
+        rows = slice(int(offsets[e]), int(offsets[e + 1]))
+        for k in range(xs.shape[1]):
+            part = slice(128 * k, 128 * k + 128)
+            p = (x[rows, part].double() @ w[e][:, part].double().T).float()  # one rounding of an exact sum
+            s = fp32_scales(xs, QuantSpec.parse(ROW))[rows, k, None] * ws[e, :, k].repeat_interleave(128)[: w.shape[1]]
+            y[rows] += p if k == forget else p * s
+    return y
+
+
+def test_blocks_are_promoted_one_after_another() -> None:
+    """Any scales: with products of integers, only the order of the sums over blocks rounds."""
+    gen = torch.Generator().manual_seed(5)
+    xs, ws = torch.rand(20, 3, generator=gen) + 0.5, torch.rand(2, 1, 3, generator=gen) + 0.5
+    args = (integers(20, 384, seed=0), xs, integers(2, 48, 384, seed=2), ws, offsets_of(7, 13), ROW, TILE)
+    y = kernels.scaled_grouped_mm(*args, torch.float32)
+    assert_same_bits(y, by_hand(args))
+    for forgotten in range(3):
+        with pytest.raises(AssertionError):
+            assert_same_bits(y, by_hand(args, forgotten))
+
+
+def test_a_forgotten_scale_is_outside_the_bound() -> None:
+    args = operands(20, 256, 48, offsets_of(7, 13), ROW, TILE)
+    want, size = exact(args)
+    assert_close(kernels.scaled_grouped_mm(*args, torch.float32), want, size, depth=256)
+    with pytest.raises(AssertionError):
+        assert_close(by_hand(args, forget=1), want, size, depth=256)
+
+
+def test_nan_stays_in_its_rows_and_rows_of_nobody_are_zero() -> None:
+    x, xs, w, ws, offsets, *specs = operands(12, 128, 32, offsets_of(4, 5), ROW, TILE)
+    xs[2], xs[9:] = torch.nan, torch.nan
+    x.view(torch.uint8)[9:] = 0x7F
+    for dtype in (torch.float32, torch.bfloat16):
+        y = kernels.scaled_grouped_mm(x, xs, w, ws, offsets, *specs, dtype)
+        assert y[2].isnan().all()
+        assert not y.isnan()[[0, 1, *range(3, 12)]].any()
+        assert not y[9:].any()
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New memory holds NaN."""
+    real = Tensor.new_empty
+
+    def new_empty(self: Tensor, *args: Any, **kw: Any) -> Tensor:
+        made = real(self, *args, **kw)
+        if made.numel():
+            made.view(torch.uint8).fill_(0xFF)  # NaN in every float format
+        return made
+
+    monkeypatch.setattr(Tensor, "new_empty", new_empty)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("S", "counts"), [(0, (0, 0)), (1, (0, 1)), (3, (0, 0)), (5, (5,))])
+def test_every_element_is_written(S: int, counts: tuple[int, ...]) -> None:
+    offsets = offsets_of(*counts)
+    y = kernels.scaled_grouped_mm(*operands(S, 128, 16, offsets, ROW, TILE), torch.bfloat16)
+    assert y.shape == (S, 16)
+    assert not y.isnan().any()
+    pair = (*encoded(COLUMN, numbers(S, 16), offsets), *encoded(COLUMN, numbers(S, 32, seed=1), offsets))
+    g = kernels.scaled_grouped_wgrad(*pair, offsets, COLUMN, COLUMN, torch.float32)
+    assert not g.isnan().any()
+    assert all(bool(g[e].any()) == (n > 0) for e, n in enumerate(counts))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    "spec", [ROW, "e4m3 1x128 e8m0/floor", "e5m2 1x128 f32/exact", "e4m3 1x128 f32/exact zero=one"]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_codes_of_the_result_are_those_of_quantize(spec: str, dtype: torch.dtype) -> None:
+    args = (
+        integers(12, 256, seed=0), powers(12, 2, seed=1), integers(2, 144, 256, seed=2), powers(2, 2, 2, seed=3),
+        offsets_of(4, 5), ROW, TILE, dtype, [spec],
+    )  # fmt: skip
+    args[0].view(torch.uint8)[1] = 0  # a block of zeros
+    args[1][3] = torch.nan
+    for got, want in zip(kernels.scaled_grouped_mm_quantize(*args), _mm_quantize(*args), strict=True):
+        assert_same_bits(got, want, spec)
+
+
+WGRAD = [
+    (COLUMN, COLUMN),
+    ("e5m2 128x1 f32/exact", "e4m3 128x1 po2/rceil"),
+    ("e4m3 32x1 e8m0/rceil", "e4m3 32x1 e8m0/rceil"),
+    ("e4m3 column f32/exact", COLUMN),
+    ("e5m2 tensor f32/exact", "e4m3 tensor f32/exact"),
+    (TILE, "e4m3 column po2/rceil"),
+]
+
+
+@pytest.mark.parametrize(("a_spec", "b_spec"), WGRAD)
+def test_weight_gradients_are_those_of_the_dequantized_rows(a_spec: str, b_spec: str) -> None:
+    offsets = offsets_of(5, 0, 131, 1)  # blocks begin at 0, 5, 133 and 136
+    a, as_ = encoded(a_spec, numbers(140, 48), offsets)
+    b, bs = encoded(b_spec, numbers(140, 144, seed=1), offsets)
+    g = kernels.scaled_grouped_wgrad(a, as_, b, bs, offsets, a_spec, b_spec, torch.float32)
+    wide = [dequantize(c, s, t, offsets=offsets).double() for c, s, t in ((a, as_, a_spec), (b, bs, b_spec))]
+    for e in range(4):
+        x, y = (t[offsets[e] : offsets[e + 1]] for t in wide)
+        assert_close(g[e], x.T @ y, x.T.abs() @ y.abs(), depth=140)
+
+
+def test_exact_weight_gradients_are_the_references_bits() -> None:
+    offsets = offsets_of(5, 0, 131)
+    a, b = integers(138, 48, seed=0), integers(138, 16, seed=1)
+    a.view(torch.uint8)[136:] = 0x7F  # rows of nobody
+    args = (a, powers(4, 48, seed=2), b, powers(4, 16, seed=3), offsets, COLUMN, COLUMN)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_same_bits(kernels.scaled_grouped_wgrad(*args, dtype), _wgrad(*args, dtype))
+
+
+def test_blocks_that_begin_at_fixed_rows_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    offsets = offsets_of(5, 131)
+    args = (
+        integers(136, 48, seed=0), powers(3, 48, seed=2), integers(136, 16, seed=1), powers(3, 16, seed=3), offsets,
+        COLUMN, COLUMN, torch.float32,
+    )  # fmt: skip
+    assert_same_bits(kernels.scaled_grouped_wgrad(*args), _wgrad(*args))
+    monkeypatch.setattr(kernels, "blocks_before", lambda at, e, BE, BR: tl.load(at + e) // 128)
+    with pytest.raises(AssertionError):
+        assert_same_bits(kernels.scaled_grouped_wgrad(*args), _wgrad(*args))
+
+
+def chosen(op: str, specs: tuple[str, ...], more: tuple[Any, ...] = (), K: int = 256, flipped: bool = False) -> str:
+    with FakeTensorMode():
+        offsets = torch.empty(5, dtype=torch.int32, device="cuda")
+
+        def of(spec: str, *shape: int) -> tuple[Tensor, Tensor]:
+            s = QuantSpec.parse(spec)
+            groups = 4 if len(shape) == 2 else None
+            scales = torch.empty(s.scale_shape(shape, groups), dtype=s.scale_dtype, device="cuda")
+            return torch.empty(s.format.stored_shape(torch.Size(shape)), dtype=s.format.storage, device="cuda"), scales
+
+        x, w = of(specs[0], 64, K), of(specs[1], *((64,) if "wgrad" in op else (4, 32)), K)
+        if flipped:
+            codes, scales = of(str(QuantSpec.parse(specs[1]).transposed()), 4, K, 32)
+            w = codes.mT, scales.mT
+        return registry.choose(op, *x, *w, offsets, *specs, torch.bfloat16, *more).name
+
+
+@pytest.mark.parametrize(("x_spec", "w_spec", "flipped"), MM)
+def test_triton_multiplies_what_it_can(x_spec: str, w_spec: str, flipped: bool) -> None:
+    assert chosen("scaled_grouped_mm", (x_spec, w_spec), flipped=flipped) == "triton"
+
+
+@pytest.mark.parametrize(("a_spec", "b_spec"), WGRAD)
+def test_triton_makes_the_weight_gradients_it_can(a_spec: str, b_spec: str) -> None:
+    assert chosen("scaled_grouped_wgrad", (a_spec, b_spec)) == "triton"
+
+
+@pytest.mark.parametrize("name", sorted(set(BUILT_IN) - {"bf16", "nvfp4"}))
+def test_triton_multiplies_for_the_built_in_recipes(name: str) -> None:
+    specs = BUILT_IN[name].specs
+    for gemm in ("up", "down"):
+        of = {key: lookup(specs, gemm, key) for key in ("input.fprop", "weight.fprop", "grad.dgrad", "weight.dgrad")}
+        for kind, x in (("fprop", "input"), ("dgrad", "grad")):
+            pair = (of[f"{x}.{kind}"], of[f"weight.{kind}"])
+            assert chosen("scaled_grouped_mm", pair, flipped=kind == "dgrad") == "triton"
+        pair = (lookup(specs, gemm, "grad.wgrad"), lookup(specs, gemm, "input.wgrad"))
+        assert chosen("scaled_grouped_wgrad", pair) == "triton"
+
+
+def test_the_reference_takes_the_rest() -> None:
+    assert chosen("scaled_grouped_mm_quantize", (ROW, TILE), ([ROW],)) == "triton"
+    assert chosen("scaled_grouped_mm_quantize", (ROW, TILE), ([ROW, COLUMN],)) == "reference"
+    assert chosen("scaled_grouped_mm_quantize", (ROW, TILE), ([f"{ROW} sr"],)) == "reference"
+    assert chosen("scaled_grouped_mm", (ROW, TILE), K=264) == "reference"
+    assert chosen("scaled_grouped_mm", ("e2m1 1x32 e8m0/rceil", TILE)) == "reference"
+    assert chosen("scaled_grouped_mm", (COLUMN, TILE)) == "reference"
+    assert chosen("scaled_grouped_wgrad", (ROW, COLUMN)) == "reference"
+    assert chosen("scaled_grouped_wgrad", (COLUMN, COLUMN), K=24) == "reference"

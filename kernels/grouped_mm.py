@@ -96,9 +96,7 @@ def _few_experts(offsets: Tensor) -> bool:
     return offsets.shape[0] <= EXPERTS + 1
 
 
-register_triton(
-    "grouped_mm", "grouped_mm:grouped_mm", lambda x, w, offsets: _narrow(x, w) and _few_experts(offsets)
-)
+register_triton("grouped_mm", "grouped_mm:grouped_mm", lambda x, w, offsets: _narrow(x, w) and _few_experts(offsets))
 register_triton("grouped_wgrad", "grouped_mm:grouped_wgrad", lambda a, b, offsets: _narrow(a, b))
 register_triton(
     "permute_grouped_mm",

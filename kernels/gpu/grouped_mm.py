@@ -4,8 +4,8 @@
     h, a         the same with N = 2 I, and behind it the activation of its two halves
     g [E, M, N]  per expert, a [rows, M] transposed times b [rows, N]: the gradient of a weight
 
-Bytes, weights and rows read once: (T K or S K) + E N K + S N elements of the forms above; a gathered product reads T rows
-where a permute and a product move 2 S + T of them. Sums are in fp32 and rounded once.
+Elements moved, where weights and rows are read once: S K + E N K + S N, and S I more with an activation. A gathered
+product reads T rows, for which a permute and a product move T + 2 S. Sums are in fp32 and rounded once.
 
 A tile of 128 x 256 with 8 warps is the largest that sm_90 multiplies (HGMMA) without spilling, and fills 128 of each
 thread's registers with sums; 64 of the depth in 4 stages are 192 KiB of the 227 KiB of shared memory. Loads are by
@@ -90,6 +90,7 @@ def _grouped_mm(
 ):  # fmt: skip
     until = _tiles_until(offsets, S, E, BE, BM)
     m_tiles, n_tiles = tl.max(until, 0), tl.cdiv(N, BN)
+    depth = tl.arange(0, BK)
     for tile in range(tl.program_id(0), m_tiles * n_tiles, tl.num_programs(0)):
         m, n = _in_bands(tile, m_tiles, n_tiles, BAND)
         expert, first, end = _rows_of(m, until, offsets, S, E, BM)
@@ -97,13 +98,15 @@ def _grouped_mm(
         live = rows < end
         source, held = _sources(token, rows, live)
         x_rows, w_cols = x + source * x_row, w + expert.to(tl.int64) * w_expert + cols * w_n
+        a_at, b_at = x_rows[:, None] + depth[None, :], w_cols[None, :] + (depth * w_k)[:, None]
         acc = tl.zeros((BM, BN), tl.float32)
         for k in range(0, tl.where(expert < E, K, 0), BK):  # rows of nobody stay zero
-            ks = k + tl.arange(0, BK)
-            use = held[:, None] if WHOLE_K else held[:, None] & (ks < K)[None, :]
-            a = tl.load(x_rows[:, None] + ks[None, :], mask=use, other=0.0)
-            b = _load(w_cols[None, :] + (ks * w_k)[:, None], ks, cols, K, N, WHOLE_K, WHOLE_N)
+            use = held[:, None] if WHOLE_K else held[:, None] & (depth < K - k)[None, :]
+            a = tl.load(a_at, mask=use, other=0.0)
+            b = _load(b_at, depth, cols, K - k, N, WHOLE_K, WHOLE_N)
             acc = tl.dot(a, b, acc)
+            a_at += BK
+            b_at += BK * w_k
         y_rows = y + rows.to(tl.int64) * N
         out = acc.to(y.dtype.element_ty)
         tl.store(y_rows[:, None] + cols[None, :], out, mask=live[:, None] & (cols < N)[None, :])
@@ -131,6 +134,7 @@ def _grouped_mm_glu(
 ):  # fmt: skip
     until = _tiles_until(offsets, S, E, BE, BM)
     m_tiles, n_tiles = tl.max(until, 0), tl.cdiv(I, BN)
+    depth = tl.arange(0, BK)
     for tile in range(tl.program_id(0), m_tiles * n_tiles, tl.num_programs(0)):
         m, n = _in_bands(tile, m_tiles, n_tiles, BAND)
         expert, first, end = _rows_of(m, until, offsets, S, E, BM)
@@ -140,13 +144,14 @@ def _grouped_mm_glu(
         x_rows, w_cols = x + source * x_row, w + expert.to(tl.int64) * w_expert + cols * w_n
         half = I.to(tl.int64) * w_n
         gate, up = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
+        x_at, w_at = x_rows[:, None] + depth[None, :], w_cols[None, :] + (depth * w_k)[:, None]
         for k in range(0, tl.where(expert < E, K, 0), BK):
-            ks = k + tl.arange(0, BK)
-            use = held[:, None] if WHOLE_K else held[:, None] & (ks < K)[None, :]
-            rows_k = tl.load(x_rows[:, None] + ks[None, :], mask=use, other=0.0)
-            at = w_cols[None, :] + (ks * w_k)[:, None]
-            gate = tl.dot(rows_k, _load(at, ks, cols, K, I, WHOLE_K, WHOLE_N), gate)
-            up = tl.dot(rows_k, _load(at + half, ks, cols, K, I, WHOLE_K, WHOLE_N), up)
+            use = held[:, None] if WHOLE_K else held[:, None] & (depth < K - k)[None, :]
+            x_tile = tl.load(x_at, mask=use, other=0.0)
+            gate = tl.dot(x_tile, _load(w_at, depth, cols, K - k, I, WHOLE_K, WHOLE_N), gate)
+            up = tl.dot(x_tile, _load(w_at + half, depth, cols, K - k, I, WHOLE_K, WHOLE_N), up)
+            x_at += BK
+            w_at += BK * w_k
         kept = live[:, None] & (cols < I)[None, :]
         gate, up = gate.to(h.dtype.element_ty), up.to(h.dtype.element_ty)
         h_at = h + rows.to(tl.int64)[:, None] * (2 * I) + cols[None, :]
@@ -264,7 +269,7 @@ def permute_grouped_mm_glu(
     """`moefx::permute_grouped_mm_glu`: h [S, 2I] of rows x[token], and the activation [S, I] of its halves."""
     x, w = _dense(x_TK), _dense_weights(w)
     (E, width, K), S = w.shape, token_S.shape[0]
-    I = width // 2  # noqa: E741
+    I = width // 2
     h, a = x.new_empty(S, width), x.new_empty(S, I)
     whole = tile_of(S // max(E, 1), width, _aligned(x, w, h, a))
     t = replace(whole, BN=whole.BN // 2)  # a half each for gate and up
@@ -311,7 +316,7 @@ def _gradient(a: Tensor, a_token: Tensor | None, b: Tensor, b_token: Tensor | No
 def specimens() -> list[Specimen]:
     """Products of Qwen3-30B-A3B and DeepSeek-V3 at 8192 tokens, and of sizes that fit nothing."""
     found = []
-    for name, T, H, I, E, k in (  # noqa: E741
+    for name, T, H, I, E, k in (
         ("Qwen3", 8192, 2048, 768, 128, 8), ("DeepSeek-V3", 8192, 7168, 2048, 256, 8), ("odd", 999, 333, 77, 6, 3),
         ("few rows", 256, 2048, 768, 128, 8),
     ):  # fmt: skip
@@ -320,7 +325,7 @@ def specimens() -> list[Specimen]:
     return found
 
 
-def _specimens(name: str, T: int, H: int, I: int, E: int, k: int) -> list[Specimen]:  # noqa: E741
+def _specimens(name: str, T: int, H: int, I: int, E: int, k: int) -> list[Specimen]:
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 

@@ -125,9 +125,7 @@ def _permute_grouped_wgrad(
     return g
 
 
-def _wgrad_fake(
-    dy: Tensor, x: Tensor, token: Tensor, slot: Tensor, offsets: Tensor, flip: bool = False
-) -> Tensor:
+def _wgrad_fake(dy: Tensor, x: Tensor, token: Tensor, slot: Tensor, offsets: Tensor, flip: bool = False) -> Tensor:
     sides = (x.shape[1], dy.shape[1]) if flip else (dy.shape[1], x.shape[1])
     return dy.new_empty(offsets.shape[0] - 1, *sides)
 

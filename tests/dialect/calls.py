@@ -106,9 +106,7 @@ def calls(r: Routing, dtype: torch.dtype = torch.float32) -> dict[str, Call]:
         "grouped_mm": Call("grouped_mm", (y, up, r.offsets), (0, 1)),
         "grouped_wgrad": Call("grouped_wgrad", (h, y, r.offsets), (0, 1)),
         "permute_grouped_mm": Call("permute_grouped_mm", (x, r.token, r.slot, up, ends), (0, 3)),
-        "permute_grouped_mm_glu": Call(
-            "permute_grouped_mm_glu", (x, r.token, r.slot, up, ends, None, "silu"), (0, 3)
-        ),
+        "permute_grouped_mm_glu": Call("permute_grouped_mm_glu", (x, r.token, r.slot, up, ends, None, "silu"), (0, 3)),
         "permute_grouped_mm_glu_weighted": Call(
             "permute_grouped_mm_glu", (x, r.token, r.slot, up, ends, rows, "gelu_tanh"), (0, 3, 5)
         ),

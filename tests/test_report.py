@@ -65,7 +65,7 @@ def test_data_is_a_copy(opt: moefx.OptimizedModule) -> None:
         rows.clear()
     first["stages"].clear()
     again = opt.report.to_dict()
-    assert len(again["passes"]) == 13
+    assert len(again["passes"]) == 14
     assert again["blocks"]
     assert again["stages"]
     assert again["signatures"]

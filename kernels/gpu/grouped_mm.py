@@ -213,9 +213,9 @@ def tile_of(rows: int, columns: int, aligned: bool) -> Tile:
     element, through registers: a small tile leaves room for them.
     """
     if not aligned:
-        return Tile(64, 64, 32, num_warps=4, num_stages=2)
+        return Tile(64, 64, 32, num_stages=2)
     BM, BN = 128 if rows >= 192 else 64, 256 if columns > 128 else 128
-    return Tile(BM, BN, num_warps=BM * BN // 4096)  # sums take 128 registers of a thread
+    return Tile(BM, BN, num_warps=max(4, BM * BN // 4096))  # sums take at most 128 registers of a thread
 
 
 def _dense(t: Tensor) -> Tensor:
@@ -314,14 +314,14 @@ def _gradient(a: Tensor, a_token: Tensor | None, b: Tensor, b_token: Tensor | No
 
 
 def specimens() -> list[Specimen]:
-    """Products of Qwen3-30B-A3B and DeepSeek-V3 at 8192 tokens, and of sizes that fit nothing."""
+    """Products of Qwen3-30B-A3B, DeepSeek-V3 and gpt-oss at 8192 tokens, and of sizes that fit no tile."""
     found = []
     for name, T, H, I, E, k in (
         ("Qwen3", 8192, 2048, 768, 128, 8), ("DeepSeek-V3", 8192, 7168, 2048, 256, 8), ("odd", 999, 333, 77, 6, 3),
-        ("few rows", 256, 2048, 768, 128, 8),
+        ("few rows", 256, 2048, 768, 128, 8), ("gpt-oss", 8192, 2880, 2880, 32, 4), ("narrow", 4096, 1040, 48, 16, 2),
     ):  # fmt: skip
         made = _specimens(name, T, H, I, E, k)
-        found += made if name in ("Qwen3", "odd") else made[:1] + made[3:4]
+        found += made if name in ("Qwen3", "odd", "gpt-oss") else made[:1] + made[3:4]
     return found
 
 

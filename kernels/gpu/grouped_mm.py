@@ -214,8 +214,10 @@ def tile_of(rows: int, columns: int, aligned: bool) -> Tile:
     """
     if not aligned:
         return Tile(64, 64, 32, num_stages=2)
-    BM, BN = 128 if rows >= 192 else 64, 256 if columns > 128 else 128
-    return Tile(BM, BN, num_warps=max(4, BM * BN // 4096))  # sums take at most 128 registers of a thread
+    if columns <= 128:
+        return Tile(64, 128, num_warps=4)
+    BM = 128 if rows >= 192 else 64
+    return Tile(BM, 256, num_warps=BM // 16)  # sums take 128 registers of a thread
 
 
 def _dense(t: Tensor) -> Tensor:

@@ -47,10 +47,8 @@ class FuseGather(Pass):
             if others:
                 ctx.rejected(node, f"{others[0]} reads the rows too, and cannot gather them")
             elif val.device.type not in self.devices or val.dtype not in self.dtypes:
-                ctx.rejected(
-                    node,
-                    f"no kernel gathers rows of {str(val.dtype).removeprefix('torch.')} on {val.device.type} as it multiplies",
-                )
+                dtype = str(val.dtype).removeprefix("torch.")
+                ctx.rejected(node, f"no kernel gathers rows of {dtype} on {val.device.type} as it multiplies")
             elif any(node < w < readers[-1] for w in written(x)):
                 ctx.rejected(node, "the tokens are written in place before their rows are multiplied")
             else:

@@ -1,6 +1,8 @@
-"""Grouped matrix products with torch's own GEMMs: the providers of `grouped_mm` and `grouped_wgrad`.
+"""Grouped matrix products: torch's own GEMMs on a CPU, the library kernel and Triton's on an accelerator.
 
-Offsets are read on the host on a CPU (they live there); on an accelerator the library kernel takes them on the device.
+Offsets are read on the host on a CPU (they live there); on an accelerator kernels take them on the device. The library
+comes before Triton for the plain products, and takes bf16 with aligned rows; Triton takes bf16 and fp16 of any strides,
+and the fused forms, which the library lacks. What neither takes, fp32 above all, runs the reference.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ import itertools
 
 import torch
 
-from .registry import register
+from .registry import register, register_triton
 
 Tensor = torch.Tensor
 
@@ -80,3 +82,34 @@ def grouped_mm_library(x_SK: Tensor, w_ENK: Tensor, offsets: Tensor) -> Tensor:
 def grouped_wgrad_library(a_SM: Tensor, b_SN: Tensor, offsets: Tensor) -> Tensor:
     """`torch._grouped_mm` in its 2D x 2D form, contracting over tokens."""
     return torch._grouped_mm(a_SM.t(), b_SN, offs=offsets[1:])
+
+
+EXPERTS = 1024  # a program of the Triton kernels holds the offsets of all experts in its registers
+ACTIVATIONS = ("silu", "gelu_tanh")  # in the epilogue of the fused product
+
+
+def _narrow(*operands: Tensor) -> bool:
+    return operands[0].dtype in (torch.bfloat16, torch.float16) and len({t.dtype for t in operands}) == 1
+
+
+def _few_experts(offsets: Tensor) -> bool:
+    return offsets.shape[0] <= EXPERTS + 1
+
+
+register_triton("grouped_mm", "grouped_mm:grouped_mm", lambda x, w, offsets: _narrow(x, w) and _few_experts(offsets))
+register_triton("grouped_wgrad", "grouped_mm:grouped_wgrad", lambda a, b, offsets: _narrow(a, b))
+register_triton(
+    "permute_grouped_mm",
+    "grouped_mm:permute_grouped_mm",
+    lambda x, token, slot, w, offsets: _narrow(x, w) and _few_experts(offsets),
+)
+register_triton(
+    "permute_grouped_mm_glu",
+    "grouped_mm:permute_grouped_mm_glu",
+    lambda x, token, slot, w, offsets, w_rows, kind: _narrow(x, w) and _few_experts(offsets) and kind in ACTIVATIONS,
+)
+register_triton(
+    "permute_grouped_wgrad",
+    "grouped_mm:permute_grouped_wgrad",
+    lambda dy, x, token, slot, offsets, flip=False: _narrow(dy, x),
+)

@@ -21,6 +21,7 @@ from .expand_routers import ExpandRouters
 from .fold_casts import FoldCasts
 from .fold_combine import FoldCombine
 from .fuse_casts import FuseCasts
+from .fuse_gather import FuseGather
 from .fuse_plan_permute import FusePlanPermute
 from .inline_pointwise import InlinePointwise
 from .lower_wires import LowerWires
@@ -74,6 +75,7 @@ for _factory in (
     FuseCasts,
     LowerWires,
     StoreLowPrecision,
+    FuseGather,
     lambda: DeadCode(level="training"),
     InlinePointwise,
     RaiseIdioms,
@@ -161,6 +163,7 @@ __all__ = [
     "FoldCasts",
     "FoldCombine",
     "FuseCasts",
+    "FuseGather",
     "FusePlanPermute",
     "InlinePointwise",
     "LowerWires",

@@ -111,14 +111,14 @@ class Recipe:
 
     def _pipeline(self) -> tuple[str, ...]:
         if not self.specs:
-            return (*_MODEL, "fuse_plan_permute", *_TRAINING, "lower_wires", "dead_code_training")
+            return (*_MODEL, "fuse_plan_permute", *_TRAINING, "lower_wires", "fuse_gather", "dead_code_training")
         aligned = ("align_plans",) if self.align > 1 else ()
         steps = ["quantize"]
         steps += ["propagate_scales", "fold_casts", "transpose_scales"] if self.propagate else []
         steps += ["fuse_casts"] if self.fuse else []
         steps += ["lower_wires"]
         steps += ["store_low_precision"] if self.propagate and self.fuse else []
-        return (*_MODEL, *aligned, *_TRAINING, *steps, "dead_code_training")
+        return (*_MODEL, *aligned, *_TRAINING, *steps, "fuse_gather", "dead_code_training")
 
     def replace(self, name: str, about: str = "", **fields: Any) -> Recipe:
         """A recipe like this one but for the given fields; `specs` given here are added to this one's."""

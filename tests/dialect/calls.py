@@ -105,6 +105,13 @@ def calls(r: Routing, dtype: torch.dtype = torch.float32) -> dict[str, Call]:
         "plan_permute": Call("plan_permute", (x, r.idx, E, r.align), (0,)),
         "grouped_mm": Call("grouped_mm", (y, up, r.offsets), (0, 1)),
         "grouped_wgrad": Call("grouped_wgrad", (h, y, r.offsets), (0, 1)),
+        "permute_grouped_mm": Call("permute_grouped_mm", (x, r.token, r.slot, up, ends), (0, 3)),
+        "permute_grouped_mm_glu": Call("permute_grouped_mm_glu", (x, r.token, r.slot, up, ends, None, "silu"), (0, 3)),
+        "permute_grouped_mm_glu_weighted": Call(
+            "permute_grouped_mm_glu", (x, r.token, r.slot, up, ends, rows, "gelu_tanh"), (0, 3, 5)
+        ),
+        "permute_grouped_wgrad": Call("permute_grouped_wgrad", (h, x, r.token, r.slot, ends), (0, 1)),
+        "permute_grouped_wgrad_flipped": Call("permute_grouped_wgrad", (h, x, r.token, r.slot, ends, True), (0, 1)),
         "grouped_bias": Call("grouped_bias", (y, bias, r.offsets), (0, 1)),
         "group_sum": Call("group_sum", (y, r.offsets), (0,)),
         "glu": Call("glu", (h, None, "silu"), (0,)),

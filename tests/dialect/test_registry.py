@@ -20,7 +20,8 @@ from .calls import TRAINING, calls
 from .oracles import KINDS, Tensor, ops, randn
 
 COMPOSITE = ("experts", "expert_choice", "route")
-# The identity needs no kernel; codes and scales have their definition, on any device.
+# The identity needs no kernel; codes and scales have their definition, on any device; on a CPU, a row that is gathered
+# for a product is moved first.
 REFERENCE_ONLY = (
     "token_route",
     "overlap",
@@ -31,6 +32,9 @@ REFERENCE_ONLY = (
     *TRAINING,
     "dispatch",
     "combine",
+    "permute_grouped_mm",
+    "permute_grouped_mm_glu",
+    "permute_grouped_wgrad",
 )
 
 

@@ -40,7 +40,7 @@ from . import codec
 from .codec import as_bytes, encode8, f32_scale, inverse, magnitude_bits, po2_field, scale_value
 from .launch import cdiv, launch, processors
 from .sass import Specimen
-from .tiles import blocks_before, in_bands, rows_of, tiles_until
+from .schedule import blocks_before, in_bands, rows_of, tiles_until
 
 Tensor = torch.Tensor
 BAND = 8

@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-import moefx.kernels.transpose_scaled  # noqa: F401  registers the CPU provider before the reference
+import moefx.kernels.casts
+import moefx.kernels.transpose_scaled  # noqa: F401  both register providers before the references
 from moefx.errors import InputError
 from moefx.precision.convert import convert as convert_codes
 from moefx.precision.convert import transpose_scaled as turn_codes

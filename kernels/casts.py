@@ -30,9 +30,10 @@ def in_tiles(text: str, offsets: Tensor | None) -> bool:
     return few and spec.elem in ELEMENTS and spec.br in BLOCKS and spec.bc in BLOCKS
 
 
-def shifts(offsets: Tensor | None, spec: str, to_spec: str) -> bool:
+def shifts(codes: Tensor, offsets: Tensor | None, spec: str, to_spec: str) -> bool:
     """Whether the kernels convert between two specs; with rules that leave codes alone they have nothing to do."""
-    known = in_tiles(spec, offsets) and in_tiles(to_spec, offsets)
+    aligned = codes.shape[-1] * QuantSpec.parse(spec).format.per_byte % 16 == 0
+    known = aligned and in_tiles(spec, offsets) and in_tiles(to_spec, offsets)
     return known and exactness(spec, to_spec).rule in ("R11/R12", "R15", "R16", "R17")
 
 
@@ -48,4 +49,4 @@ def _dequantizes(codes: Tensor, scales: Any, offsets: Tensor | None, spec: str, 
 
 register_triton("quantize", "quantize:quantize", _quantizes)
 register_triton("dequantize", "dequantize:dequantize", _dequantizes)
-register_triton("convert", "convert:convert", lambda codes, scales, *rest: shifts(*rest))
+register_triton("convert", "convert:convert", lambda codes, scales, *rest: shifts(codes, *rest))

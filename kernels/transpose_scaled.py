@@ -75,5 +75,5 @@ def transpose_scaled_cpu(
 register_triton(
     "transpose_scaled",
     "transpose_scaled:transpose_scaled",
-    lambda codes, scales, offsets, spec, to_spec, rule="tight": shifts(offsets, spec, to_spec),
+    lambda codes, scales, offsets, spec, to_spec, rule="tight": shifts(codes, offsets, spec, to_spec),
 )

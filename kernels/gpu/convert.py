@@ -6,8 +6,8 @@ exact, and rounded to nearest by the hardware's conversion. FP8 to FP8 in the ot
 an element, MXFP4 to FP8 or back 1 9/16.
 
 Covered: the rules R11/R12, R15, R16 and R17 of `moefx.precision.convert` for E4M3, E5M2 and E2M1 with blocks of 1, 16,
-32, 64 or 128 rows and columns. R10 and R14, which leave the codes as they are, and whole rows and columns as blocks
-are the reference's.
+32, 64 or 128 rows and columns, and widths that are multiples of 16 (others would move byte by byte). R10 and R14, which
+leave the codes as they are, and whole rows and columns as blocks are the reference's.
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ def _largest(counts, field, A: tl.constexpr, B: tl.constexpr, HEADROOM: tl.const
 
 @triton.jit
 def _convert(
-    codes, scales, offsets, new_codes, new_scales, M, N, E, R_a, R_b, tall,
+    codes, scales, offsets, new_codes, new_scales, M, N, W_a, W_b, E, R_a, R_b, tall,
     A: tl.constexpr, B: tl.constexpr, TIGHT: tl.constexpr, HEADROOM: tl.constexpr,
     GROUPED: tl.constexpr, LIVE: tl.constexpr, SEGMENTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     column, tile, batch = grid_of(tall, tl.cdiv(N, BN))
     col0 = column * BN
     row0, exists, live, first, segment = tile_rows(offsets, tile, M, E, GROUPED, LIVE, SEGMENTS, BM)
-    code = load_codes(codes, batch, row0, live, col0, M, N, A, BM, BN)
+    code = load_codes(codes, batch, row0, live, col0, M, W_a, A, BM, BN)
     scale = load_scales(
         scales, offsets, batch, row0, live, first, segment, col0, M, N, E, R_a, GROUPED, SEGMENTS, A, BM, BN
     )
@@ -96,12 +96,11 @@ def _convert(
     )  # fmt: skip
     new = at_elements(new, B.BR, B.BC)
     k = tl.minimum(tl.maximum(new - field, -126), 126)  # no format spans more binades
-    y = encode(x * ((127 - k) << 23).to(tl.float32, bitcast=True), B.ELEM)
-    if not B.NAN:
-        y = tl.where(new == 255, 0, y)
-    elif A.ELEM == B.ELEM:
-        y = tl.where(special, code, tl.where(field == 255, 0x7F, y)).to(tl.uint8)
-    store_codes(y, new_codes, batch, row0, exists, col0, M, N, B, BM, BN)
+    y = x * ((127 - k) << 23).to(tl.float32, bitcast=True)
+    y = encode(tl.where((field == 255) | (new == 255), float("nan"), y), B.ELEM)  # which E2M1 has as code 0
+    if A.ELEM == B.ELEM:
+        y = tl.where(special, code, y)
+    store_codes(y, new_codes, batch, row0, exists, col0, M, W_b, B, BM, BN)
 
 
 def shift(
@@ -119,8 +118,8 @@ def shift(
     tall = tiles.row_tiles(M, offsets, BM, how["GROUPED"])
     launch(
         _convert, (tall * cdiv(N, BN) * math.prod(front),), as_bytes(codes), as_bytes(scales), offsets, as_bytes(new),
-        as_bytes(new_scales), M, N, E, scales.shape[-2], new_scales.shape[-2], tall, A=layouts[0], B=layouts[1],
-        TIGHT=tight, HEADROOM=headroom(a.format, b.format), BM=BM, BN=BN, num_warps=BM * BN // 1024, **how,
+        as_bytes(new_scales), M, N, width, new.shape[-1], E, scales.shape[-2], new_scales.shape[-2], tall,
+        A=layouts[0], B=layouts[1], TIGHT=tight, HEADROOM=headroom(a.format, b.format), BM=BM, BN=BN, num_warps=BM * BN // 1024, **how,
     )  # fmt: skip
     return new, new_scales
 
@@ -149,5 +148,5 @@ def specimens() -> list[Specimen]:
         Specimen("mxfp4 to fp8 rows [65536, 2048]", call((65536, 2048), fp4, fp8, 128), wide),
         Specimen("mxfp4 to fp8 columns [65536, 7168]", call((65536, 7168), fp4, fp8_column, 256), wide),
         Specimen("mxfp8 to fp8 [65536, 2048]", call((65536, 2048), "e4m3 1x32 e8m0/rceil", fp8), wide),
-        Specimen("odd", call((1001, 778), fp4, fp8_column, 7)),
+        Specimen("odd [1001, 784]", call((1001, 784), fp4, fp8_column, 7), wide[:1]),
     ]

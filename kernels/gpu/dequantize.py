@@ -26,14 +26,14 @@ Tensor = torch.Tensor
 
 @triton.jit
 def _dequantize(
-    codes, scales, offsets, out, M, N, E, R, tall,
+    codes, scales, offsets, out, M, N, W, E, R, tall,
     SPEC: tl.constexpr, GROUPED: tl.constexpr, LIVE: tl.constexpr, SEGMENTS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     column, tile, batch = grid_of(tall, tl.cdiv(N, BN))
     col0 = column * BN
     row0, exists, live, first, segment = tile_rows(offsets, tile, M, E, GROUPED, LIVE, SEGMENTS, BM)
-    code = load_codes(codes, batch, row0, live, col0, M, N, SPEC, BM, BN)  # 0 in rows of nobody
+    code = load_codes(codes, batch, row0, live, col0, M, W, SPEC, BM, BN)  # 0 in rows of nobody
     scale = load_scales(
         scales, offsets, batch, row0, live, first, segment, col0, M, N, E, R, GROUPED, SEGMENTS, SPEC, BM, BN
     )
@@ -53,8 +53,8 @@ def dequantize(codes: Tensor, scales: Tensor, offsets: Tensor | None, spec: str,
     tall = tiles.row_tiles(M, offsets, BM, how["GROUPED"])
     E = 0 if offsets is None else offsets.shape[0] - 1
     launch(
-        _dequantize, (tall * cdiv(N, BN) * math.prod(front),), as_bytes(codes), as_bytes(scales), offsets, out, M, N, E,
-        scales.shape[-2], tall, SPEC=layout, BM=BM, BN=BN, num_warps=BM * BN // 1024, **how,
+        _dequantize, (tall * cdiv(N, BN) * math.prod(front),), as_bytes(codes), as_bytes(scales), offsets, out, M, N,
+        width, E, scales.shape[-2], tall, SPEC=layout, BM=BM, BN=BN, num_warps=BM * BN // 1024, **how,
     )  # fmt: skip
     return out
 

@@ -39,7 +39,7 @@ Tensor = torch.Tensor
 
 @triton.jit
 def _emit(
-    x, codes, scales, offsets, batch, tile, row0, exists, live, first, segment, col0, M, N, E, R,
+    x, codes, scales, offsets, batch, tile, row0, exists, live, first, segment, col0, M, N, W, E, R,
     GROUPED: tl.constexpr, LIVE: tl.constexpr, SEGMENTS: tl.constexpr,
     SPEC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -51,7 +51,7 @@ def _emit(
         code = encode(x * factor, SPEC.ELEM)
     else:
         code = encode(tl.math.div_rn(x, factor), SPEC.ELEM)
-    store_codes(code, codes, batch, row0, exists, col0, M, N, SPEC, BM, BN)
+    store_codes(code, codes, batch, row0, exists, col0, M, W, SPEC, BM, BN)
     store_scales(
         scale, scales, offsets, batch, tile, row0, exists, live, first, segment, col0, M, N, E, R,
         GROUPED, LIVE, SEGMENTS, SPEC, BM, BN,
@@ -60,7 +60,7 @@ def _emit(
 
 @triton.jit
 def _quantize(
-    x, offsets, codes_a, scales_a, codes_b, scales_b, M, N, E, R_a, R_b, tall,
+    x, offsets, codes_a, scales_a, codes_b, scales_b, M, N, W_a, W_b, E, R_a, R_b, tall,
     A: tl.constexpr, B: tl.constexpr, GROUPED: tl.constexpr, LIVE: tl.constexpr, SEGMENTS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -70,12 +70,12 @@ def _quantize(
     inside = live[:, None] & (col0 + tl.arange(0, BN) < N)[None, :]
     wide = tl.load(place(x, batch, row0, M, N) + col0 + within(BM, BN, N), inside, other=0.0).to(tl.float32)
     _emit(
-        wide, codes_a, scales_a, offsets, batch, tile, row0, exists, live, first, segment, col0, M, N, E, R_a,
+        wide, codes_a, scales_a, offsets, batch, tile, row0, exists, live, first, segment, col0, M, N, W_a, E, R_a,
         GROUPED, LIVE, SEGMENTS, A, BM, BN,
     )  # fmt: skip
     if B is not None:
         _emit(
-            wide, codes_b, scales_b, offsets, batch, tile, row0, exists, live, first, segment, col0, M, N, E, R_b,
+            wide, codes_b, scales_b, offsets, batch, tile, row0, exists, live, first, segment, col0, M, N, W_b, E, R_b,
             GROUPED, LIVE, SEGMENTS, B, BM, BN,
         )  # fmt: skip
 
@@ -107,9 +107,9 @@ def _pair(x: Tensor, offsets: Tensor | None, specs: Sequence[str]) -> list[Tenso
     out = [t for s in specs for t in tiles.empty(x, s, x.shape, None if offsets is None else E)]
     a, b = out[:2], out[-2:]
     launch(
-        _quantize, (tall * across * math.prod(x.shape[:-2]),), x, offsets, *map(as_bytes, a + b), M, N, E,
-        a[1].shape[-2], b[1].shape[-2], tall, A=layouts[0], B=layouts[1] if len(layouts) == 2 else None,
-        BM=BM, BN=BN, num_warps=BM * BN // 1024, **how,
+        _quantize, (tall * across * math.prod(x.shape[:-2]),), x, offsets, *map(as_bytes, a + b), M, N,
+        a[0].shape[-1], b[0].shape[-1], E, a[1].shape[-2], b[1].shape[-2], tall,
+        A=layouts[0], B=layouts[1] if len(layouts) == 2 else None, BM=BM, BN=BN, num_warps=BM * BN // 1024, **how,
     )  # fmt: skip
     return out
 

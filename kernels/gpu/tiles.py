@@ -246,29 +246,30 @@ def value_of(scale, SPEC: tl.constexpr):
 
 
 @triton.jit
-def store_codes(code, codes, batch, row0, exists, col0, M, N, SPEC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """Write a tile of codes, one in a byte, as `SPEC` keeps them."""
+def store_codes(code, codes, batch, row0, exists, col0, M, W, SPEC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """Write a tile of codes, one in a byte, as `SPEC` keeps them: rows of W bytes.
+
+    W comes from the host, where it is seen to be a multiple of 16: otherwise bytes would move one by one.
+    """
     if SPEC.ELEM == "e2m1":
-        width = (N + 1) // 2
-        inside = (col0 // 2 + tl.arange(0, BN // 2) < width)[None, :]
-        p = place(codes, batch, row0, M, width) + col0 // 2
-        tl.store(p + within(BM, BN // 2, width), pack4(code), exists[:, None] & inside)
+        inside = exists[:, None] & (col0 // 2 + tl.arange(0, BN // 2) < W)[None, :]
+        p = place(codes, batch, row0, M, W) + col0 // 2
+        tl.store(p + within(BM, BN // 2, W), pack4(code), inside)
     else:
-        inside = (col0 + tl.arange(0, BN) < N)[None, :]
-        tl.store(place(codes, batch, row0, M, N) + col0 + within(BM, BN, N), code, exists[:, None] & inside)
+        inside = exists[:, None] & (col0 + tl.arange(0, BN) < W)[None, :]
+        tl.store(place(codes, batch, row0, M, W) + col0 + within(BM, BN, W), code, inside)
 
 
 @triton.jit
-def load_codes(codes, batch, row0, live, col0, M, N, SPEC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """A tile of codes, one in a byte; 0 where there is none."""
+def load_codes(codes, batch, row0, live, col0, M, W, SPEC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """A tile of codes, one in a byte, from rows of W bytes; 0 where there is none."""
     if SPEC.ELEM == "e2m1":
-        width = (N + 1) // 2
-        inside = (col0 // 2 + tl.arange(0, BN // 2) < width)[None, :]
-        p = place(codes, batch, row0, M, width) + col0 // 2
-        return unpack4(tl.load(p + within(BM, BN // 2, width), live[:, None] & inside, other=0))
+        inside = live[:, None] & (col0 // 2 + tl.arange(0, BN // 2) < W)[None, :]
+        p = place(codes, batch, row0, M, W) + col0 // 2
+        return unpack4(tl.load(p + within(BM, BN // 2, W), inside, other=0))
     else:
-        inside = (col0 + tl.arange(0, BN) < N)[None, :]
-        return tl.load(place(codes, batch, row0, M, N) + col0 + within(BM, BN, N), live[:, None] & inside, other=0)
+        inside = live[:, None] & (col0 + tl.arange(0, BN) < W)[None, :]
+        return tl.load(place(codes, batch, row0, M, W) + col0 + within(BM, BN, W), inside, other=0)
 
 
 @triton.jit

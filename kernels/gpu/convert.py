@@ -119,7 +119,8 @@ def shift(
     launch(
         _convert, (tall * cdiv(N, BN) * math.prod(front),), as_bytes(codes), as_bytes(scales), offsets, as_bytes(new),
         as_bytes(new_scales), M, N, width, new.shape[-1], E, scales.shape[-2], new_scales.shape[-2], tall,
-        A=layouts[0], B=layouts[1], TIGHT=tight, HEADROOM=headroom(a.format, b.format), BM=BM, BN=BN, num_warps=BM * BN // 1024, **how,
+        A=layouts[0], B=layouts[1], TIGHT=tight, HEADROOM=headroom(a.format, b.format),
+        BM=BM, BN=BN, num_warps=BM * BN // 1024, **how,
     )  # fmt: skip
     return new, new_scales
 

@@ -37,7 +37,8 @@ def _dequantize(
     scale = load_scales(
         scales, offsets, batch, row0, live, first, segment, col0, M, N, E, R, GROUPED, SEGMENTS, SPEC, BM, BN
     )
-    x = decode(code, SPEC.ELEM) * at_elements(value_of(scale, SPEC), SPEC.BR, SPEC.BC)
+    ELEM: tl.constexpr = SPEC.ELEM  # strings go from one function to another as constexprs alone
+    x = decode(code, ELEM) * at_elements(value_of(scale, SPEC), SPEC.BR, SPEC.BC)
     inside = exists[:, None] & (col0 + tl.arange(0, BN) < N)[None, :]
     tl.store(place(out, batch, row0, M, N) + col0 + within(BM, BN, N), x.to(out.dtype.element_ty), inside)
 

@@ -125,9 +125,17 @@ def specimens() -> list[Specimen]:
     mx = ("e4m3 1x32 e8m0/rceil", "e4m3 32x1 e8m0/rceil")
     return [
         Specimen(
-            "tile_max [65536, 2048]", call((65536, 2048), "tile_max", 128), ("F2FP.SATFINITE", "LDG.128", "STG.128")
+            "tile_max [65536, 2048]",
+            call((65536, 2048), "tile_max", 128),
+            ("F2FP.SATFINITE", "LDG.128", "STG.128"),
+            registers=96,
         ),
-        Specimen("tile_max [65536, 7168]", call((65536, 7168), "tile_max"), ("F2FP.SATFINITE", "LDG.128", "STG.128")),
+        Specimen(
+            "tile_max [65536, 7168]",
+            call((65536, 7168), "tile_max"),
+            ("F2FP.SATFINITE", "LDG.128", "STG.128"),
+            registers=96,
+        ),
         Specimen("tight [65536, 2048]", call((65536, 2048), "tight", 128), wide),
         Specimen("tight mxfp8 [65536, 2048]", call((65536, 2048), "tight", 128, mx), wide),
         Specimen("back again [65536, 2048]", call((65536, 2048), "tight", 128, (column, row)), wide),

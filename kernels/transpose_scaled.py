@@ -1,4 +1,6 @@
-"""The CPU provider of `transpose_scaled` under the rule `tile_max`: exponents are subtracted, four codes at a time.
+"""The providers of `transpose_scaled`: Triton's for what `casts.shifts` covers, and one on the CPU for `tile_max`.
+
+On the CPU, exponents are subtracted, four codes at a time.
 
 Under `tile_max` all codes of a row in a tile move by the same number k of binades, so that k * 0x08080808 comes off a
 word of four E4M3 codes at once. That is exact where every code stays a normal number (exponent field above k) and none
@@ -14,7 +16,8 @@ import torch
 from moefx.precision.convert import tile_max
 from moefx.precision.spec import QuantSpec
 
-from .registry import register
+from .casts import shifts
+from .registry import register, register_triton
 
 Tensor = torch.Tensor
 _LANES = 0x08080808  # one exponent step in each of four bytes
@@ -67,3 +70,10 @@ def transpose_scaled_cpu(
     slow = (~exact).nonzero(as_tuple=True)
     out[slow] = shift_codes(words[slow][:, None].view(torch.uint8), k[slow][:, None]).view(torch.int32)[:, 0]
     return out.view(torch.uint8).view(codes.dtype), new_scales
+
+
+register_triton(
+    "transpose_scaled",
+    "transpose_scaled:transpose_scaled",
+    lambda codes, scales, offsets, spec, to_spec, rule="tight": shifts(codes, offsets, spec, to_spec),
+)

@@ -120,4 +120,57 @@ def decode8(code, ELEM: tl.constexpr):
     return code.to(tl.float8e5, bitcast=True).to(tl.float32)
 
 
+@triton.jit
+def encode4(x):
+    """uint8 codes 0..15 of fp32 numbers in E2M1: nearest, ties to even, limited to 6; NaN, which it lacks, is 0."""
+    sign = (x.to(tl.int32, bitcast=True) >> 28) & 8
+    size = tl.minimum(tl.abs(x), 6.0)
+    u = size.to(tl.int32, bitcast=True)
+    normal = ((u + 0x1FFFFF + ((u >> 22) & 1)) >> 22) - 252  # exponent and one bit of the fraction, from 1 = code 2 on
+    # Below 1 the steps are halves: they are the last place of a sum with 2^22.
+    small = (size + 4194304.0).to(tl.int32, bitcast=True) & 3
+    code = tl.where(size < 1.0, small, normal) | sign
+    return tl.where(x == x, code, 0).to(tl.uint8)
+
+
+@triton.jit
+def decode4(code):
+    """fp32 numbers of uint8 codes 0..15 in E2M1."""
+    c = code.to(tl.int32)
+    size = c & 7
+    u = tl.where(size > 1, (size << 22) + 0x3F000000, size * 0x3F000000)  # code 1 is 0.5
+    return (u | ((c & 8) << 28)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def pack4(code):
+    """uint8 [R, C/2] of 4-bit codes [R, C]: the even column in the low nibble."""
+    low, high = tl.split(tl.reshape(code, (code.shape[0], code.shape[1] // 2, 2)))
+    return low | (high << 4)
+
+
+@triton.jit
+def unpack4(byte):
+    """4-bit codes [R, 2C] of bytes [R, C]."""
+    return tl.reshape(tl.join(byte & 15, byte >> 4), (byte.shape[0], byte.shape[1] * 2))
+
+
+@triton.jit
+def encode(x, ELEM: tl.constexpr):
+    """uint8 codes of fp32 numbers in any of `ELEMENTS`, one in a byte."""
+    if ELEM == "e2m1":
+        return encode4(x)
+    else:
+        return encode8(x, ELEM)
+
+
+@triton.jit
+def decode(code, ELEM: tl.constexpr):
+    """fp32 numbers of uint8 codes in any of `ELEMENTS`, one in a byte."""
+    if ELEM == "e2m1":
+        return decode4(code)
+    else:
+        return decode8(code, ELEM)
+
+
 assert MIN_NORMAL == 1.1754943508222875e-38  # the literal in `f32_scale`

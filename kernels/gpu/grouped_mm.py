@@ -26,36 +26,10 @@ import triton.language as tl
 
 from .launch import cdiv, launch, processors
 from .sass import Specimen
+from .schedule import in_bands, rows_of, tiles_until
 
 Tensor = torch.Tensor
 BAND = 8  # tiles of rows that take turns on one tile of columns, so that what is read stays in L2
-
-
-@triton.jit
-def _tiles_until(offsets, S, E, BE: tl.constexpr, BM: tl.constexpr):
-    """Tiles of rows up to and with each expert; the rows behind the last offset count as one expert more."""
-    at = tl.arange(0, BE)
-    first = tl.load(offsets + at, mask=at <= E, other=S)
-    end = tl.load(offsets + at + 1, mask=at < E, other=S)
-    return tl.cumsum((end - first + BM - 1) // BM, 0)
-
-
-@triton.jit
-def _in_bands(tile, rows, columns, BAND: tl.constexpr):
-    """Tile of rows and of columns of a number: bands of BAND tiles of rows, in which rows run first."""
-    band = tile // (BAND * columns)
-    height = tl.minimum(BAND, rows - band * BAND)
-    inside = tile % (BAND * columns)
-    return band * BAND + inside % height, inside // height
-
-
-@triton.jit
-def _rows_of(m, until, offsets, S, E, BM: tl.constexpr):
-    """Expert of a tile of rows, its first row, and the end of the expert's rows."""
-    expert = tl.sum((until <= m).to(tl.int32), 0)
-    before = tl.max(tl.where(until <= m, until, 0), 0)
-    end = tl.load(offsets + expert + 1, mask=expert < E, other=S)
-    return expert, tl.load(offsets + expert) + (m - before) * BM, end
 
 
 @triton.jit
@@ -88,12 +62,12 @@ def _grouped_mm(
     BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BAND: tl.constexpr,
     WHOLE_K: tl.constexpr, WHOLE_N: tl.constexpr,
 ):  # fmt: skip
-    until = _tiles_until(offsets, S, E, BE, BM)
+    until = tiles_until(offsets, S, E, BE, BM)
     m_tiles, n_tiles = tl.max(until, 0), tl.cdiv(N, BN)
     depth = tl.arange(0, BK)
     for tile in range(tl.program_id(0), m_tiles * n_tiles, tl.num_programs(0)):
-        m, n = _in_bands(tile, m_tiles, n_tiles, BAND)
-        expert, first, end = _rows_of(m, until, offsets, S, E, BM)
+        m, n = in_bands(tile, m_tiles, n_tiles, BAND)
+        expert, first, end = rows_of(m, until, offsets, S, E, BM)
         rows, cols = first + tl.arange(0, BM), n * BN + tl.arange(0, BN)
         live = rows < end
         source, held = _sources(token, rows, live)
@@ -132,12 +106,12 @@ def _grouped_mm_glu(
     BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BAND: tl.constexpr,
     WHOLE_K: tl.constexpr, WHOLE_N: tl.constexpr,
 ):  # fmt: skip
-    until = _tiles_until(offsets, S, E, BE, BM)
+    until = tiles_until(offsets, S, E, BE, BM)
     m_tiles, n_tiles = tl.max(until, 0), tl.cdiv(I, BN)
     depth = tl.arange(0, BK)
     for tile in range(tl.program_id(0), m_tiles * n_tiles, tl.num_programs(0)):
-        m, n = _in_bands(tile, m_tiles, n_tiles, BAND)
-        expert, first, end = _rows_of(m, until, offsets, S, E, BM)
+        m, n = in_bands(tile, m_tiles, n_tiles, BAND)
+        expert, first, end = rows_of(m, until, offsets, S, E, BM)
         rows, cols = first + tl.arange(0, BM), n * BN + tl.arange(0, BN)
         live = rows < end
         source, held = _sources(token, rows, live)
@@ -172,7 +146,7 @@ def _grouped_wgrad(
 ):  # fmt: skip
     m_tiles, n_tiles = tl.cdiv(M, BM), tl.cdiv(N, BN)
     expert = tl.program_id(0) // (m_tiles * n_tiles)
-    m, n = _in_bands(tl.program_id(0) % (m_tiles * n_tiles), m_tiles, n_tiles, BAND)
+    m, n = in_bands(tl.program_id(0) % (m_tiles * n_tiles), m_tiles, n_tiles, BAND)
     ms, ns = m * BM + tl.arange(0, BM), n * BN + tl.arange(0, BN)
     end = tl.load(offsets + expert + 1)
     acc = tl.zeros((BM, BN), tl.float32)

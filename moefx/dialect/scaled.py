@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 
+import moefx.kernels.casts
 import moefx.kernels.permute
-import moefx.kernels.transpose_scaled  # noqa: F401  both register their providers before the references
+import moefx.kernels.transpose_scaled  # noqa: F401  all register their providers before the references
 from moefx.errors import InputError
 from moefx.precision.convert import convert as convert_codes
 from moefx.precision.convert import transpose_scaled as turn_codes

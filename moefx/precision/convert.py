@@ -120,14 +120,14 @@ def exactness(spec: QuantSpec | str, to_spec: QuantSpec | str) -> Exactness:
     return Exactness("refused", "", f"no rule converts {a.elem} {a.block} to {b.elem} {b.block}")
 
 
-def _headroom(a: Format, b: Format) -> int:
+def headroom(a: Format, b: Format) -> int:
     """The largest h with max of `a` * 2^h <= max of `b`: scales may be lowered by 2^h."""
     return b.emax - a.emax - (a.max / 2.0**a.emax > b.max / 2.0**b.emax)
 
 
 def _span(a: Format, b: Format) -> int:
     """Binades by which codes of `a`, raised by the headroom, may be lowered without loss in `b`."""
-    step = a.quantum * 2.0 ** _headroom(a, b)
+    step = a.quantum * 2.0 ** headroom(a, b)
     span = 0
     while step / 2 >= b.quantum:
         step, span = step / 2, span + 1
@@ -231,7 +231,7 @@ def _shift(
         exponents = _tight(x, bad, T_elem, a, to_spec, target)
     else:
         exponents = _largest(x, T, source, target)
-        exponents = torch.where(exponents > _NONE, exponents - _headroom(a, b), _NONE)
+        exponents = torch.where(exponents > _NONE, exponents - headroom(a, b), _NONE)
     if not b.has_nan:
         exponents = torch.where(target.amax(bad.to(torch.float32)) > 0, _NAN, exponents)
     scales, exact = _finish(exponents, to_spec, target)

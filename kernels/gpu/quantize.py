@@ -1,0 +1,148 @@
+"""Codes and scales of a matrix under one spec or two, from one read of it.
+
+A tile holds whole blocks, so that a program sees the largest magnitudes of all its blocks, and writes their scales and
+codes at once: b bytes are read for an element (2 for bf16), and 1 1/32 written for each spec of FP8 with 128 elements
+in a block, 17/32 for MXFP4. Blocks of several rows start at experts, and so do tiles (`tiles`).
+
+Covered: E4M3, E5M2 and E2M1; blocks of 1, 16, 32, 64 or 128 rows and columns; one level of scales, rounding to nearest.
+Whole rows, columns or matrices as blocks, two levels, and stochastic rounding are the reference's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from . import tiles
+from .codec import as_bytes, encode, magnitude_bits
+from .launch import cdiv, launch
+from .sass import Specimen
+from .tiles import (
+    Layout,
+    at_elements,
+    block_max,
+    grid_of,
+    place,
+    scales_of,
+    store_codes,
+    store_scales,
+    tile_rows,
+    within,
+)
+
+Tensor = torch.Tensor
+
+
+@triton.jit
+def _emit(
+    x, codes, scales, offsets, batch, tile, row0, exists, live, first, segment, col0, M, N, W, E, R,
+    GROUPED: tl.constexpr, LIVE: tl.constexpr, SEGMENTS: tl.constexpr,
+    SPEC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Write codes and scales of a tile `x` (fp32, zero where nothing is) under one spec."""
+    top = block_max(magnitude_bits(x), SPEC.BR, SPEC.BC).to(tl.float32, bitcast=True)
+    scale, factor = scales_of(top, SPEC)
+    factor = at_elements(factor, SPEC.BR, SPEC.BC)
+    ELEM: tl.constexpr = SPEC.ELEM  # strings go from one function to another as constexprs alone
+    if SPEC.PO2:
+        code = encode(x * factor, ELEM)
+    else:
+        code = encode(tl.math.div_rn(x, factor), ELEM)
+    store_codes(code, codes, batch, row0, exists, col0, M, W, SPEC, BM, BN)
+    store_scales(
+        scale, scales, offsets, batch, tile, row0, exists, live, first, segment, col0, M, N, E, R,
+        GROUPED, LIVE, SEGMENTS, SPEC, BM, BN,
+    )  # fmt: skip
+
+
+@triton.jit
+def _quantize(
+    x, offsets, codes_a, scales_a, codes_b, scales_b, M, N, W_a, W_b, E, R_a, R_b, tall,
+    A: tl.constexpr, B: tl.constexpr, GROUPED: tl.constexpr, LIVE: tl.constexpr, SEGMENTS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    column, tile, batch = grid_of(tall, tl.cdiv(N, BN))
+    col0 = column * BN
+    row0, exists, live, first, segment = tile_rows(offsets, tile, M, E, GROUPED, LIVE, SEGMENTS, BM)
+    inside = live[:, None] & (col0 + tl.arange(0, BN) < N)[None, :]
+    wide = tl.load(place(x, batch, row0, M, N) + col0 + within(BM, BN, N), inside, other=0.0).to(tl.float32)
+    _emit(
+        wide, codes_a, scales_a, offsets, batch, tile, row0, exists, live, first, segment, col0, M, N, W_a, E, R_a,
+        GROUPED, LIVE, SEGMENTS, A, BM, BN,
+    )  # fmt: skip
+    if B is not None:
+        _emit(
+            wide, codes_b, scales_b, offsets, batch, tile, row0, exists, live, first, segment, col0, M, N, W_b, E, R_b,
+            GROUPED, LIVE, SEGMENTS, B, BM, BN,
+        )  # fmt: skip
+
+
+def quantize(x: Tensor, offsets: Tensor | None, specs: Sequence[str]) -> list[Tensor]:
+    """Codes and scales of `x` under each spec in turn, as the dialect's `quantize`.
+
+    Args:
+        x: [..., M, N] fp32, bf16 or fp16.
+        offsets: int32 [E+1] or None; with offsets `x` is a matrix.
+        specs: any number of specs; two share a read of `x`.
+    """
+    x, out = x.contiguous(), []
+    # Where rows are not aligned, elements are loaded one by one, and two specs need more registers than there are.
+    together = 2 if x.shape[-1] % 16 == 0 else 1
+    for at in range(0, len(specs), together):
+        out += _pair(x, offsets, specs[at : at + together])
+    return out
+
+
+def _pair(x: Tensor, offsets: Tensor | None, specs: Sequence[str]) -> list[Tensor]:
+    """Codes and scales under one spec, or two."""
+    M, N = x.shape[-2:]
+    E = 0 if offsets is None else offsets.shape[0] - 1
+    layouts = [Layout.of(s) for s in specs]
+    BM, BN = tiles.tile_size(layouts)
+    how = tiles.grouping(offsets, layouts)
+    tall, across = tiles.row_tiles(M, offsets, BM, how["GROUPED"]), cdiv(N, BN)
+    out = [t for s in specs for t in tiles.empty(x, s, x.shape, None if offsets is None else E)]
+    a, b = out[:2], out[-2:]
+    launch(
+        _quantize, (tall * across * math.prod(x.shape[:-2]),), x, offsets, *map(as_bytes, a + b), M, N,
+        a[0].shape[-1], b[0].shape[-1], E, a[1].shape[-2], b[1].shape[-2], tall,
+        A=layouts[0], B=layouts[1] if len(layouts) == 2 else None, BM=BM, BN=BN, num_warps=BM * BN // 1024, **how,
+    )  # fmt: skip
+    return out
+
+
+def specimens() -> list[Specimen]:
+    """Activations of Qwen3-30B-A3B and DeepSeek-V3, weights, and sizes that divide nothing."""
+    row, col, square = (f"e4m3 {block} po2/rceil eps=1e-10" for block in ("1x128", "128x1", "128x128"))
+    full = ("F2FP.SATFINITE", "LDG.128")
+
+    def call(
+        shape: tuple[int, ...], specs: list[str], experts: int = 0, dtype: torch.dtype = torch.bfloat16
+    ) -> Callable[[], object]:
+        def run() -> object:
+            x = torch.empty(shape, dtype=dtype, device="meta")
+            offsets = torch.empty(experts + 1, dtype=torch.int32, device="meta") if experts else None
+            return quantize(x, offsets, specs)
+
+        return run
+
+    return [
+        Specimen("rows bf16 [8192, 2048]", call((8192, 2048), [row]), full, registers=64),
+        Specimen("rows of experts bf16 [65536, 768]", call((65536, 768), [row], 128), full, registers=64),
+        Specimen("rows and columns [65536, 2048]", call((65536, 2048), [row, col], 128), has=full),
+        Specimen("rows and columns [65536, 7168] fp32", call((65536, 7168), [row, col], 256, torch.float32), has=full),
+        Specimen("columns [65536, 2048]", call((65536, 2048), [col], 128), has=full),
+        Specimen("weights [128, 1536, 2048]", call((128, 1536, 2048), [square]), full, registers=80),
+        Specimen("weights by rows [128, 1536, 2048]", call((128, 1536, 2048), [row, square]), full, registers=80),
+        Specimen("e5m2, divided", call((8192, 2048), ["e5m2 1x128 f32/exact"]), has=full),
+        Specimen("mxfp8", call((65536, 2048), ["e4m3 1x32 e8m0/rceil", "e4m3 32x1 e8m0/rceil"], 128), has=full),
+        Specimen(
+            "mxfp4", call((65536, 2048), ["e2m1 1x32 e8m0/rceil"], 128), has=("LDG.128",), lacks=("F2FP.SATFINITE",)
+        ),
+        Specimen("odd", call((1001, 777), [row, col], 7)),
+        Specimen("odd weights", call((3, 1001, 777), [square])),
+    ]

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+import moefx.kernels.overlap  # noqa: F401  its provider comes before the reference
+
 from ._op import define
 
 Tensor = torch.Tensor

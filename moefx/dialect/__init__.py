@@ -18,6 +18,7 @@ from . import (
     scaled_gemm,
     scaled_glu,
     token_route,
+    topk_route,
     wires,
 )
 from .experts import ExpertsSpec
@@ -46,6 +47,8 @@ OPS = (
     "experts",
     "expert_choice",
     "route",
+    "topk_route",
+    "topk_route_backward",
     "token_route",
     "dispatch",
     "combine",
@@ -80,5 +83,6 @@ __all__ = [
     "scaled_gemm",
     "scaled_glu",
     "token_route",
+    "topk_route",
     "wires",
 ]

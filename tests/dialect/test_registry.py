@@ -23,6 +23,8 @@ COMPOSITE = ("experts", "expert_choice", "route")
 # The identity needs no kernel; codes and scales have their definition, on any device.
 REFERENCE_ONLY = (
     "token_route",
+    "topk_route",
+    "topk_route_backward",
     "overlap",
     "overlap_backward",
     "inject",

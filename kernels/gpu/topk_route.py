@@ -1,8 +1,9 @@
 """`topk_route` and its backward: scores, top-k and weights of a router in one pass over its logits.
 
-A program takes rows of 1024 logits together, the experts filled up to a power of two: 8 of each thread, a row of 128 experts in one warp, whose reductions are shuffles. Top-k are k rounds of the largest (value, lowest index),
-each of which takes its expert out. Values are compared as integers in the order of fp32 with NaN on top, as in
-torch.topk: a value taken out is below -inf, and a value comes back from its integer without a second search.
+A program takes so many rows that they have 1024 logits, with the experts filled up to a power of two: 8 of each
+thread, a row of 128 experts in one warp, whose reductions are shuffles. Top-k are k rounds of the largest (value,
+lowest index), each of which takes its expert out. Values are compared as integers in the order of fp32 with NaN on top,
+as in torch.topk: a value taken out is below -inf, and a value comes back from its integer without a second search.
 
 Bytes of a row: b E logits read, 4 E scores, 8 k indices and 4 k weights written; backward b E read and b E written,
 12 k and 4 E of gradients. Of equal experts the lowest index comes first.

@@ -19,8 +19,8 @@ from tests.passes.subject import nodes, rewrite, run, same_results
 from tests.passes.test_raise_routers import (
     BF16,
     F32,
-    deepseek_v3,
     biased,
+    deepseek_v3,
     gpt_oss,
     mixtral,
     qwen,

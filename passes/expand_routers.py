@@ -33,6 +33,7 @@ class ExpandRouters(Pass):
         for node in ctx.at(find(graph, ops.route)):
             a, made = arguments(node), list[fx.Node]()
             logits, taken = a["logits"], outputs(node)
+            new: Any
             with inheriting(graph, node) as make:
 
                 def call(target: Any, *args: Any, _call: Any = make, **kw: Any) -> Any:

@@ -162,8 +162,8 @@ def _second_backward(ctx: Any, ddlogits: Tensor) -> tuple[Any, ...]:
     dw, dscores, logits, idx = ctx.saved_tensors
     further = torch.is_grad_enabled()
     with torch.enable_grad():
-        given = [None if t is None else alone(t) for t in (dw, dscores, logits)]
-        out = _topk_route_backward(*given, idx, *ctx.rest)  # type: ignore[arg-type]
+        given: list[Any] = [None if t is None else alone(t) for t in (dw, dscores, logits)]
+        out = _topk_route_backward(given[0], given[1], given[2], idx, *ctx.rest)
         there = [t for t in given if t is not None]
         found = iter(torch.autograd.grad(out, there, ddlogits, create_graph=further, allow_unused=True))
     return *(None if t is None else next(found) for t in given), *(None,) * 5

@@ -164,7 +164,7 @@ def specimens() -> list[Specimen]:
     found, bf16 = [], torch.bfloat16
     for name, T, k, I in (("Qwen3", 8192, 8, 768), ("DeepSeek-V3", 8192, 8, 2048), ("k=10", 8192, 10, 512)):
         forward, backward = calls(T, k, I, bf16)
-        gates = {"has": ("HGMMA", "LDGSTS"), "lacks": ("HMMA",)}
+        gates: dict[str, Any] = {"has": ("HGMMA", "LDGSTS"), "lacks": ("HMMA",)}
         found.append(Specimen(f"{name} bf16", forward, registers=128, **gates))
         found.append(Specimen(f"{name} bf16 backward", backward, registers=192, **gates))
     forward, backward = calls(4001, 6, 1100, torch.float32)

@@ -71,6 +71,11 @@ class Context:
         if note:
             self.row.notes.append(note)
 
+    def rounds(self) -> None:
+        """Say of an "exact" pass that what it did to this graph is the same mathematics in other rounding."""
+        if self.row.numerics == "exact":
+            self.row.numerics = "rounding"
+
     def fate(self, cast: fx.Node, what: str) -> None:
         """Record what became of a precision cast, for the ledger."""
         self.row.casts[cast.meta["moefx_cast"].key] = what
@@ -222,7 +227,7 @@ def _run_one(
     if changed:
         report.graphs.keep(p.name, gm, edit.copy_plain(graph))
         if verifier is not None:
-            row.error = verifier.compare(p.name, p.numerics, gm, _where(changed[0]))
+            row.error = verifier.compare(p.name, row.numerics, gm, _where(changed[0]))
     return kept
 
 

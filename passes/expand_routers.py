@@ -1,4 +1,4 @@
-"""`route` markers become plain torch nodes: scores, top-k, weights."""
+"""`route` markers become one op where there is a kernel for it, and plain torch nodes elsewhere."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch
 from torch import fx
 
 from moefx.dialect.route import RouteSpec, write
-from moefx.graph.edit import arguments, find, inheriting, outputs, replace, value
+from moefx.dialect.topk_route import attributes, covers
+from moefx.graph.edit import arguments, find, inheriting, outputs, replace, unpack, value
+from moefx.kernels import registry
 from moefx.manager import Context, Pass
 
 ops = torch.ops.moefx
@@ -17,7 +19,12 @@ ops = torch.ops.moefx
 
 @dataclass(frozen=True)
 class ExpandRouters(Pass):
-    """Write the definition of `moefx.route` (dialect/route.py) into the graph, as far as its outputs are read."""
+    """Write the definition of `moefx.route` (dialect/route.py) into the graph, as far as its outputs are read.
+
+    A router for whose tensors `moefx.topk_route` has a kernel (on CUDA, with triton; no groups, no scale per expert)
+    becomes that op. It rounds in its own way and takes the lowest index of equal experts, where `torch.topk` takes any:
+    the run is then of the class "rounding".
+    """
 
     requires: ClassVar[set[str]] = {"captured"}
     provides: ClassVar[set[str]] = {"routers_expanded"}
@@ -26,6 +33,7 @@ class ExpandRouters(Pass):
         for node in ctx.at(find(graph, ops.route)):
             a, made = arguments(node), list[fx.Node]()
             logits, taken = a["logits"], outputs(node)
+            new: Any
             with inheriting(graph, node) as make:
 
                 def call(target: Any, *args: Any, _call: Any = make, **kw: Any) -> Any:
@@ -34,7 +42,11 @@ class ExpandRouters(Pass):
                     return new
 
                 spec, dtype = RouteSpec.parse(a["spec"]), value(logits).dtype
-                new = write(call, spec, logits, a["bias"], a["scale"], dtype, value(logits).shape[-1])
+                if _has_kernel(spec, logits, a["bias"]):
+                    new = unpack(call, call(ops.topk_route, logits, a["bias"], *attributes(spec)), 3)
+                    ctx.rounds()
+                else:
+                    new = write(call, spec, logits, a["bias"], a["scale"], dtype, value(logits).shape[-1])
             for i, user in taken.items():
                 replace(graph, user, new[i])
             graph.erase_node(node)
@@ -42,3 +54,10 @@ class ExpandRouters(Pass):
                 if not n.users:
                     graph.erase_node(n)
             ctx.matched(logits)
+
+
+def _has_kernel(spec: RouteSpec, logits: fx.Node, bias: fx.Node | None) -> bool:
+    if not covers(spec, value(logits).dtype):
+        return False
+    args = (value(logits), None if bias is None else value(bias), *attributes(spec))
+    return registry.choose("topk_route", *args).name != "reference"

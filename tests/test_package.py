@@ -42,8 +42,9 @@ LAYERS = (
     ),
     ("moefx.losses",),
     ("moefx.dialect",),
+    ("moefx.optim",),
     ("moefx.kernels",),
-    ("moefx.precision", "moefx.optim"),
+    ("moefx.precision",),
     ("moefx.compat",),
     ("moefx.errors",),
 )

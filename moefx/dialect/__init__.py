@@ -19,6 +19,7 @@ from . import (
     scaled_gemm,
     scaled_glu,
     token_route,
+    topk_route,
     wires,
 )
 from .experts import ExpertsSpec
@@ -50,6 +51,8 @@ OPS = (
     "experts",
     "expert_choice",
     "route",
+    "topk_route",
+    "topk_route_backward",
     "token_route",
     "dispatch",
     "combine",
@@ -85,5 +88,6 @@ __all__ = [
     "scaled_gemm",
     "scaled_glu",
     "token_route",
+    "topk_route",
     "wires",
 ]

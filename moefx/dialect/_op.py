@@ -62,6 +62,11 @@ def define(
     return op
 
 
+def alone(t: torch.Tensor) -> torch.Tensor:
+    """A view of an operand that is differentiated as if it depended on no other."""
+    return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+
+
 def autocast(name: str, floating: Callable[[tuple[Any, ...], torch.dtype], tuple[Any, ...]]) -> None:
     """Under autocast, cast operands with `floating(args, dtype)` and run in that dtype, as matrix products do."""
     for key, device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):

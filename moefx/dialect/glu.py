@@ -21,7 +21,7 @@ import torch
 import moefx.kernels.glu  # noqa: F401  registers the CPU provider before the reference
 from moefx.errors import InputError, nearest
 
-from ._op import define
+from ._op import alone, define
 
 Tensor = torch.Tensor
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "clamp")
@@ -185,17 +185,13 @@ def _glu_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
     ctx.save_for_backward(da, h, w)
 
 
-def _alone(t: Tensor) -> Tensor:
-    return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
-
-
 def _glu_double_backward(ctx: Any, ddh: Tensor, ddw: Tensor) -> tuple[Any, ...]:
     """Second derivatives (third ones too): autograd differentiates the reference. Too rare to be written by hand."""
     da, h, w = ctx.saved_tensors
     further = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views, because one operand may itself depend on another: each is differentiated as if it stood alone.
-        given = [_alone(t) for t in (da, h, w) if t is not None]
+        given = [alone(t) for t in (da, h, w) if t is not None]
         outputs = glu_backward_reference(given[0], given[1], given[2] if w is not None else None, ctx.kind)
         n = len(given) - 1
         grads = torch.autograd.grad(outputs[:n], given, (ddh, ddw)[:n], allow_unused=True, create_graph=further)

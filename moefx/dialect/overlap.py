@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 
-from ._op import define
+import moefx.kernels.overlap  # noqa: F401  its provider comes before the reference
+
+from ._op import alone, define
 
 Tensor = torch.Tensor
 EPS = 1e-12  # rows are scaled by their length however small it is: routing weights may have scaled them before
@@ -88,10 +90,6 @@ def _overlap_backward(dout_T: Tensor, z_SI: Tensor, slot_Tk: Tensor, eps: float 
     return rows.index_put((torch.where(flat < 0, S, flat),), dz.flatten(0, 1))[:S].clone()
 
 
-def _alone(t: Tensor) -> Tensor:
-    return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
-
-
 def _second_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     dout, z, slot, ctx.eps = inputs
     ctx.save_for_backward(dout, z, slot)
@@ -102,7 +100,7 @@ def _second_backward(ctx: Any, ddz: Tensor) -> tuple[Any, ...]:
     dout, z, slot = ctx.saved_tensors
     further = torch.is_grad_enabled()
     with torch.enable_grad():
-        d, rows = _alone(dout), _alone(z)
+        d, rows = alone(dout), alone(z)
         out = _overlap_backward(d, rows, slot, ctx.eps)
         grads = torch.autograd.grad(out, (d, rows), ddz, create_graph=further, allow_unused=True)
     return *grads, None, None

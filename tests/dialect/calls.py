@@ -90,6 +90,8 @@ def calls(r: Routing, dtype: torch.dtype = torch.float32) -> dict[str, Call]:
     codes, columns = encoded(y, ROW, ends), encoded(y, COLUMN, ends)
     f = route.NAMES[dtype]
     correction, per_expert = randn(4, seed=12) / 4, 1 + randn(4, dtype=dtype, seed=13) / 8
+    logits, dw_T2 = randn(T, 4, dtype=dtype, seed=11), randn(T, 2, dtype=dtype, seed=16)
+    two, wide_T4 = logits.topk(2, -1).indices, randn(T, 4, dtype=seed_T.dtype, seed=17)
     gptoss = [up.mT.contiguous(), up_bias, down.mT.contiguous(), bias]
     chosen = torch.stack([(torch.arange(min(T, 2)) + e) % max(T, 1) for e in range(r.E)])
     w_EC = randn(*chosen.shape, dtype=dtype, seed=12)
@@ -129,6 +131,16 @@ def calls(r: Routing, dtype: torch.dtype = torch.float32) -> dict[str, Call]:
         "route": Call("route", (randn(T, 4, dtype=dtype, seed=11), None, None, f"softmax {f} | top2 | sum"), (0,)),
         "route_deepseek": Call(
             "route", (randn(T, 4, dtype=dtype, seed=11), correction, per_expert, f"sigmoid {f} | {GROUPED}"), (0, 2)
+        ),
+        "topk_route": Call("topk_route", (logits, None, 2, "softmax", "scores", "sum", 0.0, 1.5, None), (0,)),
+        "topk_route_biased": Call(
+            "topk_route", (logits, correction, 2, "sigmoid", "scores", "clamp", 1e-3, 1.0, None), (0,)
+        ),
+        "topk_route_backward": Call(
+            "topk_route_backward", (dw_T2, None, logits, two, "sqrtsoftplus", "softmax"), (0, 2)
+        ),
+        "topk_route_backward_both": Call(
+            "topk_route_backward", (dw_T2, wide_T4, logits, two, "softmax", "sum", 1e-2, 2.5), (0, 1, 2)
         ),
         "token_route": Call("token_route", ([randn(1, T, 4, dtype=dtype, seed=11), correction],)),
         "dispatch": Call("dispatch", (x,), (0,)),

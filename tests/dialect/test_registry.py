@@ -24,6 +24,8 @@ COMPOSITE = ("experts", "expert_choice", "route")
 # for a product is moved first.
 REFERENCE_ONLY = (
     "token_route",
+    "topk_route",
+    "topk_route_backward",
     "overlap",
     "overlap_backward",
     "inject",

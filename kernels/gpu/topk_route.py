@@ -1,0 +1,243 @@
+"""`topk_route` and its backward: scores, top-k and weights of a router in one pass over its logits.
+
+A program takes so many rows that they have 1024 logits, with the experts filled up to a power of two: 8 of each
+thread, a row of 128 experts in one warp, whose reductions are shuffles. Top-k are k rounds of the largest (value,
+lowest index), each of which takes its expert out. Values are compared as integers in the order of fp32 with NaN on top,
+as in torch.topk: a value taken out is below -inf, and a value comes back from its integer without a second search.
+
+Bytes of a row: b E logits read, 4 E scores, 8 k indices and 4 k weights written; backward b E read and b E written,
+12 k and 4 E of gradients. Of equal experts the lowest index comes first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import cdiv, launch
+from .sass import Specimen
+
+Tensor = torch.Tensor
+_LOGITS = 1024  # of a program
+
+
+@triton.jit
+def _ordered(x):
+    """int32 in the order of fp32 numbers, with NaN on top and -0 as 0."""
+    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
+    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return tl.where(x != x, 0x7FFFFFFF, key)
+
+
+@triton.jit
+def _number(key):
+    """The fp32 number of an integer of `_ordered`."""
+    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _softplus(x):
+    """max(x, 0) + log1p(e^-|x|), the logarithm as 2 atanh(z), z = e / (2 + e) <= 1/3, to the power 17."""
+    e = tl.exp(-tl.abs(x))
+    z = e / (2 + e)
+    q = z * z
+    series = 1 + q * (
+        1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13 + q * (1 / 15 + q / 17))))))
+    )
+    return tl.where(x > 0, x, 0.0) + 2 * z * series + (x - x)  # NaN stays NaN
+
+
+@triton.jit
+def _score(x, top, total, SCORE: tl.constexpr):
+    """F(x), for softmax with the row's largest logit and the sum of exponentials."""
+    if SCORE == "softmax":
+        return tl.exp(x - top) / total
+    elif SCORE == "sigmoid":
+        return 1 / (1 + tl.exp(-x))
+    elif SCORE == "sqrtsoftplus":
+        return tl.sqrt(_softplus(x))
+    else:
+        return x
+
+
+@triton.jit
+def _rows(logits, T, E, BT: tl.constexpr, EP: tl.constexpr, SCORE: tl.constexpr):
+    """This program's rows (int64), columns, mask, logits in fp32, and what `_score` needs."""
+    row, col = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, EP)
+    inside = (row < T)[:, None] & (col < E)[None, :]
+    x = tl.load(logits + row[:, None] * E + col[None, :], mask=inside, other=float("-inf")).to(tl.float32)
+    top = tl.max(x, 1)
+    total = top
+    if SCORE == "softmax":
+        total = tl.sum(tl.exp(x - top[:, None]), 1)
+    return row, col, inside, x, top, total
+
+
+@triton.jit
+def _topk_route(
+    logits, bias, scores, idx, w, T, E, eps, factor,
+    K: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr, EP: tl.constexpr,
+    SCORE: tl.constexpr, OF_LOGITS: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    row, col, inside, x, top, total = _rows(logits, T, E, BT, EP, SCORE)
+    s = _score(x, top[:, None], total[:, None], SCORE)
+    tl.store(scores + row[:, None] * E + col[None, :], s, mask=inside)
+    choice = x if OF_LOGITS else s
+    if BIAS:
+        choice += tl.load(bias + col, mask=col < E, other=0.0).to(tl.float32)[None, :]
+    key = tl.where((col < E)[None, :], _ordered(choice), -2147483648)
+
+    at_k = tl.arange(0, KP)[None, :]
+    chosen, start = tl.zeros((BT, KP), tl.int32), tl.zeros((BT, KP), tl.float32)
+    for j in tl.static_range(K):
+        best, i = tl.max(key, 1, return_indices=True, return_indices_tie_break_left=True)
+        here = col[None, :] == i[:, None]
+        if BIAS:
+            value = tl.sum(tl.where(here, s, 0.0), 1)  # one term
+        else:
+            value = _number(best)
+            if OF_LOGITS:
+                value = _score(value, top, total, SCORE)
+        key = tl.where(here, -2147483648, key)
+        chosen, start = tl.where(at_k == j, i[:, None], chosen), tl.where(at_k == j, value[:, None], start)
+
+    if NORM == "softmax":
+        start = tl.where(at_k < K, start, float("-inf"))
+        start = tl.exp(start - tl.max(start, 1)[:, None])
+    if NORM != "none":
+        of_k = tl.sum(start, 1)[:, None]  # filled up with zeros
+        if NORM == "sum":
+            of_k += eps
+        elif NORM == "clamp":
+            of_k = tl.where(of_k < eps, eps, of_k)
+        start = start / of_k
+    out, there = row[:, None] * K + at_k, (row < T)[:, None] & (at_k < K)
+    tl.store(idx + out, chosen.to(tl.int64), mask=there)
+    tl.store(w + out, (start * factor).to(w.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _start_gradient(dw, s, dot, total, NORM: tl.constexpr):
+    """Of scores at chosen experts: `total` and `dot` are the row's, as `_topk_route_backward` makes them."""
+    if NORM == "softmax":
+        return s / total * (dw - dot)
+    elif NORM == "none":
+        return dw
+    else:
+        return (dw - dot) / total
+
+
+@triton.jit
+def _topk_route_backward(
+    dw, dscores, logits, idx, dlogits, T, E, eps, factor,
+    K: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr, EP: tl.constexpr,
+    SCORE: tl.constexpr, NORM: tl.constexpr, DW: tl.constexpr, DSCORES: tl.constexpr,
+):  # fmt: skip
+    row, col, inside, x, top, total = _rows(logits, T, E, BT, EP, SCORE)
+    s = _score(x, top[:, None], total[:, None], SCORE)
+    at = row[:, None] * E + col[None, :]
+    ds = tl.zeros((BT, EP), tl.float32)
+    if DSCORES:
+        ds += tl.load(dscores + at, mask=inside, other=0.0).to(tl.float32)
+    if DW:
+        at_k = tl.arange(0, KP)[None, :]
+        there = (row < T)[:, None] & (at_k < K)
+        i = tl.load(idx + row[:, None] * K + at_k, mask=there, other=0)
+        d = factor * tl.load(dw + row[:, None] * K + at_k, mask=there, other=0.0).to(tl.float32)
+        # The chosen logits again, from a cache: shorter than a search of each among the row's.
+        x_k = tl.load(logits + row[:, None] * E + i, mask=there, other=0.0).to(tl.float32)
+        s_k = _score(x_k, top[:, None], total[:, None], SCORE)
+        if NORM == "softmax":
+            s_k = tl.where(at_k < K, s_k, float("-inf"))
+            s_k = tl.exp(s_k - tl.max(s_k, 1)[:, None])
+        s_k = tl.where(at_k < K, s_k, 0.0)
+        of_k = tl.sum(s_k, 1)
+        if NORM == "sum":
+            of_k += eps
+        dot = tl.sum(d * s_k, 1) / of_k
+        if NORM == "clamp":
+            dot, of_k = tl.where(of_k < eps, 0.0, dot), tl.where(of_k < eps, eps, of_k)
+        g = _start_gradient(d, s_k, dot[:, None], of_k[:, None], NORM)
+        for j in tl.static_range(K):
+            here = tl.sum(tl.where(at_k == j, i, 0), 1)[:, None] == col[None, :]
+            ds += tl.where(here, tl.sum(tl.where(at_k == j, g, 0.0), 1)[:, None], 0.0)
+    if SCORE == "softmax":
+        ds = s * (ds - tl.sum(s * ds, 1)[:, None])
+    elif SCORE == "sigmoid":
+        ds = ds * s * (1 - s)
+    elif SCORE == "sqrtsoftplus":
+        ds = tl.where(s == 0, 0.0, ds / (2 * s) / (1 + tl.exp(-x)))
+    tl.store(dlogits + at, ds.to(dlogits.dtype.element_ty), mask=inside)
+
+
+def _constants(E: int, k: int) -> dict[str, Any]:
+    ep = max(16, triton.next_power_of_2(E))
+    # 8 scores of a thread stay in registers, with their keys, at any E.
+    return {"K": k, "KP": triton.next_power_of_2(k), "EP": ep, "BT": max(1, _LOGITS // ep), "num_warps": 4}
+
+
+def topk_route(
+    logits: Tensor, bias: Tensor | None, k: int, score: str = "softmax", order: str = "scores",
+    norm: str = "none", eps: float = 0.0, factor: float = 1.0, out: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """See `moefx.dialect.topk_route`: logits [.., E] -> scores fp32, idx int64, w in `out` or fp32."""
+    E, device = logits.shape[-1], logits.device
+    T, shape = logits.numel() // E, (*logits.shape[:-1], k)
+    scores = torch.empty(logits.shape, dtype=torch.float32, device=device)
+    idx = torch.empty(shape, dtype=torch.int64, device=device)
+    w = torch.empty(shape, dtype=out or torch.float32, device=device)
+    c, x = _constants(E, k), logits.contiguous()
+    shift = x if bias is None else bias.contiguous()
+    launch(
+        _topk_route, (cdiv(T, c["BT"]),), x, shift, scores, idx, w, T, E, eps, factor,
+        SCORE=score, OF_LOGITS=order == "logits", BIAS=bias is not None, NORM=norm, **c,
+    )  # fmt: skip
+    return scores, idx, w
+
+
+def topk_route_backward(
+    dw: Tensor | None, dscores: Tensor | None, logits: Tensor, idx: Tensor,
+    score: str = "softmax", norm: str = "none", eps: float = 0.0, factor: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """Gradient of the logits [.., E], in their dtype."""
+    E, x = logits.shape[-1], logits.contiguous()
+    T = x.numel() // E
+    dlogits = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    c = _constants(E, idx.shape[-1])
+    given = [x if t is None else t.contiguous() for t in (dw, dscores)]
+    launch(
+        _topk_route_backward, (cdiv(T, c["BT"]),), *given, x, idx.contiguous(), dlogits, T, E, eps, factor,
+        SCORE=score, NORM=norm, DW=dw is not None, DSCORES=dscores is not None, **c,
+    )  # fmt: skip
+    return dlogits
+
+
+def specimens() -> list[Specimen]:
+    """Qwen3-30B-A3B, DeepSeek-V3's scores without its groups, Qwen3-Next, and an odd one."""
+
+    def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def pair(T: int, E: int, k: int, score: str, norm: str, dtype: torch.dtype, bias: bool) -> tuple[Any, Any]:
+        x, f32 = meta(T, E, dtype=dtype), torch.float32
+        shift = meta(E, dtype=f32) if bias else None
+        dw, dscores, idx = meta(T, k, dtype=f32), meta(T, E, dtype=f32), meta(T, k, dtype=torch.int64)
+        return (
+            lambda: topk_route(x, shift, k, score, norm=norm),
+            lambda: topk_route_backward(dw, dscores, x, idx, score, norm),
+        )
+
+    f32, bf16, found = torch.float32, torch.bfloat16, []
+    for name, *sizes in (
+        ("Qwen3", 8192, 128, 8, "softmax", "sum", bf16, False),
+        ("E=256 sigmoid bias", 8192, 256, 8, "sigmoid", "sum", f32, True),
+        ("E=512 k=10", 8192, 512, 10, "softmax", "sum", bf16, False),
+        ("E=60 k=6", 4001, 60, 6, "sqrtsoftplus", "clamp", f32, True),
+    ):
+        forward, backward = pair(*sizes)  # type: ignore[arg-type]
+        found.append(Specimen(name, forward, has=("SHFL",), registers=96))
+        found.append(Specimen(f"{name} backward", backward, has=("SHFL",), registers=144))
+    return found

@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 import torch
 
 from ..errors import InputError
-from .base import Algorithm, Group, GroupedOptimizer, State, working_dtype
-from .distributed import Place, agreed
+from .base import Algorithm, Group, GroupedOptimizer, Item, State
+from .distributed import agreed
 from .lite import LiteConfig
+from .rounding import store, working_dtype
 
 Tensor = torch.Tensor
 _EDGE = 1e-5  # closer to 0 or 1 than this, a sharp share means none or all
@@ -35,37 +36,36 @@ def _state(p: Tensor, group: Group) -> State:
     return state
 
 
-def _update(params: list[Tensor], states: list[State], places: list[Place], group: Group, step: int) -> None:
+def _update(items: list[Item], group: Group, step: int) -> None:
     lite: LiteConfig | None = group["lite"]
     chi = 1.0 if lite is None else lite.diagonal(step)
-    bad = agreed([(~torch.isfinite(p.grad)).sum() for p in params if p.grad is not None], places)
+    bad = agreed([(~torch.isfinite(x.grad)).sum() for x in items], [x.place for x in items])
     finite = [count == 0 for count in bad]
-    for p, state, ok in zip(params, states, finite, strict=True):
-        _average(p, state, group, ok)
-    flats: list[Tensor | float] = [0.0] * len(params)
+    for x, ok in zip(items, finite, strict=True):
+        _average(x, group, ok)
+    flats: list[Tensor | float] = [0.0] * len(items)
     if lite is not None:
-        flats = flat_shares(states, places, lite.rank_fraction, finite)
-    for p, state, flat, ok in zip(params, states, flats, finite, strict=True):
-        _move(p, state, group, flat, chi, ok)
+        flats = flat_shares(items, lite.rank_fraction, finite)
+    for x, flat, ok in zip(items, flats, finite, strict=True):
+        _move(x, group, flat, chi, ok)
 
 
-def _average(p: Tensor, state: State, group: Group, finite: Tensor) -> None:
+def _average(x: Item, group: Group, finite: Tensor) -> None:
     """Both moments follow the gradient, unless it is not finite."""
-    assert p.grad is not None
     b1, b2 = group["betas"]
-    grad = torch.where(finite, p.grad.to(working_dtype(p)), 0)
-    first, second = state["exp_avg"], state["exp_avg_sq"]
+    grad = torch.where(finite, x.grad.to(working_dtype(x.weights)), 0)
+    first, second = x.state["exp_avg"], x.state["exp_avg_sq"]
     first.copy_(torch.where(finite, first.lerp(grad, 1 - b1), first))
     second.copy_(torch.where(finite, second.lerp(grad.square(), 1 - b2), second))
-    state["updates"] += finite
-    state["skipped"] += ~finite
+    x.state["updates"] += finite
+    x.state["skipped"] += ~finite
 
 
-def _move(p: Tensor, state: State, group: Group, flat: Tensor | float, chi: float, finite: Tensor) -> None:
+def _move(x: Item, group: Group, flat: Tensor | float, chi: float, finite: Tensor) -> None:
     """The update of the weights; `flat` is how flat each of their elements is."""
     lr, decay, (b1, b2) = float(group["lr"]), float(group["weight_decay"]), group["betas"]
-    dtype = working_dtype(p)
-    w = p.to(dtype)
+    dtype, state = working_dtype(x.weights), x.state
+    w = x.weights.to(dtype)
     # In float64: 1 - 0.999 ** 1 has lost digits in float32. max: a skipped first step must not divide by zero.
     count = state["updates"].clamp_min(1).double()
     mean = state["exp_avg"] / (1 - b1**count).to(dtype)
@@ -73,10 +73,10 @@ def _move(p: Tensor, state: State, group: Group, flat: Tensor | float, chi: floa
     new = (w * (1 - lr * decay)).add_(direction, alpha=-lr)
     if chi != 1 and group["lite"] is not None:
         new = new.sub_(flat * (direction + decay * w), alpha=lr * (chi - 1))
-    p.copy_(torch.where(finite, new, w))
+    store(x.weights, torch.where(finite, new, w), x.noise)
 
 
-def flat_shares(states: list[State], places: list[Place], share: float, move: list[Tensor]) -> list[Tensor | float]:
+def flat_shares(items: list[Item], share: float, move: list[Tensor]) -> list[Tensor | float]:
     """1 - mask of every parameter: how flat each element is. The thresholds in its state move on.
 
     An element is sharp from `high` times the mean second moment on and flat below `low` times it, linear between. The
@@ -84,7 +84,8 @@ def flat_shares(states: list[State], places: list[Place], share: float, move: li
     a finite gradient (`move`). Means and shares are of whole parameters, wherever their parts are.
     """
     if share < _EDGE:
-        return [1.0] * len(states)
+        return [1.0] * len(items)
+    states, places = [x.state for x in items], [x.place for x in items]
     sums = agreed([state["exp_avg_sq"].sum() for state in states], places)
     means = [total / max(place.shape.numel(), 1) for total, place in zip(sums, places, strict=True)]
     scaled = [s["exp_avg_sq"] / torch.where(mean > 0, mean, 1) for s, mean in zip(states, means, strict=True)]
@@ -121,6 +122,7 @@ class AdamW(GroupedOptimizer):
         params: parameters or groups; a group of role router, head, bias or other stays plain unless it says
             `lite=True`.
         lite: `chi_diagonal` (or `chi`) and `rank_fraction` are used; there is no damping.
+        rounding: of half-precision parameters; see `Muon`.
         nonfinite: "skip" (and count, per parameter) or "raise".
     """
 
@@ -136,7 +138,15 @@ class AdamW(GroupedOptimizer):
         weight_decay: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
+        rounding: str = "nearest",
         nonfinite: str = "skip",
     ) -> None:
-        defaults = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "layout": "out_in"}
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "betas": betas,
+            "eps": eps,
+            "layout": "out_in",
+            "rounding": rounding,
+        }
         super().__init__(params, defaults, lite, nonfinite)

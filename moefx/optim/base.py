@@ -10,11 +10,12 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 
 from ..errors import InputError, nearest
-from .distributed import Place, agreed, as_laid_out, check_placements, is_dtensor, local, local_with_grad, place_of
+from .distributed import Place, agreed, as_laid_out, check_placements, is_dtensor, local, local_grad, place_of
 from .lite import LiteConfig
 from .polar import largest
 from .resume import HOST_COUNTERS, checked, describe_lite
 from .roles import LITE_ROLES, ROLES
+from .rounding import Noise, check_rounding, follow, noise_of, rounds
 
 Tensor = torch.Tensor
 Group = dict[str, Any]
@@ -27,13 +28,22 @@ DIAGONAL_ROLES = ("embedding", "head", "norm", "bias")
 NO_GRADIENT = 1e-20
 
 
+class Item(NamedTuple):
+    """One parameter in one step: this rank's part of everything."""
+
+    weights: Tensor  # the parameter, or its float32 master
+    grad: Tensor
+    state: State
+    place: Place
+    noise: Noise | None = None  # of stochastic rounding; `rounding.store` takes it
+
+
 class Algorithm(NamedTuple):
     """How parameters of a group are updated."""
 
     check: Callable[[Tensor, str, Group], None]  # raises InputError for a parameter it cannot update
     state: Callable[[Tensor, Group], State]  # everything it will ever keep, made at once
-    # One step of all of these parameters: this rank's parts, with gradient, their state, and where the rest is.
-    update: Callable[[list[Tensor], list[State], list[Place], Group, int], None]
+    update: Callable[[list[Item], Group, int], None]  # one step of all parameters that have a gradient
 
 
 class GroupedOptimizer(Optimizer):
@@ -86,6 +96,8 @@ class GroupedOptimizer(Optimizer):
                 "skipped": torch.zeros((), dtype=torch.int64, device=p.device),
                 **algorithm.state(p, group),
             }
+            if group["rounding"] == "master" and rounds(p):
+                self.state[p]["master"] = p.detach().to(torch.float32)
 
     def _completed(self, given: Group) -> Group:
         """The group with its algorithm and LITE settled, after the checks that torch would answer in other words."""
@@ -135,6 +147,7 @@ class GroupedOptimizer(Optimizer):
             if p.is_complex() or not p.is_floating_point():
                 raise InputError(f"a parameter is {p.dtype}", where=where, todo="optimize real floating parameters")
             check_placements(p, where, matrices=False)
+            check_rounding(p, where, group["rounding"])
             self.algorithms[group["algorithm"]].check(p, where, group)
         # Not torch's `step` for parameters: LITE's schedules belong to the group. On the CPU, where reading is free.
         group.setdefault("step", torch.zeros((), dtype=torch.int64))
@@ -162,14 +175,29 @@ class GroupedOptimizer(Optimizer):
             for index, p in enumerate(group["params"]):
                 if p.grad is not None:
                     self._check_gradient(p.grad, group, index)
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            states = [{key: local(value) for key, value in self.state[p].items()} for p in params]
-            places = [place_of(p, group.get("replicas", "repeat")) for p in params]
-            update = self.algorithms[group["algorithm"]].update
-            update([local_with_grad(p) for p in params], states, places, group, int(group["step"]))
+        for number, group in enumerate(self.param_groups):
+            step = int(group["step"])
+            items = [self._item(p, group, number, index, step) for index, p in self._graded(group)]
+            self.algorithms[group["algorithm"]].update(items, group, step)
+            for _, p in self._graded(group):
+                if "master" in self.state[p]:
+                    local(p).copy_(local(self.state[p]["master"]))
             group["step"] += 1
         return loss
+
+    def _graded(self, group: Group) -> list[tuple[int, Tensor]]:
+        """Index and parameter, of those with a gradient."""
+        return [(index, p) for index, p in enumerate(group["params"]) if p.grad is not None]
+
+    def _item(self, p: Tensor, group: Group, number: int, index: int, step: int) -> Item:
+        state = {key: local(value) for key, value in self.state[p].items()}
+        weights, noise = local(p), None
+        if "master" in state:
+            follow(state["master"], weights)
+            weights = state["master"]
+        elif group["rounding"] == "stochastic" and rounds(p):
+            noise = noise_of(p, number, index, step)
+        return Item(weights, local_grad(p), state, place_of(p, group.get("replicas", "repeat")), noise)
 
     def _check_gradient(self, grad: Tensor, group: Group, index: int) -> None:
         where = self._name(group, index)
@@ -240,11 +268,6 @@ def usable(grad_EMN: Tensor, place: Place) -> tuple[Tensor, Tensor]:
         dist.all_reduce(top, dist.ReduceOp.MAX, place.gather)
     finite = torch.isfinite(top)
     return finite & (top > NO_GRADIENT), finite
-
-
-def working_dtype(p: Tensor) -> torch.dtype:
-    """Of state and update: float32, and float64 for float64 parameters."""
-    return torch.float64 if p.dtype == torch.float64 else torch.float32
 
 
 def need_matrices(p: Tensor, where: str, _: Group) -> None:

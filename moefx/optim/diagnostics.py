@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from .base import Group, State, usable, working_dtype
+from .base import Group, State, usable
 from .distributed import Place
 from .lite import LiteConfig, LiteValues, controlled_projector, sharp_rank
 from .muon_update import DTYPES, combine, directions, lr_scale, nested, nesterov, polar_steps
 from .polar import matrices, polar
+from .rounding import working_dtype
 
 Tensor = torch.Tensor
 Metrics = dict[str, Tensor]

@@ -15,8 +15,8 @@ Tensor = torch.Tensor
 Group = dict[str, Any]
 
 HOST_COUNTERS = ("calls",)  # state that stays on the CPU
-# Who computes what is no part of the result, and there may be other ranks now.
-_OF_HERE = ("lite", "replicas")
+# Who computes what is no part of the result, and there may be other ranks now; how weights are rounded may change.
+_OF_HERE = ("lite", "replicas", "rounding")
 
 
 def checked(

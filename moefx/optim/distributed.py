@@ -47,12 +47,12 @@ def local(x: Any) -> Tensor:
     return x.to_local().detach() if is_dtensor(x) else x  # type: ignore[no-any-return]
 
 
-def local_grad(p: Any) -> Tensor:
-    """This rank's part of a parameter's gradient, in the parameter's layout."""
+def grad_of(p: Any) -> Tensor:
+    """A parameter's gradient, in the parameter's layout."""
     grad = p.grad
     if is_dtensor(p) and grad.placements != p.placements:  # what tensor parallelism leaves to be summed
         grad = grad.redistribute(placements=p.placements)
-    return local(grad)
+    return grad  # type: ignore[no-any-return]
 
 
 def place_of(p: Tensor, replicas: str = "repeat") -> Place:

@@ -8,7 +8,7 @@ import torch
 
 from ..errors import InputError, nearest
 from .adamw import ADAMW
-from .base import Algorithm, Group, GroupedOptimizer, Item, State, need_matrices, usable
+from .base import Algorithm, Group, GroupedOptimizer, Item, State, need_matrices, parts, usable
 from .diagnostics import diagnose
 from .distributed import Place, check_copies, check_placements, is_dtensor, per_matrix
 from .exchange import Cuts, Tensors, run
@@ -227,7 +227,7 @@ class Muon(GroupedOptimizer):
 
     Args:
         params: parameters or groups. A group may carry `algorithm`, `role`, `names`, `lite` (True, False or a
-            LiteConfig of its own), `layout` and any argument below.
+            LiteConfig of its own), `layout`, `split` (see `moefx.optim.split`) and any argument below.
         lr: learning rate of all algorithms.
         lite: None for plain Muon. Groups of role router, head, bias or other stay plain unless they say `lite=True`.
         weight_decay: decoupled; LITE amplifies it by chi in flat directions.
@@ -299,6 +299,8 @@ class Muon(GroupedOptimizer):
     def diagnostics(self) -> dict[str, dict[str, Tensor]]:
         """Metrics of the last step, by parameter name: tensors [E] (E = 1 for a matrix), on the parameter's device.
 
+        A split parameter has an entry for each run of equal blocks, `name.0`, `name.1`, with E of them.
+
         Call it between `step` and `zero_grad`: updates are computed again from momentum and gradient, at the cost of
         about one more step. Parameters of other algorithms, and those without a gradient, are left out.
 
@@ -316,7 +318,7 @@ class Muon(GroupedOptimizer):
 
         In parity mode the projector is that of the controller's present ratio, one move after the step's own.
         """
-        before: dict[Tensor, Tensor] = self.__dict__.setdefault("_projectors", {})
+        before: dict[tuple[Tensor, str], Tensor] = self.__dict__.setdefault("_projectors", {})
         found = {}
         for group in self.param_groups:
             lite: LiteConfig | None = group["lite"]
@@ -330,11 +332,12 @@ class Muon(GroupedOptimizer):
                         where=f"group {group.get('name', '')!r}, shape {list(p.shape)}",
                         todo="call them on an optimizer of a model on one process",
                     )
-                flip = flipped(group, p.shape)
-                metrics, rows = diagnose(p, self.state[p], group, values, flip, before.get(p))
-                if rows is not None:
-                    before[p] = rows
-                found[self._name(group, index)] = metrics
+                for suffix, grad in parts(p.grad, group):
+                    flip, state = flipped(group, grad.shape), self._state_of(p, suffix)
+                    metrics, rows = diagnose(grad, state, group, values, flip, before.get((p, suffix)))
+                    if rows is not None:
+                        before[p, suffix] = rows
+                    found[self._name(group, index) + suffix] = metrics
         return found
 
 

@@ -66,7 +66,7 @@ class Noise(NamedTuple):
         return h.bitwise_xor_((h >> 16) & 0xFFFF).bitwise_and_(0xFFFF)
 
 
-def noise_of(p: Any, *key: int) -> Noise:
+def noise_of(p: Any, *key: int | str) -> Noise:
     """Of a parameter, or of this rank's part of it; `key` tells it and the step from others."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     keys = int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")

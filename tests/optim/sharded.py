@@ -251,6 +251,37 @@ def bfloat16_with_masters_or_stochastic_rounding(c: Context) -> None:
 
 
 @check
+def split_matrices(c: Context) -> None:
+    # Whole heads on each rank, blocks cut along their columns, or copies; anything else is refused.
+    mesh, hybrid = c.mesh(c.world), c.mesh(c.world // 2, 2)
+    cases: list[tuple[Any, Any, Any, str]] = [
+        (mesh, rows, 4, "out_in"),
+        (mesh, columns, 4, "out_in"),
+        (mesh, columns, (8, 4, 4), "out_in"),
+        (mesh, columns, 3, "in_out"),
+        (mesh, rows, (6, 3, 3), "in_out"),
+        (hybrid, lambda p: [Replicate(), Shard(0)], 4, "out_in"),
+        (mesh, lambda p: [Replicate()], (8, 4, 4), "out_in"),
+    ]
+    for kind in ("fast", "parity"):
+        for where, placements, split, layout in cases:
+            params, wanted = laid_out(parameters([(16, 12)]), where, placements), parameters([(16, 12)])
+            mine, theirs = (MADE[kind]([{"params": p, "split": split, "layout": layout}]) for p in (params, wanted))
+            train(params, mine, range(4))
+            train(wanted, theirs, range(4))
+            assert distance(params, wanted) < 1e-6, (kind, split, layout)
+            assert mine.state[params[0]].keys() == theirs.state[wanted[0]].keys()
+    with CommDebugMode() as seen, mock.patch.object(dist, "all_to_all_single", side_effect=AssertionError):
+        params = laid_out(parameters([(16, 12)]), mesh, rows)
+        train(params, Muon([{"params": params, "split": 4}]), range(2))
+    assert seen.get_comm_counts().keys() <= {torch.ops.c10d_functional.broadcast, torch.ops.c10d.scatter_}
+    for split, height in (((8, 4, 4), 16), (8 if c.world == 4 else 16, 16), (3, 15)):
+        params = laid_out(parameters([(height, 12)]), mesh, rows)
+        with pytest.raises(InputError, match="cut it along dimension 1"):
+            Muon([{"params": params, "split": split}])
+
+
+@check
 def layouts_that_cannot_be_stepped_are_refused(c: Context) -> None:
     mesh, flat = c.mesh(c.world // 2, 2), c.mesh(c.world)
     partial = nn.Parameter(DTensor.from_local(random(8, 12), flat, [Partial()]))

@@ -6,7 +6,7 @@ import torch
 
 from .base import Group, State, usable
 from .distributed import Place
-from .lite import LiteConfig, LiteValues, controlled_projector, sharp_rank
+from .lite import LiteConfig, LiteValues, controlled_projector
 from .muon_update import DTYPES, combine, directions, lr_scale, nested, nesterov, polar_steps
 from .polar import matrices, polar
 from .rounding import working_dtype
@@ -42,7 +42,7 @@ def diagnose(
         return {"update_rms": _rms(sharp * scale, sharp[0].numel())}, None
 
     h = polar(grad, steps, kind, low)
-    rank, (m, n) = sharp_rank(lite.rank_fraction, *mixed.shape[-2:]), mixed.shape[-2:]
+    rank, (m, n) = lite.rank(*mixed.shape[-2:]), mixed.shape[-2:]
     if lite.mode == "fast":
         rows = state["basis"][..., :rank].mT
         pair = directions(o, mixed, grad, group, values)

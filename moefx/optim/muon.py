@@ -12,7 +12,7 @@ from .base import Algorithm, Group, GroupedOptimizer, Item, State, need_matrices
 from .diagnostics import diagnose
 from .distributed import Place, check_copies, check_placements, is_dtensor, per_matrix
 from .exchange import Cuts, Tensors, run
-from .lite import LiteConfig, LiteValues, initial_basis, sharp_rank
+from .lite import LiteConfig, LiteValues, initial_basis
 from .muon_update import DTYPES, SCALES, lr_scale, nesterov, new_weights, polar_steps
 from .polar import coefficients, matrices, slices
 from .rounding import store, working_dtype
@@ -77,7 +77,7 @@ def _state(p: Tensor, group: Group) -> State:
         state["ratio"] = each(min(m, n) ** -0.5, dtype)
         state["inversions"] = each(0, torch.int64)
     else:
-        columns = min(sharp_rank(lite.rank_fraction, m, n) + lite.spare, min(m, n))
+        columns = min(lite.rank(m, n) + lite.spare, min(m, n))
         state["basis"] = per_matrix(p, initial_basis(1, n, columns, dtype, p.device).expand(count, -1, -1), rows=True)
     # Whether the last step improved the basis; on the CPU, where reading it is free.
     group.setdefault("projected", torch.zeros((), dtype=torch.bool))

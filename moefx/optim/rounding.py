@@ -70,7 +70,8 @@ def noise_of(p: Any, *key: int | str) -> Noise:
     """Of a parameter, or of this rank's part of it; `key` tells it and the step from others."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     keys = int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
-    numbers, stride = [], 1
+    numbers: list[Tensor] = []
+    stride = 1
     for dim in reversed(range(p.ndim)):
         along = (_along(p, dim) * stride + 2**31) % 2**32 - 2**31
         numbers.insert(0, along.to(torch.int32))

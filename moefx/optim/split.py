@@ -31,7 +31,8 @@ def check_split(p: Any, where: str, split: Split, layout: str) -> None:
         todo = "leave it out of the group: each matrix of a stack is a block already"
         raise InputError(f"a parameter {list(p.shape)} is no matrix to split", where=where, todo=todo)
     dim = 1 if layout == "in_out" else 0
-    size, sizes = p.shape[dim], [split] if isinstance(split, int) else list(split)
+    size = p.shape[dim]
+    sizes: list[Any] = [split] if isinstance(split, int) else list(split)
     if not sizes or not all(isinstance(x, int) and x > 0 for x in sizes):
         raise InputError(f"split={split!r} is no size", where=where, todo="give positive numbers of output features")
     if isinstance(split, int) and size % split:

@@ -112,3 +112,21 @@ def test_routed() -> None:
     before, after = map(float, re.findall(r"\d+\.\d+", first))
     assert after < before
     assert (shared, routers) == ("top-k nodes: 1, plans: 1", "routers of the layers: 3, trained: 0")
+
+
+def test_muon_in_a_plain_loop() -> None:
+    source = (ROOT / "examples" / "plain_pytorch_muon.py").read_text()
+    assert len(source.splitlines()) < 60
+    losses = [float(x) for x in re.findall(r"loss (\d+\.\d+)", run("plain_pytorch_muon.py"))]
+    assert len(losses) == 4
+    assert 4 < losses[0] < 5  # about the logarithm of the vocabulary
+    assert losses[-1] < 0.5
+
+
+def test_muon_in_transformers_trainer() -> None:
+    pytest.importorskip("accelerate")
+    curve, resumed = run("hf_trainer_muon.py").splitlines()[-2:]
+    losses = [float(x) for x in re.findall(r"\d+\.\d+", curve)]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.5
+    assert float(re.findall(r"differ by (\S+)", resumed)[0]) == 0

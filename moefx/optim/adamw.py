@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 import torch
 
 from ..errors import InputError
-from .base import Algorithm, Group, GroupedOptimizer, State, working_dtype
-from .distributed import Place, agreed
+from .base import Algorithm, Group, GroupedOptimizer, Item, State
+from .distributed import agreed
 from .lite import LiteConfig
+from .rounding import store, working_dtype
 
 Tensor = torch.Tensor
 _EDGE = 1e-5  # closer to 0 or 1 than this, a sharp share means none or all
@@ -35,48 +36,88 @@ def _state(p: Tensor, group: Group) -> State:
     return state
 
 
-def _update(params: list[Tensor], states: list[State], places: list[Place], group: Group, step: int) -> None:
+# Tensors of one batch of foreach operations: many small ones in few calls, without temporaries of all large ones.
+BATCH_BYTES = 16 << 20
+
+
+def _update(items: list[Item], group: Group, step: int) -> None:
     lite: LiteConfig | None = group["lite"]
     chi = 1.0 if lite is None else lite.diagonal(step)
-    bad = agreed([(~torch.isfinite(p.grad)).sum() for p in params if p.grad is not None], places)
+    bad = agreed([_not_finite(x.grad) for x in items], [x.place for x in items])
     finite = [count == 0 for count in bad]
-    for p, state, ok in zip(params, states, finite, strict=True):
-        _average(p, state, group, ok)
-    flats: list[Tensor | float] = [0.0] * len(params)
+    batches = _batches(items)
+    for batch in batches:
+        _average(items[batch], finite[batch], group)
+    flats: list[Tensor] | None = None
     if lite is not None:
-        flats = flat_shares(states, places, lite.rank_fraction, finite)
-    for p, state, flat, ok in zip(params, states, flats, finite, strict=True):
-        _move(p, state, group, flat, chi, ok)
+        flats = flat_shares(items, lite.rank_fraction, finite)
+    for batch in batches:
+        _move(items[batch], finite[batch], flats[batch] if flats and chi != 1 else None, group, chi)
 
 
-def _average(p: Tensor, state: State, group: Group, finite: Tensor) -> None:
-    """Both moments follow the gradient, unless it is not finite."""
-    assert p.grad is not None
-    b1, b2 = group["betas"]
-    grad = torch.where(finite, p.grad.to(working_dtype(p)), 0)
-    first, second = state["exp_avg"], state["exp_avg_sq"]
-    first.copy_(torch.where(finite, first.lerp(grad, 1 - b1), first))
-    second.copy_(torch.where(finite, second.lerp(grad.square(), 1 - b2), second))
-    state["updates"] += finite
-    state["skipped"] += ~finite
+def _not_finite(grad: Tensor) -> Tensor:
+    """int64 []: 1 if any entry is NaN or infinite; without a temporary of its size."""
+    if grad.numel() == 0:
+        return torch.zeros((), dtype=torch.int64, device=grad.device)
+    low, high = grad.aminmax()
+    return (~(torch.isfinite(low) & torch.isfinite(high))).long()
 
 
-def _move(p: Tensor, state: State, group: Group, flat: Tensor | float, chi: float, finite: Tensor) -> None:
-    """The update of the weights; `flat` is how flat each of their elements is."""
+def _batches(items: list[Item]) -> list[slice]:
+    """Runs of parameters of one dtype and device."""
+    found, start, size = [], 0, 0
+    for i, x in enumerate(items):
+        bytes_here = x.weights.numel() * working_dtype(x.weights).itemsize
+        first = items[start].weights
+        other = (x.weights.dtype, x.weights.device) != (first.dtype, first.device)
+        if i > start and (other or size + bytes_here > BATCH_BYTES):
+            found.append(slice(start, i))
+            start, size = i, 0
+        size += bytes_here
+    return [*found, slice(start, len(items))] if items else []
+
+
+def _average(items: list[Item], finite: list[Tensor], group: Group) -> None:
+    """Both moments follow the gradients, but for those that are not finite: their factors are 0."""
+    (b1, b2), dtype = group["betas"], working_dtype(items[0].weights)
+    on = torch.stack(finite).to(dtype)
+    grads = [x.grad.to(dtype).nan_to_num(0.0, 0.0, 0.0) for x in items]
+    torch._foreach_mul_(grads, list(on.unbind()))
+    torch._foreach_lerp_([x.state["exp_avg"] for x in items], grads, list((on * (1 - b1)).unbind()))
+    torch._foreach_mul_(grads, grads)
+    torch._foreach_lerp_([x.state["exp_avg_sq"] for x in items], grads, list((on * (1 - b2)).unbind()))
+    torch._foreach_add_([x.state["updates"] for x in items], finite)
+    torch._foreach_add_([x.state["skipped"] for x in items], [~ok for ok in finite])
+
+
+def _move(items: list[Item], finite: list[Tensor], flats: list[Tensor] | None, group: Group, chi: float) -> None:
+    """The update of the weights; `flats` say how flat each of their elements is."""
     lr, decay, (b1, b2) = float(group["lr"]), float(group["weight_decay"]), group["betas"]
-    dtype = working_dtype(p)
-    w = p.to(dtype)
+    dtype = working_dtype(items[0].weights)
+    on = torch.stack(finite).double()
     # In float64: 1 - 0.999 ** 1 has lost digits in float32. max: a skipped first step must not divide by zero.
-    count = state["updates"].clamp_min(1).double()
-    mean = state["exp_avg"] / (1 - b1**count).to(dtype)
-    direction = mean / ((state["exp_avg_sq"] / (1 - b2**count).to(dtype)).sqrt_() + group["eps"])
-    new = (w * (1 - lr * decay)).add_(direction, alpha=-lr)
-    if chi != 1 and group["lite"] is not None:
-        new = new.sub_(flat * (direction + decay * w), alpha=lr * (chi - 1))
-    p.copy_(torch.where(finite, new, w))
+    count = torch.stack([x.state["updates"] for x in items]).clamp_min(1).double()
+    steps, roots = (on * -lr / (1 - b1**count)).to(dtype), (1 - b2**count).sqrt().to(dtype)
+    below = torch._foreach_sqrt([x.state["exp_avg_sq"] for x in items])
+    torch._foreach_div_(below, list(roots.unbind()))
+    torch._foreach_add_(below, list((group["eps"] + 1 - on).to(dtype).unbind()))
+    moves = torch._foreach_div([x.state["exp_avg"] for x in items], below)
+    torch._foreach_mul_(moves, list(steps.unbind()))
+    weights = [x.weights.to(dtype) for x in items]  # themselves, unless they are rounded
+    shrink = list((1 - on * (lr * decay)).to(dtype).unbind())
+    if flats is not None:
+        more = torch._foreach_mul(weights, list((on * (-lr * decay)).to(dtype).unbind()))
+        torch._foreach_add_(more, moves)
+        torch._foreach_mul_(more, flats)
+        torch._foreach_add_(moves, more, alpha=chi - 1)
+    torch._foreach_mul_(weights, shrink)
+    torch._foreach_add_(weights, moves)
+    for x, new in zip(items, weights, strict=True):
+        if new is not x.weights:
+            store(x.weights, new, x.noise)
 
 
-def flat_shares(states: list[State], places: list[Place], share: float, move: list[Tensor]) -> list[Tensor | float]:
+def flat_shares(items: list[Item], share: float, move: list[Tensor]) -> list[Tensor]:
     """1 - mask of every parameter: how flat each element is. The thresholds in its state move on.
 
     An element is sharp from `high` times the mean second moment on and flat below `low` times it, linear between. The
@@ -84,7 +125,8 @@ def flat_shares(states: list[State], places: list[Place], share: float, move: li
     a finite gradient (`move`). Means and shares are of whole parameters, wherever their parts are.
     """
     if share < _EDGE:
-        return [1.0] * len(states)
+        return [torch.ones((), dtype=x.state["exp_avg"].dtype, device=x.weights.device) for x in items]
+    states, places = [x.state for x in items], [x.place for x in items]
     sums = agreed([state["exp_avg_sq"].sum() for state in states], places)
     means = [total / max(place.shape.numel(), 1) for total, place in zip(sums, places, strict=True)]
     scaled = [s["exp_avg_sq"] / torch.where(mean > 0, mean, 1) for s, mean in zip(states, means, strict=True)]
@@ -96,7 +138,7 @@ def flat_shares(states: list[State], places: list[Place], share: float, move: li
         places,
     )
     soft = share + min(1 - share, 0.1)
-    flats: list[Tensor | float] = []
+    flats: list[Tensor] = []
     for x, state, place, mean, count, moves in zip(scaled, states, places, means, above, move, strict=True):
         high, low = state["high"], state["low"]
         flats.append(1 - ((x - low) / (high - low)).clamp(0, 1))
@@ -121,6 +163,7 @@ class AdamW(GroupedOptimizer):
         params: parameters or groups; a group of role router, head, bias or other stays plain unless it says
             `lite=True`.
         lite: `chi_diagonal` (or `chi`) and `rank_fraction` are used; there is no damping.
+        rounding: of half-precision parameters; see `Muon`.
         nonfinite: "skip" (and count, per parameter) or "raise".
     """
 
@@ -136,7 +179,15 @@ class AdamW(GroupedOptimizer):
         weight_decay: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
+        rounding: str = "nearest",
         nonfinite: str = "skip",
     ) -> None:
-        defaults = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "layout": "out_in"}
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "betas": betas,
+            "eps": eps,
+            "layout": "out_in",
+            "rounding": rounding,
+        }
         super().__init__(params, defaults, lite, nonfinite)

@@ -10,11 +10,13 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 
 from ..errors import InputError, nearest
-from .distributed import Place, agreed, as_laid_out, check_placements, is_dtensor, local, local_with_grad, place_of
+from .distributed import Place, agreed, as_laid_out, check_placements, grad_of, is_dtensor, local, place_of
 from .lite import LiteConfig
 from .polar import largest
 from .resume import HOST_COUNTERS, checked, describe_lite
 from .roles import LITE_ROLES, ROLES
+from .rounding import Noise, check_rounding, follow, noise_of, rounds
+from .split import blocks, check_split
 
 Tensor = torch.Tensor
 Group = dict[str, Any]
@@ -27,13 +29,22 @@ DIAGONAL_ROLES = ("embedding", "head", "norm", "bias")
 NO_GRADIENT = 1e-20
 
 
+class Item(NamedTuple):
+    """One parameter in one step: this rank's part of everything."""
+
+    weights: Tensor  # the parameter, or its float32 master
+    grad: Tensor
+    state: State
+    place: Place
+    noise: Noise | None = None  # of stochastic rounding; `rounding.store` takes it
+
+
 class Algorithm(NamedTuple):
     """How parameters of a group are updated."""
 
     check: Callable[[Tensor, str, Group], None]  # raises InputError for a parameter it cannot update
     state: Callable[[Tensor, Group], State]  # everything it will ever keep, made at once
-    # One step of all of these parameters: this rank's parts, with gradient, their state, and where the rest is.
-    update: Callable[[list[Tensor], list[State], list[Place], Group, int], None]
+    update: Callable[[list[Item], Group, int], None]  # one step of all parameters that have a gradient
 
 
 class GroupedOptimizer(Optimizer):
@@ -61,11 +72,11 @@ class GroupedOptimizer(Optimizer):
         super().__init__(params, {**defaults, "lite": lite, "nonfinite": nonfinite})
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add a group: `params`, and optionally `algorithm`, `role`, `names`, `lite`, `layout` and any default.
+        """Add a group: `params`, and optionally `algorithm`, `role`, `names`, `lite`, `layout`, `split`, any default.
 
         Raises:
             InputError: an unknown algorithm, role or layout; a parameter that is in another group, complex, or of a
-                shape that the algorithm cannot update; a negative learning rate or weight decay.
+                shape that the algorithm cannot update or split; a negative learning rate or weight decay.
         """
         group = self._completed(param_group)
         try:
@@ -82,10 +93,12 @@ class GroupedOptimizer(Optimizer):
             raise
         algorithm = self.algorithms[group["algorithm"]]
         for p in group["params"]:
-            self.state[p] = {
-                "skipped": torch.zeros((), dtype=torch.int64, device=p.device),
-                **algorithm.state(p, group),
-            }
+            self.state[p] = {}
+            for suffix, block in parts(p.detach(), group):
+                made = {"skipped": torch.zeros((), dtype=torch.int64, device=p.device), **algorithm.state(block, group)}
+                self.state[p].update({key + suffix: value for key, value in made.items()})
+            if group["rounding"] == "master" and rounds(p):
+                self.state[p]["master"] = p.detach().to(torch.float32)
 
     def _completed(self, given: Group) -> Group:
         """The group with its algorithm and LITE settled, after the checks that torch would answer in other words."""
@@ -116,6 +129,9 @@ class GroupedOptimizer(Optimizer):
             raise InputError(f"lite={lite!r} of group {here}", todo="give True, False or a LiteConfig")
         config = lite if isinstance(lite, LiteConfig) else (self.defaults["lite"] if lite else None)
         group["lite"] = config if config is not None and config.acts_on(name) else None
+        split = group.setdefault("split", None)
+        if split is not None and name == "adamw":
+            raise InputError(f"split={split!r} of group {here}", todo="leave it out: AdamW goes element by element")
         return group
 
     def _check(self, group: Group) -> None:
@@ -135,7 +151,11 @@ class GroupedOptimizer(Optimizer):
             if p.is_complex() or not p.is_floating_point():
                 raise InputError(f"a parameter is {p.dtype}", where=where, todo="optimize real floating parameters")
             check_placements(p, where, matrices=False)
-            self.algorithms[group["algorithm"]].check(p, where, group)
+            check_rounding(p, where, group["rounding"])
+            if group["split"] is not None:
+                check_split(p, where, group["split"], group["layout"])
+            for _, block in parts(p.detach(), group):
+                self.algorithms[group["algorithm"]].check(block, where, group)
         # Not torch's `step` for parameters: LITE's schedules belong to the group. On the CPU, where reading is free.
         group.setdefault("step", torch.zeros((), dtype=torch.int64))
 
@@ -162,14 +182,37 @@ class GroupedOptimizer(Optimizer):
             for index, p in enumerate(group["params"]):
                 if p.grad is not None:
                     self._check_gradient(p.grad, group, index)
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            states = [{key: local(value) for key, value in self.state[p].items()} for p in params]
-            places = [place_of(p, group.get("replicas", "repeat")) for p in params]
-            update = self.algorithms[group["algorithm"]].update
-            update([local_with_grad(p) for p in params], states, places, group, int(group["step"]))
+        for number, group in enumerate(self.param_groups):
+            step = int(group["step"])
+            items = [x for index, p in self._graded(group) for x in self._items(p, group, number, index, step)]
+            self.algorithms[group["algorithm"]].update(items, group, step)
+            for _, p in self._graded(group):
+                if "master" in self.state[p]:
+                    local(p).copy_(local(self.state[p]["master"]))
             group["step"] += 1
         return loss
+
+    def _graded(self, group: Group) -> list[tuple[int, Tensor]]:
+        """Index and parameter, of those with a gradient."""
+        return [(index, p) for index, p in enumerate(group["params"]) if p.grad is not None]
+
+    def _items(self, p: Tensor, group: Group, number: int, index: int, step: int) -> list[Item]:
+        weights, replicas = p.detach(), group.get("replicas", "repeat")
+        if "master" in self.state[p]:
+            weights = self.state[p]["master"]
+            follow(local(weights), local(p))
+        found = []
+        for (suffix, block), (_, grad) in zip(parts(weights, group), parts(grad_of(p), group), strict=True):
+            state = {key: local(value) for key, value in self._state_of(p, suffix).items()}
+            stochastic = group["rounding"] == "stochastic" and rounds(block)
+            noise = noise_of(block, number, index, suffix, step) if stochastic else None
+            found.append(Item(local(block), local(grad), state, place_of(block, replicas), noise))
+        return found
+
+    def _state_of(self, p: Tensor, suffix: str) -> State:
+        """Of one of its blocks."""
+        state = self.state[p]
+        return {k.removesuffix(suffix): v for k, v in state.items() if k.endswith(suffix)} if suffix else dict(state)
 
     def _check_gradient(self, grad: Tensor, group: Group, index: int) -> None:
         where = self._name(group, index)
@@ -194,8 +237,8 @@ class GroupedOptimizer(Optimizer):
         found = {}
         for number, group in enumerate(self.param_groups):
             for index, p in enumerate(group["params"]):
-                skipped = self.state[p]["skipped"]
-                if count := int((skipped.full_tensor() if is_dtensor(skipped) else skipped).sum()):
+                counts = [v for k, v in self.state[p].items() if k.partition(".")[0] == "skipped"]
+                if count := sum(int((v.full_tensor() if is_dtensor(v) else v).sum()) for v in counts):
                     found[f"group {number}: {self._name(group, index)}"] = count
         return found
 
@@ -224,12 +267,20 @@ class GroupedOptimizer(Optimizer):
         for saved, here in zip(saved_groups, self.param_groups, strict=True):
             for index, p in zip(saved["params"], here["params"], strict=True):
                 for key, value in state_dict["state"][index].items():
-                    device = "cpu" if key in HOST_COUNTERS else p.device
+                    device = "cpu" if key.partition(".")[0] in HOST_COUNTERS else p.device
                     kept = mine[p][key]
                     self.state[p][key] = as_laid_out(value, kept).to(device, kept.dtype)
             for key in ("step", "projected"):
                 if key in here:
                     here[key] = here[key].to("cpu", copy=True)
+
+
+def parts(x: Tensor, group: Group) -> list[tuple[str, Tensor]]:
+    """The parts of a parameter, or of something like it, that are updated by themselves; and what their state's keys
+    end in."""
+    if group["split"] is None:
+        return [("", x)]
+    return [(f".{i}", block) for i, block in enumerate(blocks(x, group["split"], group["layout"]))]
 
 
 def usable(grad_EMN: Tensor, place: Place) -> tuple[Tensor, Tensor]:
@@ -240,11 +291,6 @@ def usable(grad_EMN: Tensor, place: Place) -> tuple[Tensor, Tensor]:
         dist.all_reduce(top, dist.ReduceOp.MAX, place.gather)
     finite = torch.isfinite(top)
     return finite & (top > NO_GRADIENT), finite
-
-
-def working_dtype(p: Tensor) -> torch.dtype:
-    """Of state and update: float32, and float64 for float64 parameters."""
-    return torch.float64 if p.dtype == torch.float64 else torch.float32
 
 
 def need_matrices(p: Tensor, where: str, _: Group) -> None:

@@ -4,35 +4,35 @@ from __future__ import annotations
 
 import torch
 
-from .base import Group, State, usable, working_dtype
+from .base import Group, State, usable
 from .distributed import Place
-from .lite import LiteConfig, LiteValues, controlled_projector, sharp_rank
+from .lite import LiteConfig, LiteValues, controlled_projector
 from .muon_update import DTYPES, combine, directions, lr_scale, nested, nesterov, polar_steps
 from .polar import matrices, polar
+from .rounding import working_dtype
 
 Tensor = torch.Tensor
 Metrics = dict[str, Tensor]
 
 
 def diagnose(
-    p: Tensor, state: State, group: Group, values: LiteValues | None, flip: bool, before: Tensor | None
+    raw_grad: Tensor, state: State, group: Group, values: LiteValues | None, flip: bool, before: Tensor | None
 ) -> tuple[Metrics, Tensor | None]:
     """Metrics [E] of one parameter after a step (`Muon.diagnostics`), and the rows R [E, r, n] of its projector R^T R.
 
     Everything is computed again from the momentum and the gradient of that step.
     """
-    assert p.grad is not None
-    dtype = working_dtype(p)
+    dtype = working_dtype(raw_grad)
 
     def oriented(x: Tensor) -> Tensor:
         x = matrices(x).to(dtype)
         return x.mT if flip else x
 
-    momentum, grad = oriented(state["momentum_buffer"]), oriented(p.grad)
-    active, _ = usable(grad, Place(p.shape))
+    momentum, grad = oriented(state["momentum_buffer"]), oriented(raw_grad)
+    active, _ = usable(grad, Place(raw_grad.shape))
     grad = grad.nan_to_num(0.0, 0.0, 0.0) * active.to(dtype)[:, None, None]
     mixed = nesterov(momentum, grad, group)
-    a, b = p.shape[-2:]
+    a, b = raw_grad.shape[-2:]
     scale = lr_scale(group["scale"], *((a, b) if group["layout"] == "out_in" else (b, a)))
     lite: LiteConfig | None = group["lite"]
     steps, kind, low = polar_steps(group), group["polar"], DTYPES[group["polar_dtype"]]
@@ -42,7 +42,7 @@ def diagnose(
         return {"update_rms": _rms(sharp * scale, sharp[0].numel())}, None
 
     h = polar(grad, steps, kind, low)
-    rank, (m, n) = sharp_rank(lite.rank_fraction, *mixed.shape[-2:]), mixed.shape[-2:]
+    rank, (m, n) = lite.rank(*mixed.shape[-2:]), mixed.shape[-2:]
     if lite.mode == "fast":
         rows = state["basis"][..., :rank].mT
         pair = directions(o, mixed, grad, group, values)

@@ -47,16 +47,12 @@ def local(x: Any) -> Tensor:
     return x.to_local().detach() if is_dtensor(x) else x  # type: ignore[no-any-return]
 
 
-def local_with_grad(p: Any) -> Tensor:
-    """This rank's part of a parameter, and its gradient in the same layout."""
-    if not is_dtensor(p):
-        return p  # type: ignore[no-any-return]
+def grad_of(p: Any) -> Tensor:
+    """A parameter's gradient, in the parameter's layout."""
     grad = p.grad
-    if grad.placements != p.placements:  # what tensor parallelism leaves to be summed
+    if is_dtensor(p) and grad.placements != p.placements:  # what tensor parallelism leaves to be summed
         grad = grad.redistribute(placements=p.placements)
-    view = local(p)
-    view.grad = local(grad)
-    return view
+    return grad  # type: ignore[no-any-return]
 
 
 def place_of(p: Tensor, replicas: str = "repeat") -> Place:
@@ -170,7 +166,7 @@ def agreed(values: Sequence[Tensor], places: Sequence[Place], op: str = "sum") -
     return found
 
 
-def check_copies(params: Sequence[Tensor], places: Sequence[Place]) -> None:
+def check_copies(grads: Sequence[Tensor], places: Sequence[Place]) -> None:
     """Refuse to share work on parameters without a mesh that differ from rank to rank (waits for them).
 
     Raises:
@@ -178,8 +174,8 @@ def check_copies(params: Sequence[Tensor], places: Sequence[Place]) -> None:
     """
     if not any(place.copies for place in places):
         return
-    plain = [p for p, place in zip(params, places, strict=True) if dist.group.WORLD in place.copies]
-    mine = [(tuple(p.shape), 0.0 if p.grad is None else float(p.grad.double().abs().sum())) for p in plain]
+    plain = [g for g, place in zip(grads, places, strict=True) if dist.group.WORLD in place.copies]
+    mine = [(tuple(g.shape), float(g.double().abs().sum())) for g in plain]
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, mine)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 
 from ..errors import InputError, nearest
+from .heads import KINDS, splits_of
 from .roles import LITE_ROLES, ROLES, roles_of
 
 ALGORITHMS = ("muon", "soap", "adamw")
@@ -31,6 +32,7 @@ def param_groups(
     lite: bool = True,
     verbose: bool = True,
     overrides: Mapping[str, str] | None = None,
+    split: str | Mapping[str, int | Sequence[int]] | None = None,
 ) -> list[dict[str, Any]]:
     """Group every trainable parameter of a module by its role, for any optimizer of torch's interface.
 
@@ -49,14 +51,18 @@ def param_groups(
         overrides: exact path of a module or parameter -> role. Of a module, everything under it is meant: for "norm",
             "bias" and "other" all parameters, for "embedding" and "head" those with two dimensions or more, for the
             four matrix roles those with two or three. The longest path wins.
+        split: which matrices are updated in blocks, for Muon and SOAP: "qkv" finds projections that fuse queries, keys
+            and values, "heads" the heads of all three, by the rules of `moefx.optim.heads`; or exact path of a
+            parameter -> sizes along its output features (an int for equal blocks, or one size for each).
 
     Returns:
         One dict per role that occurs, in the order of `ROLES`: "params" and "names" in the order of
-        `named_parameters`, each parameter once, "role", "algorithm", "weight_decay" and "lite".
+        `named_parameters`, each parameter once, "role", "algorithm", "weight_decay" and "lite". Parameters with a split
+        have a dict for each split, behind the role's own, with "split" as a further key.
 
     Raises:
         InputError: nothing to train, parameters that have no shape yet, one that is shared by two roles, an unknown
-            algorithm, role or path.
+            algorithm, role or path; a split that nothing fits.
     """
     _check("algorithm", algorithm, ALGORITHMS)
     if not (math.isfinite(weight_decay) and weight_decay >= 0):
@@ -74,21 +80,25 @@ def param_groups(
     if lazy:
         raise InputError("parameters have no shape yet", lazy[0], todo="run the model once, then group its parameters")
     roles = _resolved(module, dict(overrides or {}))
+    splits = _splits(module, split, algorithm, {n for n, p in trained.items() if roles[id(p)] in MATRIX_ROLES})
     groups = []
     for role in ROLES:
-        names = [n for n, p in trained.items() if roles[id(p)] == role]
+        here = [n for n, p in trained.items() if roles[id(p)] == role]
         decayed = role in DECAYED_ROLES or (role == "norm" and decay_norms)
-        if names:
-            groups.append(
-                {
-                    "params": [trained[n] for n in names],
-                    "names": [n.replace(_CHECKPOINTED, "") for n in names],
-                    "role": role,
-                    "algorithm": algorithm if role in MATRIX_ROLES else "adamw",
-                    "weight_decay": float(weight_decay) if decayed else 0.0,
-                    "lite": lite and role in LITE_ROLES,
-                }
-            )
+        for one in dict.fromkeys([None, *map(splits.get, here)]):
+            names = [n for n in here if splits.get(n) == one]
+            if names:
+                groups.append(
+                    {
+                        "params": [trained[n] for n in names],
+                        "names": [n.replace(_CHECKPOINTED, "") for n in names],
+                        "role": role,
+                        "algorithm": algorithm if role in MATRIX_ROLES else "adamw",
+                        "weight_decay": float(weight_decay) if decayed else 0.0,
+                        "lite": lite and role in LITE_ROLES,
+                        **({} if one is None else {"split": one}),
+                    }
+                )
     if verbose:
         frozen = sum(not p.requires_grad for p in module.parameters())
         _print(groups, type(module).__name__, frozen)
@@ -98,6 +108,31 @@ def param_groups(
 def _check(what: str, name: str, known: tuple[str, ...], where: str | None = None) -> None:
     if name not in known:
         raise InputError(f"unknown {what} {name!r}", where, todo=nearest(str(name), known))
+
+
+def _splits(
+    module: nn.Module, split: str | Mapping[str, int | Sequence[int]] | None, algorithm: str, matrices: set[str]
+) -> dict[str, int | tuple[int, ...]]:
+    """Path of a parameter -> its blocks."""
+    if split is None:
+        return {}
+    if algorithm == "adamw":
+        raise InputError(f"split={split!r} with AdamW", todo="leave it out: AdamW goes element by element")
+    if isinstance(split, str):
+        _check("split", split, KINDS)
+        found = {n: blocks for n, blocks in splits_of(module, split).items() if n in matrices}
+        if not found:
+            raise InputError(
+                f"split={split!r} fits no matrix of {type(module).__name__}",
+                why="no attention's count of heads agrees with the shape of a projection",
+                todo="say it by path: split={'path.weight': sizes}, or leave it out",
+            )
+        return found
+    for name in split:
+        if name not in matrices:
+            todo = _nearest_path(name, matrices)
+            raise InputError(f"split names {name!r}, which is no matrix that {algorithm} updates", todo=todo)
+    return {n: blocks if isinstance(blocks, int) else tuple(blocks) for n, blocks in split.items()}
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
@@ -184,8 +219,14 @@ def _print(groups: list[dict[str, Any]], title: str, frozen: int) -> None:
     for column in ("tensors", "parameters", "weight decay"):
         table.add_column(column, justify="right")
     table.add_column("LITE")
+    if any("split" in g for g in groups):
+        table.add_column("blocks", no_wrap=True)
     for g in groups:
         size = sum(p.numel() for p in g["params"])
         decay, lite = f"{g['weight_decay']:g}", "yes" if g["lite"] else "no"
-        table.add_row(g["role"], g["algorithm"], str(len(g["params"])), f"{size:,}", decay, lite)
+        row = [g["role"], g["algorithm"], str(len(g["params"])), f"{size:,}", decay, lite]
+        if len(table.columns) > len(row):
+            split = g.get("split", ())
+            row.append(f"of {split}" if isinstance(split, int) else "+".join(map(str, split)))
+        table.add_row(*row)
     Console(stderr=True).print(table)

@@ -53,8 +53,10 @@ class LiteConfig:
         chi: amplification of learning rate and weight decay in flat directions; 1 leaves them.
         beta1, beta2: Hessian damping in sharp and in flat directions.
         chi_diagonal: amplification in embeddings and norms (AdamW groups); None takes `chi`.
-        rank_fraction: sharp share of the smaller dimension: k = min(floor(f s) + 1, s - 1). 0 leaves matrices to the
-            base optimizer, as the released code does; in AdamW groups 0 makes everything flat and 1 everything sharp.
+        rank_fraction: sharp share f of the smaller dimension s. k = floor(f s) in fast mode, whose basis then takes no
+            more than that share of the momentum's memory, and floor(f s) + 1 in parity mode, as released; at least 1,
+            at most s - 1. 0 leaves matrices to the base optimizer, as the released code does; in AdamW groups 0 makes
+            everything flat and 1 everything sharp.
         mode: "fast", or "parity" with the released Muon code. The fast basis takes one subspace iteration per step,
             after eight in the first step that needs it; a matrix whose first gradient comes later has only the one.
         damping: "orthogonal" adds beta polar(G), as the released code; "shared" is the paper's formula: the damped
@@ -143,6 +145,11 @@ class LiteConfig:
         ramp = damping_ramp(beta1, beta2, warmup, total, "wsd")
         return cls(chi=chi, chi_diagonal=chi_diagonal, beta1=beta1, beta2=ramp, **rest)
 
+    def rank(self, m: int, n: int) -> int:
+        """k of a matrix [m, n]; 1 for vectors in disguise, whose only direction is the sharp one."""
+        s = min(m, n)
+        return max(1, min(int(self.rank_fraction * s) + (self.mode == "parity"), s - 1))
+
     def values(self, step: int) -> LiteValues:
         """Of the hidden matrices at a step."""
         return LiteValues(at(self.chi, step), at(self.beta1, step), at(self.beta2, step))
@@ -165,12 +172,6 @@ class LiteConfig:
         return {f.name: describe(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
 
-def sharp_rank(fraction: float, m: int, n: int) -> int:
-    """k of a matrix [m, n]; 1 for vectors in disguise, whose only direction is the sharp one."""
-    s = min(m, n)
-    return max(1, min(int(fraction * s) + 1, s - 1))
-
-
 def initial_basis(count: int, n: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Orthonormal columns [count, n, columns], the same in every process and independent of the global seed."""
     drawn = torch.randn(n, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -190,7 +191,7 @@ def improve_basis(m_BMN: Tensor, basis_BNK: Tensor, iterations: int) -> Tensor:
         response = _unit(m_BMN @ basis_BNK)
         order = response.square().sum(-2).argsort(dim=-1, descending=True, stable=True)[:, None, :]
         basis_BNK = basis_BNK.gather(-1, order.expand_as(basis_BNK))
-        turned = _unit(m_BMN.mT @ response.gather(-1, order.expand_as(response)))
+        turned = _unit((response.gather(-1, order.expand_as(response)).mT @ m_BMN).mT)
         found, ok = orthonormal(turned + keep * basis_BNK)
         basis_BNK = torch.where(ok[:, None, None], found, basis_BNK)
     return basis_BNK

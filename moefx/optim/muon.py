@@ -8,13 +8,14 @@ import torch
 
 from ..errors import InputError, nearest
 from .adamw import ADAMW
-from .base import Algorithm, Group, GroupedOptimizer, State, need_matrices, usable, working_dtype
+from .base import Algorithm, Group, GroupedOptimizer, Item, State, need_matrices, parts, usable
 from .diagnostics import diagnose
 from .distributed import Place, check_copies, check_placements, is_dtensor, per_matrix
 from .exchange import Cuts, Tensors, run
-from .lite import LiteConfig, LiteValues, initial_basis, sharp_rank
+from .lite import LiteConfig, LiteValues, initial_basis
 from .muon_update import DTYPES, SCALES, lr_scale, nesterov, new_weights, polar_steps
 from .polar import coefficients, matrices, slices
+from .rounding import store, working_dtype
 
 Tensor = torch.Tensor
 REPLICAS = ("repeat", "split")
@@ -23,9 +24,7 @@ REPLICAS = ("repeat", "split")
 class _Piece(NamedTuple):
     """Matrices of one parameter that are updated in one batch."""
 
-    p: Tensor
-    state: State
-    place: Place
+    item: Item
     rows: slice
 
     def rows_of(self, x: Tensor, flip: bool) -> Tensor:
@@ -78,30 +77,29 @@ def _state(p: Tensor, group: Group) -> State:
         state["ratio"] = each(min(m, n) ** -0.5, dtype)
         state["inversions"] = each(0, torch.int64)
     else:
-        columns = min(sharp_rank(lite.rank_fraction, m, n) + lite.spare, min(m, n))
+        columns = min(lite.rank(m, n) + lite.spare, min(m, n))
         state["basis"] = per_matrix(p, initial_basis(1, n, columns, dtype, p.device).expand(count, -1, -1), rows=True)
     # Whether the last step improved the basis; on the CPU, where reading it is free.
     group.setdefault("projected", torch.zeros((), dtype=torch.bool))
     return state
 
 
-def _update(params: list[Tensor], states: list[State], places: list[Place], group: Group, step: int) -> None:
+def _update(items: list[Item], group: Group, step: int) -> None:
     """Same-shape matrices of all parameters go through the polar factor together, at most `chunk_bytes` at a time."""
     lite: LiteConfig | None = group["lite"]
     values = None if lite is None else lite.values(step)
     buckets: dict[Any, list[_Piece]] = {}
-    for p, state, place in zip(params, states, places, strict=True):
-        piece = _Piece(p, state, place, slice(0, matrices(p).shape[0]))
-        key = (place._replace(shape=place.shape[-2:]), p.dtype, p.device)
-        buckets.setdefault(key, []).append(piece)
+    for x in items:
+        key = (x.place._replace(shape=x.place.shape[-2:]), x.weights.dtype, x.weights.device)
+        buckets.setdefault(key, []).append(_Piece(x, slice(0, matrices(x.weights).shape[0])))
     if step == 0 and group["replicas"] == "split":
-        check_copies(params, places)
+        check_copies([x.grad for x in items], [x.place for x in items])
     turn = 0
     for bucket in buckets.values():
-        for chunk in _chunks(bucket, budget(group, bucket[0].p.device)):
+        for chunk in _chunks(bucket, budget(group, bucket[0].item.weights.device)):
             _update_chunk(chunk, group, values, turn)
             turn += sum(piece.rows.stop - piece.rows.start for piece in chunk)
-    if lite is not None and lite.mode == "fast" and values is not None and params:
+    if lite is not None and lite.mode == "fast" and values is not None and items:
         group["projected"].fill_(not values.uniform)
 
 
@@ -118,9 +116,9 @@ def budget(group: Group, device: torch.device) -> int:
 
 def _chunks(bucket: list[_Piece], budget: int) -> list[list[_Piece]]:
     """The matrices of a bucket in batches; a stack may be cut, and a batch may hold the end of one and the next."""
-    p, place = bucket[0].p, bucket[0].place
+    w, place = bucket[0].item.weights, bucket[0].item.place
     # About twelve such tensors are alive at once. The same on all ranks, whose parts of one matrix may differ.
-    bytes_each = 12 * place.shape[-2:].numel() // place.ways * working_dtype(p).itemsize
+    bytes_each = 12 * place.shape[-2:].numel() // place.ways * working_dtype(w).itemsize
     bounds = slices(sum(piece.rows.stop for piece in bucket), bytes_each, budget)
     chunks: list[list[_Piece]] = [[] for _ in bounds]
     offset = 0
@@ -134,16 +132,16 @@ def _chunks(bucket: list[_Piece], budget: int) -> list[list[_Piece]]:
 
 
 def _update_chunk(pieces: list[_Piece], group: Group, values: LiteValues | None, turn: int) -> None:
-    place, dtype, theta = pieces[0].place, working_dtype(pieces[0].p), group["momentum"]
+    place, dtype, theta = pieces[0].item.place, working_dtype(pieces[0].item.weights), group["momentum"]
     flip = flipped(group, place.shape)
 
     def gathered(tensors: list[Tensor]) -> Tensor:
         parts = [piece.rows_of(t, flip).to(dtype) for piece, t in zip(pieces, tensors, strict=True)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    w = gathered([piece.p for piece in pieces])
-    momentum = gathered([piece.state["momentum_buffer"] for piece in pieces])
-    grad = gathered([piece.p.grad for piece in pieces if piece.p.grad is not None])
+    w = gathered([piece.item.weights for piece in pieces])
+    momentum = gathered([piece.item.state["momentum_buffer"] for piece in pieces])
+    grad = gathered([piece.item.grad for piece in pieces])
     active, finite = usable(grad, place)
     # Gates are factors of 0 and 1: a torch.where over the batch costs six times as much on a CPU.
     on = active.to(dtype)[:, None, None]
@@ -156,18 +154,22 @@ def _update_chunk(pieces: list[_Piece], group: Group, values: LiteValues | None,
     lite: LiteConfig | None = group["lite"]
     if lite is not None and values is not None and (lite.mode == "parity" or not values.uniform):
         name = "ratio" if lite.mode == "parity" else "basis"
-        kept = {name: torch.cat([piece.state[name][piece.rows] for piece in pieces])}
+        kept = {name: torch.cat([piece.item.state[name][piece.rows] for piece in pieces])}
     new, changed = _solved(w, mixed, grad, kept, place, group, values, turn, on)
 
     sizes = [piece.rows.stop - piece.rows.start for piece in pieces]
-    for name, result in (("", new), ("momentum_buffer", averaged)):
-        stored = [piece.rows_of(piece.state[name] if name else piece.p, flip) for piece in pieces]
-        torch._foreach_copy_(stored, result.split(sizes))
+    buffers = [piece.rows_of(piece.item.state["momentum_buffer"], flip) for piece in pieces]
+    torch._foreach_copy_(buffers, averaged.split(sizes))
+    if pieces[0].item.noise is None:
+        torch._foreach_copy_([piece.rows_of(piece.item.weights, flip) for piece in pieces], new.split(sizes))
+    else:
+        for piece, here in zip(pieces, new.split(sizes), strict=True):
+            store(piece.item.weights, here, piece.item.noise, piece.rows, flip)
     for piece, here in zip(pieces, (~finite).split(sizes), strict=True):
-        piece.state["skipped"][piece.rows] += here
+        piece.item.state["skipped"][piece.rows] += here
     for name, value in changed.items():
         for piece, here, alive in zip(pieces, value.split(sizes), active.split(sizes), strict=True):
-            old = piece.state[name][piece.rows]
+            old = piece.item.state[name][piece.rows]
             if name == "inversions":
                 old += here.bool() & alive
             else:
@@ -225,7 +227,7 @@ class Muon(GroupedOptimizer):
 
     Args:
         params: parameters or groups. A group may carry `algorithm`, `role`, `names`, `lite` (True, False or a
-            LiteConfig of its own), `layout` and any argument below.
+            LiteConfig of its own), `layout`, `split` (see `moefx.optim.split`) and any argument below.
         lr: learning rate of all algorithms.
         lite: None for plain Muon. Groups of role router, head, bias or other stay plain unless they say `lite=True`.
         weight_decay: decoupled; LITE amplifies it by chi in flat directions.
@@ -239,6 +241,9 @@ class Muon(GroupedOptimizer):
             4 MiB on a CPU, whose cache it should fit, and 256 MiB elsewhere.
         replicas: what ranks with the same matrices do: "repeat" the update each, or "split" the matrices among them
             and all-gather the results. Of plain tensors, "split" means all ranks of the default process group.
+        rounding: how bfloat16 and float16 parameters take float32 updates: "nearest" loses what is below half a unit in
+            the last place; "master" keeps a float32 copy in the state, whose rounding the parameter is; "stochastic"
+            (bfloat16 alone) rounds up or down at random, without bias and without state. Others are not touched by it.
         nonfinite: "skip" (and count, per matrix) or "raise" for gradients with NaN or infinity.
 
     Matrices without a gradient (a zero-token expert) are left as they are: weight, momentum, projector, no decay.
@@ -269,6 +274,7 @@ class Muon(GroupedOptimizer):
         eps: float = 1e-8,
         chunk_bytes: int | None = None,
         replicas: str = "repeat",
+        rounding: str = "nearest",
         nonfinite: str = "skip",
     ) -> None:
         defaults = {
@@ -285,12 +291,15 @@ class Muon(GroupedOptimizer):
             "eps": eps,
             "chunk_bytes": chunk_bytes,
             "replicas": replicas,
+            "rounding": rounding,
         }
         super().__init__(params, defaults, lite, nonfinite)
 
     @torch.no_grad()
     def diagnostics(self) -> dict[str, dict[str, Tensor]]:
         """Metrics of the last step, by parameter name: tensors [E] (E = 1 for a matrix), on the parameter's device.
+
+        A split parameter has an entry for each run of equal blocks, `name.0`, `name.1`, with E of them.
 
         Call it between `step` and `zero_grad`: updates are computed again from momentum and gradient, at the cost of
         about one more step. Parameters of other algorithms, and those without a gradient, are left out.
@@ -309,7 +318,7 @@ class Muon(GroupedOptimizer):
 
         In parity mode the projector is that of the controller's present ratio, one move after the step's own.
         """
-        before: dict[Tensor, Tensor] = self.__dict__.setdefault("_projectors", {})
+        before: dict[tuple[Tensor, str], Tensor] = self.__dict__.setdefault("_projectors", {})
         found = {}
         for group in self.param_groups:
             lite: LiteConfig | None = group["lite"]
@@ -323,11 +332,12 @@ class Muon(GroupedOptimizer):
                         where=f"group {group.get('name', '')!r}, shape {list(p.shape)}",
                         todo="call them on an optimizer of a model on one process",
                     )
-                flip = flipped(group, p.shape)
-                metrics, rows = diagnose(p, self.state[p], group, values, flip, before.get(p))
-                if rows is not None:
-                    before[p] = rows
-                found[self._name(group, index)] = metrics
+                for suffix, grad in parts(p.grad, group):
+                    flip, state = flipped(group, grad.shape), self._state_of(p, suffix)
+                    metrics, rows = diagnose(grad, state, group, values, flip, before.get((p, suffix)))
+                    if rows is not None:
+                        before[p, suffix] = rows
+                    found[self._name(group, index) + suffix] = metrics
         return found
 
 

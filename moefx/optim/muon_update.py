@@ -14,7 +14,6 @@ from .lite import (
     apply_isometry,
     controlled_projector,
     improve_basis,
-    sharp_rank,
 )
 from .polar import polar
 
@@ -61,7 +60,7 @@ def new_weights(
     if lite is None or values is None or (values.neutral and lite.mode == "fast"):
         return combine(w, o, None, None, 1.0, lr, decay, scale), {}
 
-    rank = sharp_rank(lite.rank_fraction, *mixed.shape[-2:])
+    rank = lite.rank(*mixed.shape[-2:])
     if lite.mode == "parity":
         # The controller moves in every step, also while the schedules still leave the update as it is.
         found = controlled_projector(mixed, o, side["ratio"], rank, steps, low)

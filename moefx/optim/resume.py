@@ -15,8 +15,8 @@ Tensor = torch.Tensor
 Group = dict[str, Any]
 
 HOST_COUNTERS = ("calls",)  # state that stays on the CPU
-# Who computes what is no part of the result, and there may be other ranks now.
-_OF_HERE = ("lite", "replicas")
+# Who computes what is no part of the result, and there may be other ranks now; how weights are rounded may change.
+_OF_HERE = ("lite", "replicas", "rounding", "split")
 
 
 def checked(
@@ -34,7 +34,7 @@ def checked(
         if len(saved["params"]) != len(here["params"]):
             why = f"{len(saved['params'])} parameters were saved, {len(here['params'])} are here"
             raise _other(why, f"group {number}")
-        for key in ("algorithm", "names", "param_names", "layout", "lite"):
+        for key in ("algorithm", "names", "param_names", "layout", "split", "lite"):
             mine = here.get(key)
             mine = describe_lite(mine) if key == "lite" else mine
             theirs = saved.get(key)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -35,13 +36,17 @@ _CLIMB = 3  # how many modules above an expert bank its router is looked for, it
 Dims = tuple[int, int]  # width read, width written
 
 
+class Block(NamedTuple):
+    """Linear layers that read a width and write it back."""
+
+    layers: list[str]  # their paths
+    width: int
+    last: int  # index of the layer that writes the width last
+
+
 def roles_of(root: nn.Module) -> dict[str, str]:
     """Path -> role of every parameter, once for each path that leads to it."""
-    tree = Tree(root)
-    tree.claim_heads()
-    tree.claim_torch_attention()
-    tree.claim_experts()
-    tree.claim_blocks()
+    tree = Tree.of(root)
     return {
         f"{path}.{name}" if path else name: tree.role(path, name)
         for path, module in tree.modules.items()
@@ -131,6 +136,7 @@ class Tree:
         self.modules = dict(root.named_modules(remove_duplicate=False))
         self.paths = list(self.modules)
         self.roles: dict[str, str] = {}
+        self.attention: dict[str, Block] = {}  # of linear layers, by path; torch's own holds its matrices itself
         # named_modules goes depth first, so that what lies under a module follows it without a gap.
         self.span: dict[str, tuple[int, int]] = {}
         open_: list[str] = []
@@ -143,6 +149,16 @@ class Tree:
                 open_.append(path)
         linears = ((path, linear(m)) for path, m in self.modules.items())
         self.linears = {path: dims for path, dims in linears if dims is not None}
+
+    @classmethod
+    def of(cls, root: nn.Module) -> Tree:
+        """With all claims made."""
+        tree = cls(root)
+        tree.claim_heads()
+        tree.claim_torch_attention()
+        tree.claim_experts()
+        tree.claim_blocks()
+        return tree
 
     def below(self, path: str) -> list[str]:
         """Paths of a module and everything under it, in the order of registration."""
@@ -325,11 +341,14 @@ class Tree:
                 if role == "attention" and ring is not None and ring[1] == len(joined) - 1:
                     decided.update(dict.fromkeys(joined, "attention"))
                     kinds[path] = (ring[0], "attention")
+                    self.attention[path] = Block(joined, *ring)
                     continue
             ring, role = self._kind(path, layers, [kinds[p] for p in nested])
             if ring is not None and role is not None:
                 decided.update(dict.fromkeys(layers, role))
                 kinds[path] = (ring[0], role)
+                if role == "attention":
+                    self.attention[path] = Block(layers, *ring)
         for path, role in decided.items():
             self.claim(path, role)
 

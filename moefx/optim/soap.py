@@ -13,10 +13,11 @@ import torch
 
 from ..errors import InputError
 from .adamw import ADAMW
-from .base import Algorithm, Group, GroupedOptimizer, State, need_matrices, usable, working_dtype
-from .distributed import Place, check_placements, per_matrix
+from .base import Algorithm, Group, GroupedOptimizer, Item, State, need_matrices, usable
+from .distributed import check_placements, per_matrix
 from .lite import LiteConfig, LiteValues
 from .polar import matrices
+from .rounding import store, working_dtype
 
 Tensor = torch.Tensor
 _SIDES = ("left", "right")
@@ -65,22 +66,21 @@ def rotate(x: Tensor, state: State, back: bool = False) -> Tensor:
     return x
 
 
-def _update(params: list[Tensor], states: list[State], places: list[Place], group: Group, step: int) -> None:
+def _update(items: list[Item], group: Group, step: int) -> None:
     lite: LiteConfig | None = group["lite"]
     values = None if lite is None else lite.values(step)
-    for p, state, place in zip(params, states, places, strict=True):
-        assert p.grad is not None
-        dtype = working_dtype(p)
-        grad = matrices(p.grad).to(dtype)
-        active, finite = usable(grad, place)
+    for x in items:
+        state, dtype = x.state, working_dtype(x.weights)
+        grad = matrices(x.grad).to(dtype)
+        active, finite = usable(grad, x.place)
         grad = torch.where(active[:, None, None], grad, 0)
         state["skipped"] += ~finite
         if int(state["calls"]) == 0:
             _begin(state, grad, group)
         else:
-            w = matrices(p)
-            new = _step(w.to(dtype), grad, active, state, group, values)
-            w.copy_(torch.where(active[:, None, None], new, w))
+            w = matrices(x.weights).to(dtype)
+            new = _step(w, grad, active, state, group, values)
+            store(x.weights, torch.where(active[:, None, None], new, w), x.noise)
             _accumulate(state, grad, active, group)
             if int(state["calls"]) % group["frequency"] == 0:
                 _refresh(state)
@@ -199,6 +199,7 @@ class Soap(GroupedOptimizer):
         frequency: steps between refreshes of the bases.
         max_precond_dim: a side larger than this keeps the identity, and LITE leaves a matrix alone on such a side.
         layout: "out_in" or "in_out": which stored side LITE's "right" (the input features) is.
+        rounding: of half-precision parameters; see `Muon`.
         nonfinite: "skip" (and count, per matrix) or "raise".
 
     DTensors must hold whole matrices on each rank: stacks cut along their first dimension, or replicated.
@@ -224,6 +225,7 @@ class Soap(GroupedOptimizer):
         max_precond_dim: int = 10000,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         layout: str = "out_in",
+        rounding: str = "nearest",
         nonfinite: str = "skip",
     ) -> None:
         defaults = {
@@ -236,6 +238,7 @@ class Soap(GroupedOptimizer):
             "max_precond_dim": max_precond_dim,
             "adamw_betas": adamw_betas,
             "layout": layout,
+            "rounding": rounding,
         }
         super().__init__(params, defaults, lite, nonfinite)
 

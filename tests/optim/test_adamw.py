@@ -8,6 +8,7 @@ from torch import nn
 
 from moefx.errors import InputError
 from moefx.optim import AdamW, LiteConfig, Muon, MuonLITE
+from moefx.optim import adamw as product
 
 Tensor = torch.Tensor
 
@@ -132,3 +133,43 @@ def test_one_optimizer_runs_both_algorithms_by_group() -> None:
         optimizer.step()
     for role, made in alone.items():
         assert torch.equal(params[role], made.param_groups[0]["params"][0]), role
+
+
+@pytest.mark.parametrize("lite", [None, LiteConfig(4.0)])
+@pytest.mark.parametrize("rounding", ["nearest", "master", "stochastic"])
+def test_batches_of_tensors_are_the_loop_bitwise(
+    lite: LiteConfig | None, rounding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = [(6, 9), (11,), (2, 3, 4), (), (0,), (5, 40), (7,)]
+    dtypes = [
+        torch.float32,
+        torch.bfloat16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float32,
+        torch.bfloat16,
+        torch.float64,
+    ]
+    results = []
+    for size in (1, 16 << 20):
+        monkeypatch.setattr(product, "BATCH_BYTES", size)
+        generator = torch.Generator().manual_seed(0)
+        params = [nn.Parameter(torch.randn(s, generator=generator).to(d)) for s, d in zip(shapes, dtypes, strict=True)]
+        optimizer = AdamW(params, lr=0.01, lite=lite, rounding=rounding)
+        for t in range(5):
+            for i, p in enumerate(params):
+                p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+                if p.grad.numel() and (t, i) in ((0, 2), (3, 0), (3, 5)):
+                    p.grad.view(-1)[0] = torch.inf
+            optimizer.step()
+        results.append([*params, *(x for p in params for x in optimizer.state[p].values())])
+        assert sum(optimizer.skipped().values()) == 3
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_skipped_first_gradient_leaves_weights_without_eps() -> None:
+    p = nn.Parameter(torch.ones(3))
+    optimizer = AdamW([p], eps=0.0)
+    p.grad = torch.tensor([1.0, torch.nan, 3e38])
+    optimizer.step()
+    assert torch.equal(p, torch.ones(3))

@@ -46,7 +46,7 @@ def stepped(g: Tensor, lite: LiteConfig | None, steps: int = 15, **options: Any)
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
 def test_fast_mode_against_dense_algebra(shape: tuple[int, int]) -> None:
     g = spectrum(*shape, 50, gap=3)
-    optimizer, p, update = stepped(g, LiteConfig(rank_fraction=0.1))
+    optimizer, p, update = stepped(g, LiteConfig(rank_fraction=0.125))
     (found,) = optimizer.diagnostics().values()
     assert set(found) == NAMES
     m, n, k = *shape, 3

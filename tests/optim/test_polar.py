@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from moefx.errors import InputError
-from moefx.optim.lite import controlled_projector, improve_basis, initial_basis, sharp_rank
-from moefx.optim.polar import coefficients, halved, matrices, orthonormal, outer, polar, slices
+from moefx.optim.lite import LiteConfig, controlled_projector, improve_basis, initial_basis
+from moefx.optim.polar import cholesky_qr, coefficients, halved, matrices, orthonormal, outer, polar, slices
 
 from .oracles import scalar_polar, spectrum, svd_polar
 
@@ -82,7 +84,8 @@ def test_errors() -> None:
         polar(torch.ones(2, 2), 0)
 
 
-def test_orthonormal_columns_are_those_of_qr() -> None:
+@pytest.mark.parametrize("orthonormal", [orthonormal, cholesky_qr])
+def test_orthonormal_columns_are_those_of_qr(orthonormal: Any) -> None:
     y = torch.randn(4, 50, 6, dtype=torch.float64) @ torch.diag(torch.logspace(0, -5, 6, dtype=torch.float64))
     q, ok = orthonormal(y)
     expected = torch.linalg.qr(y).Q
@@ -91,7 +94,8 @@ def test_orthonormal_columns_are_those_of_qr() -> None:
     assert torch.allclose((q * expected).sum(-2).abs(), torch.ones(4, 6, dtype=torch.float64), atol=1e-9)
 
 
-def test_nan_columns_are_reported_for_their_matrix_alone() -> None:
+@pytest.mark.parametrize("orthonormal", [orthonormal, cholesky_qr])
+def test_nan_columns_are_reported_for_their_matrix_alone(orthonormal: Any) -> None:
     y = torch.randn(3, 10, 2)
     y[1] = torch.nan
     _, ok = orthonormal(y)
@@ -188,8 +192,10 @@ def test_invariant_3_exact_projector_and_its_approximations() -> None:
 
 
 def test_rank_and_slices() -> None:
-    assert [sharp_rank(0.1, m, n) for m, n in ((24, 32), (32, 24), (1, 9), (2, 9), (768, 2048))] == [3, 3, 1, 1, 77]
-    assert sharp_rank(1.0, 8, 8) == 7
+    shapes = ((24, 32), (32, 24), (1, 9), (2, 9), (768, 2048))
+    assert [LiteConfig().rank(*s) for s in shapes] == [2, 2, 1, 1, 76]
+    assert [LiteConfig(mode="parity").rank(*s) for s in shapes] == [3, 3, 1, 1, 77]
+    assert LiteConfig(rank_fraction=1.0).rank(8, 8) == 7
     assert [(s.start, s.stop) for s in slices(5, 10, 25)] == [(0, 2), (2, 4), (4, 5)]
     assert len(slices(3, 10, 1)) == 3
     assert matrices(torch.zeros(2, 3, 4, 5)).shape == (6, 4, 5)

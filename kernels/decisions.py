@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
+
+from moefx.precision.recipe import get_recipe, recipe_names
 
 FIELDS = ("device", "recipe", "T", "H", "I", "E", "k", "speedup")
 NEAR = 1.5  # a measured layer speaks for shapes whose sizes are within this factor of its own
@@ -58,13 +61,17 @@ def table() -> tuple[Row, ...]:
 
 
 def verdict(
-    device: str, recipe: str, S: int, H: int, I: int, E: int, rows: tuple[Row, ...] | None = None
+    device: str, specs: Mapping[str, str], pairs: int, H: int, I: int, E: int, rows: tuple[Row, ...] | None = None
 ) -> Row | None:
-    """The measured layer nearest to one of S routed rows, if one on that device and with that recipe is near at all."""
-    sizes = (S / max(E, 1), H, I)
+    """The measured layer nearest to one of so many (token, expert) pairs, if one is near, on that device.
+
+    A measured recipe speaks for every recipe with the same `specs`, whatever its name.
+    """
+    alike = {name for name in recipe_names() if get_recipe(name).specs == specs}
+    sizes = (pairs / max(E, 1), H, I)
     best, distance = None, math.log(NEAR)
     for row in table() if rows is None else rows:
-        if (row.device, row.recipe) == (device, recipe) and min(sizes) > 0:
+        if row.device == device and row.recipe in alike and min(sizes) > 0:
             apart = max(abs(math.log(a / b)) for a, b in zip(sizes, row.sizes, strict=True))
             if apart <= distance:
                 best, distance = row, apart

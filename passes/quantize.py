@@ -93,7 +93,7 @@ class Quantize(Pass):
                 # The rows include those that fill each expert up to `align`; how many pairs there are is known to
                 # within that.
                 pairs = size_hint(x.shape[0]) - E * (self.recipe.align - 1) + self.recipe.align // 2
-                row = decisions.verdict(decisions.device_name(x.device), self.recipe.name, pairs, H, I, E)
+                row = decisions.verdict(decisions.device_name(x.device), self.recipe.specs, pairs, H, I, E)
                 if row is not None and row.speedup < 1:
                     slower[p.path] = row
         return slower

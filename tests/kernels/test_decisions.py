@@ -54,12 +54,12 @@ def test_otherwise_it_is_quantized(monkeypatch: pytest.MonkeyPatch, case: str) -
 
 
 def test_the_nearest_measured_layer_decides() -> None:
-    near = Row("cpu", "r", 16, 32, 24, 4, 2, 0.9)
-    nearer = Row("cpu", "r", 16, 32, 26, 4, 2, 1.1)
-    assert verdict("cpu", "r", 32, 32, 27, 4, (near, nearer)) == nearer
-    assert verdict("cpu", "r", 32, 32, 24, 4, (near, nearer)) == near
-    assert verdict("cpu", "r", 32, 32, 48, 4, (near, nearer)) is None
-    assert verdict("cpu", "r", 0, 32, 24, 4, (near, nearer)) is None
+    near, nearer = (Row("cpu", "mxfp8", 16, 32, I, 4, 2, speedup) for I, speedup in ((24, 0.9), (26, 1.1)))
+    specs = get_recipe("mxfp8").specs
+    assert verdict("cpu", specs, 32, 32, 27, 4, (near, nearer)) == nearer
+    assert verdict("cpu", specs, 32, 32, 24, 4, (near, nearer)) == near
+    assert verdict("cpu", specs, 32, 32, 48, 4, (near, nearer)) is None
+    assert verdict("cpu", specs, 0, 32, 24, 4, (near, nearer)) is None
 
 
 def test_a_table_reads_back(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
-"""The providers of `glu` and `glu_backward`: Triton on GPUs, and on CPUs torch's vectorised SiLU and GELU on strided halves.
+"""The providers of `glu` and `glu_backward`: Triton on GPUs, torch's vectorised SiLU and GELU on CPUs.
 
-Triton's (`gpu/glu.py`) take every kind in fp32, bf16 and fp16; float64 stays with the reference. Those of the CPU work in blocks of rows that stay in a core's cache from one elementwise pass to the next. One thread, backward of
-`silu`, against the reference: 24 instead of 80 ms at [8192, 1024] in fp32 and 10 instead of 100 ms in bf16, where
-whole-tensor passes would take 28 and 18 ms. Blocks of 2^17 to 2^18 elements do best; a block grows with the threads,
-which share it.
+Triton's (`gpu/glu.py`) take every kind in fp32, bf16 and fp16; float64 stays with the reference.
+
+Those of the CPU take strided halves and work in blocks of rows that stay in a core's cache from one elementwise pass to
+the next. One thread, backward of `silu`, against the reference: 24 instead of 80 ms at [8192, 1024] in fp32 and 10
+instead of 100 ms in bf16, where whole-tensor passes would take 28 and 18 ms. Blocks of 2^17 to 2^18 elements do best; a
+block grows with the threads, which share it.
 
 16-bit operands are widened per block and rounded once, as in the reference. Only the unweighted forward rounds once
 more (activation, then product), as PyTorch models themselves do.

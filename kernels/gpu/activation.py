@@ -96,9 +96,10 @@ def glu_gradients(d, gate, up, KIND: tl.constexpr, LIMIT: tl.constexpr, ALPHA: t
 
 @triton.jit
 def load_pair(h, row, wanted, column, I, COLUMNS: tl.constexpr, LAYOUT: tl.constexpr):
-    """Gate and up, [rows, COLUMNS] each in h's dtype, of columns `column`.. of the activation's I; 0 where not `wanted`.
+    """Gate and up, [rows, COLUMNS] each in h's dtype, of columns `column`.. of I in the activation; 0 if not `wanted`.
 
-    Both are the same values when the layout is plain. `row` is int64 [rows], `wanted` bool [rows].
+    Both are the same values when the layout is plain. `row` is int [rows], of 64 bits unless row * 2I is below 2^31;
+    `wanted` bool [rows].
     """
     at = column + tl.arange(0, COLUMNS)
     if LAYOUT == "interleaved":

@@ -1,9 +1,9 @@
 """`glu` and `glu_backward`: elementwise, bound by memory, computed in fp32 and rounded once.
 
-Bytes of b-byte elements: forward b (2 + 1) S I, backward b (3 + 2) S I, each element moved once. Tiles are a few rows of
-up to 512 columns, 2048 elements: with 128 threads every thread has two 16-byte loads of each 16-bit operand in flight,
-and 16384 programs at S = 65536 leave no multiprocessor idle. The backward walks along its rows, so that the gradient of
-a row weight is one sum over the row, in a fixed order: no atomics, no second kernel.
+Bytes of b-byte elements: forward b (2 + 1) S I, backward b (3 + 2) S I, each element moved once. Tiles are a few rows
+of up to 512 columns, 2048 elements: each of 128 threads has two 16-byte loads of every 16-bit operand in flight. The
+backward walks along its rows, so that the gradient of a row weight is one sum over the row in a fixed order, without
+atomics or a second kernel; S = 65536 rows are still thousands of programs.
 
 The speed on a device is not yet measured.
 """
@@ -81,7 +81,7 @@ def _width(h: Tensor, kind: str) -> int:
 
 
 def glu(h: Tensor, w: Tensor | None, kind: str) -> Tensor:
-    """`moefx.glu`: h [..., 2I] (I when plain) in fp32, bf16 or fp16, row weights [S] or None -> [..., I] of h's dtype."""
+    """`moefx.glu`: h [..., 2I] (I when plain) in fp32, bf16 or fp16, w [S] or None -> [..., I] of h's dtype."""
     I = _width(h, kind)
     a = h.new_empty(*h.shape[:-1], I)
     tile, S = _tile(I), _rows(h, I)

@@ -206,11 +206,11 @@ def test_rounding_twice_or_a_wrong_formula_is_seen(monkeypatch: pytest.MonkeyPat
     da, h, w = inputs("silu", torch.bfloat16, True, 16, 64)
     twice = glu_reference(h, None, "silu") * w.bfloat16()[:, None]  # type: ignore[union-attr]
     monkeypatch.setattr(kernel, "glu", lambda *_: twice)
-    with pytest.raises(AssertionError, match="^a: "):
+    with pytest.raises(AssertionError, match=r"^a: "):
         check("silu", da, h, w)
     monkeypatch.undo()
     monkeypatch.setattr(kernel, "constants", lambda kind: activation.constants("gelu_tanh"))
-    with pytest.raises(AssertionError, match="^a: "):
+    with pytest.raises(AssertionError, match=r"^a: "):
         check("gelu", da, h, w)
 
 

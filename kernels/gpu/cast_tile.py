@@ -143,7 +143,8 @@ def _row_bits(x, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _row_codes(x, field, BLOCK: tl.constexpr, ELEM: tl.constexpr):
+def _row_codes(x, field, BLOCK: tl.constexpr, CAST: tl.constexpr):
+    ELEM: tl.constexpr = CAST.elem  # Triton 3.6 takes no str that is part of a tuple as an argument
     blocks = tl.reshape(x, (TILE, x.shape[1] // BLOCK, BLOCK))
     return tl.reshape(encode8(blocks * inverse(field)[:, :, None], ELEM), x.shape)
 
@@ -166,12 +167,12 @@ def cast_rows(x, y, codes, scales, first, inside, live, column, end_column, N, C
     WIDE: tl.constexpr = x.shape[1] if y is None else 2 * x.shape[1]
     if y is None:
         field = _fields(_row_bits(x, CAST.block), live, CAST)
-        out = _row_codes(x, field, CAST.block, CAST.elem)
+        out = _row_codes(x, field, CAST.block, CAST)
     else:
         # A block of pairs is half a block in each: no wide value changes its place, only codes do.
         HALF: tl.constexpr = CAST.block // 2
         field = _fields(tl.maximum(_row_bits(x, HALF), _row_bits(y, HALF)), live, CAST)
-        out = tl.interleave(_row_codes(x, field, HALF, CAST.elem), _row_codes(y, field, HALF, CAST.elem))
+        out = tl.interleave(_row_codes(x, field, HALF, CAST), _row_codes(y, field, HALF, CAST))
     _store_codes(codes, out, first, inside, column, end_column, N)
     at = column // CAST.block + tl.arange(0, WIDE // CAST.block)
     mask = inside[:, None] & (at * CAST.block < end_column)[None, :]
@@ -184,9 +185,10 @@ def cast_rows(x, y, codes, scales, first, inside, live, column, end_column, N, C
 def _column_codes(x, live, CAST: tl.constexpr):
     W: tl.constexpr = x.shape[1]
     BLOCK: tl.constexpr = CAST.block
+    ELEM: tl.constexpr = CAST.elem
     field = _fields(tl.max(tl.reshape(magnitude_bits(x), (TILE // BLOCK, BLOCK, W)), 1), live, CAST)
     blocks = tl.reshape(x, (TILE // BLOCK, BLOCK, W)) * inverse(field)[:, None, :]
-    return tl.reshape(encode8(blocks, CAST.elem), x.shape), field
+    return tl.reshape(encode8(blocks, ELEM), x.shape), field
 
 
 @triton.jit

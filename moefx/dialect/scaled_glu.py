@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
+import moefx.kernels.glu_quantize  # noqa: F401  registers the GPU provider before the reference
 from moefx.precision.quantize import dequantize
 
 from ._op import define

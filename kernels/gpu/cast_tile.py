@@ -1,0 +1,217 @@
+"""Quantizing a tile that is in registers: blocks along rows, along columns, or both, from one reading of the values.
+
+A tile is TILE = 128 rows of one expert. Blocks of 1, 32 or 128 rows begin anew at each expert, as
+`moefx.precision.blocks` has it, so that tiles, unlike fixed rows, hold whole blocks. Which rows a tile has is found on
+the device from the experts' offsets; the grid (`tiles`) has room for any routing. Tiles behind the experts' take the
+rows of nobody, which get code 0 and the smallest scale, and the rows of scales that no expert uses.
+
+Elements are E4M3 or E5M2, scales powers of two (fp32 or E8M0): the product with the inverse scale is exact, and the
+hardware's conversion rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from moefx.precision.spec import QuantSpec
+
+from .codec import as_bytes, constants, encode8, inverse, magnitude_bits, po2_field, scale_value
+from .launch import cdiv
+
+Tensor = torch.Tensor
+ROWS = 128
+TILE = tl.constexpr(ROWS)
+
+
+class Cast(NamedTuple):
+    """What a kernel knows of a spec; see `codec.constants`. `block` counts the elements of a block, all in a line."""
+
+    block: int
+    elem: str
+    emax: int
+    bound: int
+    least: int
+    eps: float
+    zero_one: bool
+    bytes: bool
+
+    @staticmethod
+    @lru_cache
+    def of(spec: str) -> Cast:
+        """The constants of `spec`, whose blocks are 1xB or Bx1."""
+        s, c = QuantSpec.parse(spec), constants(spec)
+        block = (s.br or 1) * (s.bc or 1)
+        return Cast(block, *(c[k] for k in ("ELEM", "EMAX", "BOUND", "LEAST", "EPS", "ZERO_ONE", "BYTES")))
+
+
+class Outputs(NamedTuple):
+    """Codes and scales of one value as an op returns them, and by orientation what a kernel writes them with."""
+
+    returned: list[Tensor]
+    rows: tuple[Tensor | None, Tensor | None, Cast | None]
+    columns: tuple[Tensor | None, Tensor | None, Cast | None]
+
+
+def outputs(x: Tensor, shape: tuple[int, int], specs: Sequence[str], offsets: Tensor | None) -> Outputs:
+    """Memory for a value of `shape` under `specs`, at most one per orientation, on the device of `x`."""
+    groups = None if offsets is None else offsets.shape[0] - 1
+    returned: list[Tensor] = []
+    found: dict[int | None, tuple[Tensor | None, Tensor | None, Cast | None]] = {}
+    for text in specs:
+        spec = QuantSpec.parse(text)
+        codes = x.new_empty(shape, dtype=spec.format.storage)
+        scales = x.new_empty(spec.scale_shape(shape, groups), dtype=spec.scale_dtype)
+        returned += [codes, scales]
+        found[spec.axis] = as_bytes(codes), as_bytes(scales), Cast.of(text)
+    absent = None, None, None
+    return Outputs(returned, found.get(-1, absent), found.get(-2, absent))
+
+
+def tiles(S: int, offsets: Tensor | None) -> int:
+    """Enough tiles for S rows of any routing: each expert, and the rows before and behind them, may end in a tile."""
+    return cdiv(S, ROWS) if offsets is None else S // ROWS + offsets.shape[0] + 1
+
+
+def group_size(offsets: Tensor | None) -> int:
+    """The constexpr GROUPS: a power of two that holds the experts."""
+    size: int = 1 if offsets is None else triton.next_power_of_2(offsets.shape[0] - 1)
+    return size
+
+
+@triton.jit
+def find_tile(t, offsets, S, E, GROUPS: tl.constexpr):
+    """The rows of tile t: first, end, whether an expert's, the tile's number within its expert, sizes of those before.
+
+    `end` is that of the expert; it may lie more than a tile behind `first`, or before it in a tile without rows. The
+    last result, int32 [GROUPS], has the rows of the experts whose tiles come before t and 0 for the others.
+    """
+    if offsets is None:
+        return t * TILE, S, t * 0 == 0, t, tl.zeros((GROUPS,), tl.int32)
+    else:
+        e = tl.arange(0, GROUPS)
+        low = tl.load(offsets + e, mask=e < E, other=0).to(tl.int32)
+        high = tl.load(offsets + e + 1, mask=e < E, other=0).to(tl.int32)
+        count = (high - low + TILE - 1) // TILE
+        behind = tl.cumsum(count, 0)
+        before = behind - count
+        mine = (before <= t) & (t < behind)
+        sizes = tl.where(behind <= t, high - low, 0)
+        k = t - tl.sum(tl.where(behind <= t, count, 0), 0)
+        live = t < tl.sum(count, 0)
+        begin, stop = tl.load(offsets).to(tl.int32), tl.load(offsets + E).to(tl.int32)
+        # Behind the experts' tiles: the rows behind the last expert, then those before the first.
+        spare = (S - stop + TILE - 1) // TILE
+        first = tl.where(k < spare, stop + k * TILE, (k - spare) * TILE)
+        end = tl.where(k < spare, S, begin)
+        first = tl.where(live, tl.sum(tl.where(mine, low, 0), 0) + k * TILE, first)
+        end = tl.where(live, tl.sum(tl.where(mine, high, 0), 0), end)
+        return first, end, live, k, sizes
+
+
+@triton.jit
+def scale_rows(first, end, live, k, sizes, R, BLOCK: tl.constexpr):
+    """Rows of scales, for blocks of BLOCK rows, that belong to a tile [TILE // BLOCK], and which of them exist.
+
+    A tile behind the experts' gets as many of those that nobody uses: all tiles together cover all R.
+    """
+    j = tl.arange(0, TILE // BLOCK)
+    row = tl.sum((sizes + BLOCK - 1) // BLOCK, 0) + k * (TILE // BLOCK) + j
+    return row.to(tl.int64), tl.where(live, j * BLOCK < end - first, row < R)
+
+
+@triton.jit
+def _fields(bits, live, CAST: tl.constexpr):
+    amax = bits.to(tl.float32, bitcast=True)
+    field = po2_field(amax, CAST.emax, CAST.bound, CAST.least, CAST.eps, CAST.zero_one)
+    return tl.where(live, field, CAST.least + 127)
+
+
+@triton.jit
+def _stored(field, CAST: tl.constexpr):
+    return field.to(tl.uint8) if CAST.bytes else scale_value(field)
+
+
+@triton.jit
+def _row_bits(x, BLOCK: tl.constexpr):
+    return tl.max(tl.reshape(magnitude_bits(x), (TILE, x.shape[1] // BLOCK, BLOCK)), 2)
+
+
+@triton.jit
+def _row_codes(x, field, BLOCK: tl.constexpr, CAST: tl.constexpr):
+    ELEM: tl.constexpr = CAST.elem  # Triton 3.6 takes no str that is part of a tuple as an argument
+    blocks = tl.reshape(x, (TILE, x.shape[1] // BLOCK, BLOCK))
+    return tl.reshape(encode8(blocks * inverse(field)[:, :, None], ELEM), x.shape)
+
+
+@triton.jit
+def _store_codes(codes, out, first, inside, column, end_column, N):
+    at = column + tl.arange(0, out.shape[1])
+    codes += first.to(tl.int64) * N  # within a tile, 32 bits hold the rest
+    mask = inside[:, None] & (at < end_column)[None, :]
+    tl.store(codes + tl.arange(0, TILE)[:, None] * N + at[None, :], out, mask=mask)
+
+
+@triton.jit
+def cast_rows(x, y, codes, scales, first, inside, live, column, end_column, N, CAST: tl.constexpr):
+    """Store codes and scales of `x` fp32 [TILE, W], columns `column`.. of N below `end_column`, in blocks within rows.
+
+    The tile begins in row `first`; its rows `inside` are stored. With `y` the values are pairs: x the even, y the odd
+    columns of 2W. Where not `live`, x and y must be zero.
+    """
+    WIDE: tl.constexpr = x.shape[1] if y is None else 2 * x.shape[1]
+    if y is None:
+        field = _fields(_row_bits(x, CAST.block), live, CAST)
+        out = _row_codes(x, field, CAST.block, CAST)
+    else:
+        # A block of pairs is half a block in each: no wide value changes its place, only codes do.
+        HALF: tl.constexpr = CAST.block // 2
+        field = _fields(tl.maximum(_row_bits(x, HALF), _row_bits(y, HALF)), live, CAST)
+        out = tl.interleave(_row_codes(x, field, HALF, CAST), _row_codes(y, field, HALF, CAST))
+    _store_codes(codes, out, first, inside, column, end_column, N)
+    at = column // CAST.block + tl.arange(0, WIDE // CAST.block)
+    mask = inside[:, None] & (at * CAST.block < end_column)[None, :]
+    per_row = (N + CAST.block - 1) // CAST.block
+    scales += first.to(tl.int64) * per_row
+    tl.store(scales + tl.arange(0, TILE)[:, None] * per_row + at[None, :], _stored(field, CAST), mask=mask)
+
+
+@triton.jit
+def _column_codes(x, live, CAST: tl.constexpr):
+    W: tl.constexpr = x.shape[1]
+    BLOCK: tl.constexpr = CAST.block
+    ELEM: tl.constexpr = CAST.elem
+    field = _fields(tl.max(tl.reshape(magnitude_bits(x), (TILE // BLOCK, BLOCK, W)), 1), live, CAST)
+    blocks = tl.reshape(x, (TILE // BLOCK, BLOCK, W)) * inverse(field)[:, None, :]
+    return tl.reshape(encode8(blocks, ELEM), x.shape), field
+
+
+@triton.jit
+def cast_columns(
+    x, y, codes, scales, first, inside, live, column, end_column, N, scale_row, used, CAST: tl.constexpr
+):  # fmt: skip
+    """As `cast_rows`, in blocks within columns; `scale_row` and `used` are those of `scale_rows`."""
+    WIDE: tl.constexpr = x.shape[1] if y is None else 2 * x.shape[1]
+    out, field = _column_codes(x, live, CAST)
+    if y is not None:
+        odd, odd_field = _column_codes(y, live, CAST)
+        out, field = tl.interleave(out, odd), tl.interleave(field, odd_field)
+    _store_codes(codes, out, first, inside, column, end_column, N)
+    at = column + tl.arange(0, WIDE)
+    mask = used[:, None] & (at < end_column)[None, :]
+    tl.store(scales + scale_row[:, None] * N + at[None, :], _stored(field, CAST), mask=mask)
+
+
+@triton.jit
+def least_scales(scales, live, k, sizes, R, column, N, WIDE: tl.constexpr, CAST: tl.constexpr):
+    """What a tile without rows stores: the smallest scale where nobody uses one, in WIDE columns from `column` on."""
+    row, unused = scale_rows(0, 0, live, k, sizes, R, CAST.block)
+    at = column + tl.arange(0, WIDE)
+    field = tl.full((TILE // CAST.block, WIDE), CAST.least + 127, tl.int32)
+    mask = unused[:, None] & (at < N)[None, :]
+    tl.store(scales + row[:, None] * N + at[None, :], _stored(field, CAST), mask=mask)

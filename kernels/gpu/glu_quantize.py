@@ -1,0 +1,347 @@
+"""`glu_quantize` and `glu_backward_quantize`: the activation and its casts in one reading of the pre-activations.
+
+A program takes a tile of 128 rows of one expert and 128 columns of the activation, and writes codes in blocks within
+rows and within columns from the same registers; the values themselves are never stored. Bytes with bf16 operands and
+both orientations, without scales (1/32 byte per code): forward (4 + 2) S I, and 2 S I more for codes of h; backward
+(6 + 4) S I, 2 S I less if h comes as codes, and 2 S I more for the activation's codes.
+
+512 threads share a tile, 32 elements each: the largest magnitudes need all of it at once, and 256 threads would spill.
+Widths that 16 does not divide are moved element by element, correctly and slowly. The gradient of a row weight is
+summed over 128 columns by each program, and over programs by `_sum_chunks`, both in a fixed order: no atomics. Bound by
+memory; the speed on a device is not yet measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .activation import EXACT, constants, glu_gradients, glu_value, load_pair
+from .cast_tile import (
+    ROWS,
+    TILE,
+    Cast,
+    cast_columns,
+    cast_rows,
+    find_tile,
+    group_size,
+    least_scales,
+    outputs,
+    scale_rows,
+    tiles,
+)
+from .codec import as_bytes, decode8, scale_value
+from .launch import cdiv, launch
+from .sass import Specimen
+
+Tensor = torch.Tensor
+
+
+@triton.jit
+def _cast(
+    x, y, row_codes, row_scales, column_codes, column_scales,
+    first, end, live, k, sizes, R, column, end_column, N, ROW: tl.constexpr, COLUMN: tl.constexpr,
+):  # fmt: skip
+    """Store what is wanted of `x` (and `y`, its odd columns): codes by ROW, by COLUMN, or both."""
+    inside = tl.arange(0, TILE) < end - first
+    if ROW is not None:
+        cast_rows(x, y, row_codes, row_scales, first, inside, live, column, end_column, N, ROW)
+    if COLUMN is not None:
+        at, used = scale_rows(first, end, live, k, sizes, R, COLUMN.block)
+        cast_columns(x, y, column_codes, column_scales, first, inside, live, column, end_column, N, at, used, COLUMN)
+
+
+@triton.jit
+def _cast_pair(
+    gate, up, row_codes, row_scales, column_codes, column_scales,
+    first, end, live, k, sizes, R, column, I, LAYOUT: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr,
+):  # fmt: skip
+    """`_cast` of a value that lies as h does."""
+    if LAYOUT == "interleaved":
+        _cast(
+            gate, up, row_codes, row_scales, column_codes, column_scales,
+            first, end, live, k, sizes, R, 2 * column, 2 * I, 2 * I, ROW, COLUMN,
+        )  # fmt: skip
+    elif LAYOUT == "halves":
+        _cast(
+            gate, None, row_codes, row_scales, column_codes, column_scales,
+            first, end, live, k, sizes, R, column, I, 2 * I, ROW, COLUMN,
+        )  # fmt: skip
+        _cast(
+            up, None, row_codes, row_scales, column_codes, column_scales,
+            first, end, live, k, sizes, R, I + column, 2 * I, 2 * I, ROW, COLUMN,
+        )  # fmt: skip
+    else:
+        _cast(
+            gate, None, row_codes, row_scales, column_codes, column_scales,
+            first, end, live, k, sizes, R, column, I, I, ROW, COLUMN,
+        )  # fmt: skip
+
+
+@triton.jit
+def _no_rows(scales, live, k, sizes, R, column, I, LAYOUT: tl.constexpr, CAST: tl.constexpr):
+    if CAST is not None:
+        if LAYOUT == "plain":
+            least_scales(scales, live, k, sizes, R, column, I, TILE, CAST)
+        else:
+            least_scales(scales, live, k, sizes, R, 2 * column, 2 * I, 2 * TILE, CAST)
+
+
+@triton.jit
+def _glu_quantize(
+    h, w, offsets,
+    a_row_codes, a_row_scales, a_column_codes, a_column_scales,
+    h_row_codes, h_row_scales, h_column_codes, h_column_scales,
+    S, I, E, a_R, h_R,
+    ACT: tl.constexpr, LAYOUT: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
+    A_ROW: tl.constexpr, A_COLUMN: tl.constexpr, H_ROW: tl.constexpr, H_COLUMN: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    across = (I + TILE - 1) // TILE
+    t, column = tl.program_id(0) // across, tl.program_id(0) % across * TILE
+    first, end, live, k, sizes = find_tile(t, offsets, S, E, GROUPS)
+    if first >= end:
+        _no_rows(a_column_scales, live, k, sizes, a_R, column, I, "plain", A_COLUMN)
+        _no_rows(h_column_scales, live, k, sizes, h_R, column, I, LAYOUT, H_COLUMN)
+        return
+    row = tl.arange(0, TILE)
+    wanted = (row < end - first) & live
+    WIDTH = I if LAYOUT == "plain" else 2 * I
+    narrow_gate, narrow_up = load_pair(h + first.to(tl.int64) * WIDTH, row, wanted, column, I, TILE, LAYOUT)
+    gate = narrow_gate.to(tl.float32)
+    up = None if LAYOUT == "plain" else narrow_up.to(tl.float32)
+    if H_ROW is not None or H_COLUMN is not None:
+        _cast_pair(
+            gate, up, h_row_codes, h_row_scales, h_column_codes, h_column_scales,
+            first, end, live, k, sizes, h_R, column, I, LAYOUT, H_ROW, H_COLUMN,
+        )  # fmt: skip
+    if A_ROW is not None or A_COLUMN is not None:
+        a = glu_value(gate, up, ACT, LIMIT, ALPHA)
+        if w is not None:
+            a *= tl.load(w + first + row, mask=wanted, other=0).to(tl.float32)[:, None]
+        _cast(
+            a.to(h.dtype.element_ty).to(tl.float32), None, a_row_codes, a_row_scales, a_column_codes, a_column_scales,
+            first, end, live, k, sizes, a_R, column, I, I, A_ROW, A_COLUMN,
+        )  # fmt: skip
+
+
+@triton.jit
+def _decoded(codes, scales, row, wanted, column, N, DTYPE: tl.constexpr, CAST: tl.constexpr):
+    """Numbers in DTYPE of codes [TILE, W] from `column` of N on, times their scales."""
+    ELEM: tl.constexpr = CAST.elem
+    BLOCKS: tl.constexpr = codes.shape[1] // CAST.block
+    at = column // CAST.block + tl.arange(0, BLOCKS)
+    mask = wanted[:, None] & (at * CAST.block < N)[None, :]
+    per_row = (N + CAST.block - 1) // CAST.block
+    s = tl.load(scales + row[:, None] * per_row + at[None, :], mask=mask, other=0)
+    s = scale_value(s.to(tl.int32)) if CAST.bytes else s
+    blocks = tl.reshape(decode8(codes, ELEM), (TILE, BLOCKS, CAST.block)) * s[:, :, None]
+    return tl.reshape(blocks, codes.shape).to(DTYPE)
+
+
+@triton.jit
+def _load_wide(
+    h, h_scales, row, wanted, column, I, COLUMNS: tl.constexpr,
+    DTYPE: tl.constexpr, LAYOUT: tl.constexpr, CAST: tl.constexpr,
+):  # fmt: skip
+    """Gate and up in DTYPE [TILE, COLUMNS]; codes are read with their scales."""
+    gate, up = load_pair(h, row, wanted, column, I, COLUMNS, LAYOUT)
+    if CAST is not None:
+        tl.static_assert(LAYOUT != "interleaved")
+        N = I if LAYOUT == "plain" else 2 * I
+        gate = _decoded(gate, h_scales, row, wanted, column, N, DTYPE, CAST)
+        up = gate if LAYOUT == "plain" else _decoded(up, h_scales, row, wanted, I + column, N, DTYPE, CAST)
+    return gate, up
+
+
+@triton.jit
+def _gradients(
+    da, h, h_scales, w, row, wanted, column, I, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
+    ACT: tl.constexpr, LAYOUT: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, H: tl.constexpr,
+):  # fmt: skip
+    """Gradients of gate and up, rounded to DTYPE, in fp32 [TILE, COLUMNS]; zero where not `wanted`."""
+    gate, up = _load_wide(h, h_scales, row, wanted, column, I, COLUMNS, DTYPE, LAYOUT, H)
+    d, _ = load_pair(da, row, wanted, column, I, COLUMNS, "plain")
+    gate, d = gate.to(tl.float32), d.to(tl.float32)
+    if w is not None:
+        d *= tl.load(w + row, mask=wanted, other=0).to(tl.float32)[:, None]
+    dgate, dup = glu_gradients(d, gate, None if LAYOUT == "plain" else up.to(tl.float32), ACT, LIMIT, ALPHA)
+    return dgate.to(DTYPE).to(tl.float32), dup.to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def _glu_backward_quantize(
+    da, h, h_scales, w, offsets, chunks,
+    d_row_codes, d_row_scales, d_column_codes, d_column_scales,
+    a_row_codes, a_row_scales, a_column_codes, a_column_scales,
+    S, I, E, d_R, a_R,
+    ACT: tl.constexpr, LAYOUT: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, H: tl.constexpr,
+    D_ROW: tl.constexpr, D_COLUMN: tl.constexpr, A_ROW: tl.constexpr, A_COLUMN: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    DTYPE: tl.constexpr = da.dtype.element_ty
+    across = (I + TILE - 1) // TILE
+    t, chunk = tl.program_id(0) // across, tl.program_id(0) % across
+    column = chunk * TILE
+    first, end, live, k, sizes = find_tile(t, offsets, S, E, GROUPS)
+    if first >= end:
+        _no_rows(d_column_scales, live, k, sizes, d_R, column, I, LAYOUT, D_COLUMN)
+        _no_rows(a_column_scales, live, k, sizes, a_R, column, I, "plain", A_COLUMN)
+        return
+    start = first.to(tl.int64)
+    da += start * I
+    h += start * (I if LAYOUT == "plain" else 2 * I)
+    if H is not None:
+        h_scales += start * (((I if LAYOUT == "plain" else 2 * I) + H.block - 1) // H.block)
+    if w is not None:
+        w += start
+    row = tl.arange(0, TILE)
+    inside = row < end - first
+    wanted = inside & live
+    if w is not None or A_ROW is not None or A_COLUMN is not None:
+        # Rows of nobody have a gradient of their weight, as in the wide op; codes of nobody's rows read as zero.
+        gate, up = _load_wide(h, h_scales, row, inside if H is None else wanted, column, I, TILE, DTYPE, LAYOUT, H)
+        a = glu_value(gate.to(tl.float32), None if LAYOUT == "plain" else up.to(tl.float32), ACT, LIMIT, ALPHA)
+        if w is not None:
+            d, _ = load_pair(da, row, inside, column, I, TILE, "plain")
+            tl.store(chunks + chunk.to(tl.int64) * S + first + row, tl.sum(d.to(tl.float32) * a, 1), mask=inside)
+            a *= tl.load(w + row, mask=inside, other=0).to(tl.float32)[:, None]
+        if A_ROW is not None or A_COLUMN is not None:
+            a = tl.where(live, a.to(DTYPE), 0.0).to(tl.float32)
+            _cast(
+                a, None, a_row_codes, a_row_scales, a_column_codes, a_column_scales,
+                first, end, live, k, sizes, a_R, column, I, I, A_ROW, A_COLUMN,
+            )  # fmt: skip
+    # The operands are read again, from the cache, for each half of dh: kept in registers, they would spill. The halves
+    # are gate and up or, where these alternate, the left and right of both.
+    PAIRS: tl.constexpr = LAYOUT == "interleaved"
+    WIDTH: tl.constexpr = TILE // 2 if PAIRS else TILE
+    N = I if LAYOUT == "plain" else 2 * I
+    for half in tl.static_range(1 if LAYOUT == "plain" else 2):
+        at = column + half * WIDTH if PAIRS else column
+        dgate, dup = _gradients(
+            da, h, h_scales, w, row, wanted, at, I, WIDTH, DTYPE, ACT, LAYOUT, LIMIT, ALPHA, H
+        )  # fmt: skip
+        _cast(
+            dup if half == 1 and not PAIRS else dgate, dup if PAIRS else None,
+            d_row_codes, d_row_scales, d_column_codes, d_column_scales, first, end, live, k, sizes, d_R,
+            2 * at if PAIRS else half * I + column, 2 * I if PAIRS else half * I + I, N, D_ROW, D_COLUMN,
+        )  # fmt: skip
+
+
+@triton.jit
+def _sum_chunks(chunks, dw, S, n, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(n):
+        total += tl.load(chunks + row, mask=row < S, other=0)
+        chunks += S
+    tl.store(dw + row, total.to(dw.dtype.element_ty), mask=row < S)
+
+
+def _scale_rows(scales: Tensor | None) -> int:
+    return 0 if scales is None else scales.shape[0]
+
+
+def glu_quantize(
+    h: Tensor, w: Tensor | None, offsets: Tensor | None, kind: str, specs: Sequence[str], h_specs: Sequence[str]
+) -> list[Tensor]:
+    """`moefx.glu_quantize`: h [S, 2I] (I when plain) in fp32, bf16 or fp16, w [S] or None, offsets int [E+1] or None ->
+    codes and scales of the activation [S, I] for each of `specs`, then of h for each of `h_specs`.
+    """
+    c = constants(kind)
+    S, width = h.shape
+    I = width if c["LAYOUT"] == "plain" else width // 2
+    a, own = outputs(h, (S, I), specs, offsets), outputs(h, (S, width), h_specs, offsets)
+    E = 0 if offsets is None else offsets.shape[0] - 1
+    w = None if w is None else w.contiguous()
+    launch(
+        _glu_quantize, (tiles(S, offsets) * cdiv(I, ROWS),), h.contiguous(), w, offsets,
+        *a.rows[:2], *a.columns[:2], *own.rows[:2], *own.columns[:2],
+        S, I, E, _scale_rows(a.columns[1]), _scale_rows(own.columns[1]), **c,
+        A_ROW=a.rows[2], A_COLUMN=a.columns[2], H_ROW=own.rows[2], H_COLUMN=own.columns[2],
+        GROUPS=group_size(offsets), num_warps=16, **EXACT,
+    )  # fmt: skip
+    return a.returned + own.returned
+
+
+def glu_backward_quantize(
+    da: Tensor,
+    h: Tensor,
+    h_scales: Tensor | None,
+    w: Tensor | None,
+    offsets: Tensor | None,
+    kind: str,
+    h_spec: str,
+    specs: Sequence[str],
+    act_specs: Sequence[str],
+) -> list[Tensor]:
+    """`moefx.glu_backward_quantize`: da [S, I], h as for `glu_quantize` in the dtype of da, or its codes with h_scales
+    under `h_spec` -> dw [S] like w, codes and scales of dh for each of `specs`, of the activation for `act_specs`.
+
+    dw is summed in another order than by `glu_backward`: it may differ in the last places of fp32.
+    """
+    c = constants(kind)
+    S, I = da.shape
+    d, a = outputs(da, (S, h.shape[1]), specs, offsets), outputs(da, (S, I), act_specs, offsets)
+    n, E = cdiv(I, ROWS), 0 if offsets is None else offsets.shape[0] - 1
+    dw = da.new_empty(0) if w is None else w.new_empty(w.shape)
+    chunks = None if w is None else da.new_empty((n, S), dtype=torch.float32)
+    launch(
+        _glu_backward_quantize, (tiles(S, offsets) * n,), da.contiguous(), as_bytes(h.contiguous()),
+        None if h_scales is None else as_bytes(h_scales.contiguous()), None if w is None else w.contiguous(), offsets,
+        chunks, *d.rows[:2], *d.columns[:2], *a.rows[:2], *a.columns[:2],
+        S, I, E, _scale_rows(d.columns[1]), _scale_rows(a.columns[1]), **c,
+        H=None if h_scales is None else Cast.of(h_spec),
+        D_ROW=d.rows[2], D_COLUMN=d.columns[2], A_ROW=a.rows[2], A_COLUMN=a.columns[2],
+        GROUPS=group_size(offsets), num_warps=16, **EXACT,
+    )  # fmt: skip
+    if w is not None:
+        launch(_sum_chunks, (cdiv(S, 256),), chunks, dw, S, n, BLOCK=256, num_warps=4)
+    return [dw, *d.returned, *a.returned]
+
+
+def specimens() -> list[Specimen]:
+    """Qwen3-30B-A3B (S = 65536, I = 768, E = 128), DeepSeek-V3 (I = 2048, E = 256) and an odd width."""
+    row, column, mx = "e4m3 1x128 po2/rceil", "e4m3 128x1 po2/rceil", "e4m3 1x32 e8m0/rceil"
+    S, bf16 = 65536, torch.bfloat16
+
+    def empty(*shape: int, dtype: torch.dtype = bf16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def forward(I: int, E: int, kind: str, specs: list[str], h_specs: list[str], dtype: torch.dtype = bf16) -> Any:
+        width = I if kind.startswith("plain") else 2 * I
+        args = empty(S, width, dtype=dtype), empty(S, dtype=torch.float32), empty(E + 1, dtype=torch.int32)
+        return lambda: glu_quantize(*args, kind, specs, h_specs)
+
+    def backward(I: int, E: int, kind: str, specs: list[str], act: list[str], codes: bool, dtype: Any = bf16) -> Any:
+        width = I if kind.startswith("plain") else 2 * I
+        h = empty(S, width, dtype=torch.float8_e4m3fn if codes else dtype)
+        scales = empty(S, cdiv(width, 128), dtype=torch.float32) if codes else None
+        w, offsets = empty(S, dtype=torch.float32), empty(E + 1, dtype=torch.int32)
+        return lambda: glu_backward_quantize(empty(S, I, dtype=dtype), h, scales, w, offsets, kind, row, specs, act)
+
+    has = ("LDG.E.128", "F2FP.SATFINITE", "MUFU.EX2")
+    hopper = ("sm_90",)  # on sm_100 the backward of gated kinds spills 24 to 72 bytes
+    clamp, both = "interleaved clamp(7,1.702)", [row, column]
+    return [
+        Specimen("forward row I=768", forward(768, 128, "silu", [row], []), has),
+        Specimen("forward both I=768", forward(768, 128, "silu", both, []), has),
+        Specimen("forward both, h I=2048", forward(2048, 256, "silu", both, [row]), has),
+        Specimen("forward mx I=768", forward(768, 128, "silu", [mx, "e5m2 32x1 e8m0/rceil"], []), has),
+        Specimen("forward fp32 I=768", forward(768, 128, "silu", both, [], torch.float32), has),
+        Specimen("forward clamp, h I=2880", forward(2880, 32, clamp, both, [row]), has),
+        Specimen("forward odd I=1040", forward(1040, 60, "silu", both, []), has),
+        Specimen("backward both I=768", backward(768, 128, "silu", both, [], False), has, targets=hopper),
+        Specimen("backward both, act I=2048", backward(2048, 256, "silu", both, [column], False), has, targets=hopper),
+        Specimen(
+            "backward of codes, act I=2048", backward(2048, 256, "silu", both, [column], True), has, targets=hopper
+        ),
+        Specimen("backward clamp I=2880", backward(2880, 32, clamp, both, [column], False), has, targets=hopper),
+        Specimen(
+            "backward fp32 I=768", backward(768, 128, "silu", both, [column], False, torch.float32), has, targets=hopper
+        ),
+        Specimen("backward plain relu2 I=1536", backward(1536, 128, "plain relu2", both, [column], False), has[:2]),
+    ]

@@ -48,10 +48,10 @@ class Row:
 def read(file: Path) -> tuple[Row, ...]:
     """The rows of a table."""
     with file.open(newline="") as f:
-        return tuple(
-            Row(r["device"], r["recipe"], *(int(r[n]) for n in "THIEk"), float(r["speedup"]))  # type: ignore[arg-type]
-            for r in csv.DictReader(f)
-        )
+        lines = list(csv.DictReader(f))
+    return tuple(
+        Row(r["device"], r["recipe"], speedup=float(r["speedup"]), **{n: int(r[n]) for n in "THIEk"}) for r in lines
+    )
 
 
 @cache

@@ -216,12 +216,12 @@ class OptimizedModule(nn.Module):
         and when a parameter was written in place or replaced (`load_state_dict`), weights are cast again at the next
         call; writing through `p.data` leaves no trace and is not seen. The codes are freed at the end.
         """
-        before = self._kept
+        before: KeptCodes | None = self.__dict__["_kept"]
         try:
-            with KeptCodes(self.original) as self._kept:
+            with KeptCodes(self.original) as self.__dict__["_kept"]:
                 yield
         finally:
-            self._kept = before
+            self.__dict__["_kept"] = before
 
     def _keep(self, extras: dict[tuple[str, str], Tensor]) -> None:
         """Remember what a call returned beside the model's outputs; choices are added up until biases are updated."""

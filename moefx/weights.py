@@ -44,7 +44,8 @@ def hoist_weight_casts(gm: fx.GraphModule, parameters: set[str]) -> fx.GraphModu
             needed |= ancestors | {q}
     if not moved:
         return None
-    graph, copies = fx.Graph(), {}
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
     for node in sorted(needed | set(moved), key=order.__getitem__):
         copies[node] = graph.node_copy(node, copies.__getitem__)
         copies[node].name = node.name

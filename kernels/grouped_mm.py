@@ -85,7 +85,6 @@ def grouped_wgrad_library(a_SM: Tensor, b_SN: Tensor, offsets: Tensor) -> Tensor
 
 
 EXPERTS = 1024  # a program of the Triton kernels holds the offsets of all experts in its registers
-ACTIVATIONS = ("silu", "gelu_tanh")  # in the epilogue of the fused product
 
 
 def _narrow(*operands: Tensor) -> bool:
@@ -106,7 +105,7 @@ register_triton(
 register_triton(
     "permute_grouped_mm_glu",
     "grouped_mm:permute_grouped_mm_glu",
-    lambda x, token, slot, w, offsets, w_rows, kind: _narrow(x, w) and _few_experts(offsets) and kind in ACTIVATIONS,
+    lambda x, token, slot, w, offsets, w_rows, kind: _narrow(x, w) and _few_experts(offsets),
 )
 register_triton(
     "permute_grouped_wgrad",

@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .activation import EXACT, constants, glu_value
 from .launch import cdiv, launch, processors
 from .sass import Specimen
 from .schedule import in_bands, rows_of, tiles_until
@@ -87,22 +88,9 @@ def _grouped_mm(
 
 
 @triton.jit
-def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
-
-
-@triton.jit
-def _act(g, KIND: tl.constexpr):
-    if KIND == "silu":
-        z = g
-    else:  # gelu_tanh: 0.5 (1 + tanh(z)) is the sigmoid of 2 z, and 2 sqrt(2 / pi) is 1.59577
-        z = 1.5957691216057308 * (g + 0.044715 * g * g * g)
-    return g * _sigmoid(z)
-
-
-@triton.jit
 def _grouped_mm_glu(
-    x, token, w, offsets, w_rows, h, a, S, I, K, E, x_row, w_expert, w_n, w_k, KIND: tl.constexpr,
+    x, token, w, offsets, w_rows, h, a, S, I, K, E, x_row, w_expert, w_n, w_k,
+    ACT: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
     BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BAND: tl.constexpr,
     WHOLE_K: tl.constexpr, WHOLE_N: tl.constexpr,
 ):  # fmt: skip
@@ -132,7 +120,7 @@ def _grouped_mm_glu(
         tl.store(h_at, gate, mask=kept)
         tl.store(h_at + I, up, mask=kept)
         # The activation reads h as it is stored, so that the backward, which reads h, differentiates this function.
-        act = _act(gate.to(tl.float32), KIND) * up.to(tl.float32)
+        act = glu_value(gate.to(tl.float32), up.to(tl.float32), ACT, LIMIT, ALPHA)
         if w_rows is not None:
             act = act * tl.load(w_rows + rows, mask=live, other=0.0).to(tl.float32)[:, None]
         tl.store(a + rows.to(tl.int64)[:, None] * I + cols[None, :], act.to(a.dtype.element_ty), mask=kept)
@@ -249,11 +237,13 @@ def permute_grouped_mm_glu(
     h, a = x.new_empty(S, width), x.new_empty(S, I)
     whole = tile_of(S // max(E, 1), width, _aligned(x, w, h, a))
     t = replace(whole, BN=whole.BN // 2)  # a half each for gate and up
+    k = constants(kind)
     launch(
         _grouped_mm_glu, _grid(S, E, I, t, x.device), x, token_S, w, offsets,
-        None if w_rows_S is None else w_rows_S.contiguous(), h, a, S, I, K, E, x.stride(0), *w.stride(), KIND=kind,
+        None if w_rows_S is None else w_rows_S.contiguous(), h, a, S, I, K, E, x.stride(0), *w.stride(),
+        ACT=k["ACT"], LIMIT=k["LIMIT"], ALPHA=k["ALPHA"],
         BE=triton.next_power_of_2(E + 1), BM=t.BM, BN=t.BN, BK=t.BK, BAND=BAND,
-        WHOLE_K=K % t.BK == 0, WHOLE_N=I % t.BN == 0, **t.options(),
+        WHOLE_K=K % t.BK == 0, WHOLE_N=I % t.BN == 0, **t.options(), **EXACT,
     )  # fmt: skip
     return h, a
 

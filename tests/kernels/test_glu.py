@@ -7,8 +7,6 @@ is that of a GPU (an exponential off by |x| + 2 units in the last place), not th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -33,22 +31,12 @@ SMOOTH = (
 EXACT = ("relu", "relu2", "plain relu", "plain relu2", "interleaved relu2")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STEP = 2.0**-23
-pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
+]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_weighting = pytest.mark.parametrize("weighted", [False, True], ids=["plain_rows", "weighted_rows"])
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Outputs start as NaN: an element that is not written shows."""
-    new_empty = Tensor.new_empty
-
-    def poison(self: Tensor, *shape: int, **kw: torch.dtype) -> Tensor:
-        return new_empty(self, *shape, **kw).fill_(torch.nan)
-
-    monkeypatch.setattr(Tensor, "new_empty", poison)
-    yield
-    monkeypatch.undo()
 
 
 def inputs(

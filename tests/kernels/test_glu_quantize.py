@@ -7,7 +7,6 @@ exponential agree in all bits, the others in nearly all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any
 
@@ -32,23 +31,10 @@ ROW, COLUMN = "e4m3 1x128 po2/rceil", "e4m3 128x1 po2/rceil"
 MX_ROW, MX_COLUMN = "e5m2 1x32 e8m0/floor", "e4m3 32x1 e8m0/rceil zero=one"
 KINDS = ("silu", "interleaved clamp(7,1.702)", "plain gelu")
 SIZES, BEFORE, BEHIND = (37, 0, 140, 0), 3, 9
-pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Outputs start as bytes 0xA5: what is not written shows."""
-    new_empty = Tensor.new_empty
-
-    def poison(self: Tensor, *shape: Any, **kw: Any) -> Tensor:
-        t = new_empty(self, *shape, **kw)
-        if t.numel():
-            t.view(torch.uint8).fill_(0xA5)
-        return t
-
-    monkeypatch.setattr(Tensor, "new_empty", poison)
-    yield
-    monkeypatch.undo()
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
+]
 
 
 def offsets_of(sizes: tuple[int, ...], before: int = 0) -> Tensor:

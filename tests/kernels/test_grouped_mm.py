@@ -204,7 +204,7 @@ def test_no_tokens() -> None:
 
 
 @each_dtype
-@pytest.mark.parametrize("kind", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("kind", ["silu", "gelu_tanh", "relu2", "clamp(7,1.702)"])
 @pytest.mark.parametrize("layout", ["nk", "kn"])
 @each_counts
 def test_gathered_product_and_activation(counts: tuple[int, ...], layout: str, kind: str, dtype: torch.dtype) -> None:
@@ -304,5 +304,4 @@ def test_what_no_kernel_takes_runs_the_reference() -> None:
     assert set(chosen(torch.float32).values()) == {"reference"}
     found = chosen(torch.float16, E=1025)
     assert [op for op in found if found[op] == "triton"] == ["grouped_wgrad", "permute_grouped_wgrad"]
-    assert chosen(torch.bfloat16, kind="relu2")["permute_grouped_mm_glu"] == "reference"
     assert set(chosen(torch.bfloat16, device="cpu").values()) == {"torch", "reference"}

@@ -14,7 +14,6 @@ from moefx.kernels.gpu import symmetric as kernels
 from moefx.optim.polar import polar
 
 from .interpreter import assert_same_bits
-from .poison import poison_empty
 
 Tensor = torch.Tensor
 BF16, F16 = torch.bfloat16, torch.float16
@@ -36,11 +35,11 @@ def assert_product(got: Tensor, x: Tensor, y: Tensor | None = None, alpha: float
     assert_same_bits(got, got.mT)
 
 
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 @pytest.mark.parametrize(("B", "m", "n"), [(2, 128, 64), (1, 300, 70), (3, 5, 130), (1, 129, 1)])
-def test_gram(B: int, m: int, n: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gram(B: int, m: int, n: int, dtype: torch.dtype) -> None:
     x = matrices(B, m, n, dtype)
-    poison_empty(monkeypatch)
     assert_product(kernels.gram(x), x)
     assert_same_bits(kernels.gram(x.mT.contiguous().mT), kernels.gram(x))
 
@@ -53,10 +52,10 @@ def test_strides_empty_batches_and_no_columns() -> None:
     assert kernels.gram(x[:0]).shape == (0, 40, 40)
 
 
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(("B", "m"), [(2, 40), (1, 130)])
-def test_quadratic(B: int, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quadratic(B: int, m: int) -> None:
     a = kernels.gram(matrices(B, m, 64)) / 16
-    poison_empty(monkeypatch)
     assert_product(kernels.quadratic(a, -2.9, 0.55), a, a, 0.55, -2.9)
     assert_product(kernels.quadratic(a.mT, 0.3, 1.0), a, a, 1.0, 0.3)
 

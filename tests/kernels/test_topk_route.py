@@ -14,7 +14,6 @@ from moefx.kernels import registry
 from moefx.kernels.gpu import topk_route as kernels
 
 from .interpreter import assert_same_bits
-from .poison import poison_empty
 
 Tensor = torch.Tensor
 BF16, F32 = torch.bfloat16, torch.float32
@@ -47,10 +46,10 @@ def check(x: Tensor, bias: Tensor | None, k: int, score: str, order: str, norm: 
         close(w, want[2], "w")
 
 
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(("T", "E", "k"), SIZES)
 @pytest.mark.parametrize("dtype", [BF16, torch.float16, F32], ids=str)
-def test_sizes(T: int, E: int, k: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    poison_empty(monkeypatch)
+def test_sizes(T: int, E: int, k: int, dtype: torch.dtype) -> None:
     check(logits_of(T, E, dtype), None, k, "softmax", "scores", "sum")
 
 
@@ -120,9 +119,9 @@ def test_gradients(score: str, norm: str) -> None:
         gradient(x, 4, score, norm, given)
 
 
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(("T", "E", "k"), SIZES)
-def test_gradients_of_sizes(T: int, E: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    poison_empty(monkeypatch)
+def test_gradients_of_sizes(T: int, E: int, k: int) -> None:
     gradient(logits_of(T, E), k, "softmax", "sum", "ws", dtype=BF16)
     gradient(logits_of(0, E), k, "softmax", "sum", "ws")
 

@@ -48,7 +48,9 @@ class FuseGather(Pass):
                 ctx.rejected(node, f"{others[0]} reads the rows too, and cannot gather them")
             elif val.device.type not in self.devices or val.dtype not in self.dtypes:
                 dtype = str(val.dtype).removeprefix("torch.")
-                ctx.rejected(node, f"no kernel gathers rows of {dtype} on {val.device.type} as it multiplies")
+                note = f"no kernel gathers rows of {dtype} on {val.device.type} as it multiplies"
+                if note not in ctx.row.notes:  # once, not for every layer
+                    ctx.row.notes.append(note)
             elif any(node < w < readers[-1] for w in written(x)):
                 ctx.rejected(node, "the tokens are written in place before their rows are multiplied")
             else:

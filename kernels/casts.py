@@ -14,10 +14,9 @@ import torch
 from moefx.precision.convert import exactness
 from moefx.precision.spec import QuantSpec
 
-from .registry import register_triton
+from .registry import WIDE, register_triton
 
 Tensor = torch.Tensor
-WIDE = (torch.float32, torch.bfloat16, torch.float16)
 ELEMENTS = ("e4m3", "e5m2", "e2m1")
 BLOCKS = (1, 16, 32, 64, 128)
 EXPERTS = 1022  # a program counts through two segments more
@@ -30,6 +29,12 @@ def in_tiles(text: str, offsets: Tensor | None) -> bool:
     return few and spec.elem in ELEMENTS and spec.br in BLOCKS and spec.bc in BLOCKS
 
 
+def known(text: str) -> bool:
+    """Whether `gpu.codec` makes codes of a spec: not of two levels, delayed or stochastic, nor of other elements."""
+    s = QuantSpec.parse(text)
+    return s.elem in ELEMENTS and not (s.two_level or s.delayed or s.stochastic)
+
+
 def shifts(codes: Tensor, offsets: Tensor | None, spec: str, to_spec: str) -> bool:
     """Whether the kernels convert between two specs; with rules that leave codes alone they have nothing to do."""
     aligned = codes.shape[-1] * QuantSpec.parse(spec).format.per_byte % 16 == 0
@@ -38,9 +43,7 @@ def shifts(codes: Tensor, offsets: Tensor | None, spec: str, to_spec: str) -> bo
 
 
 def _quantizes(x: Tensor, offsets: Tensor | None, specs: Sequence[str]) -> bool:
-    made = (QuantSpec.parse(s) for s in specs)
-    plain = all(not (s.two_level or s.stochastic or s.delayed) for s in made)
-    return x.dtype in WIDE and plain and len(specs) > 0 and all(in_tiles(s, offsets) for s in specs)
+    return x.dtype in WIDE and len(specs) > 0 and all(known(s) and in_tiles(s, offsets) for s in specs)
 
 
 def _dequantizes(codes: Tensor, scales: Any, offsets: Tensor | None, spec: str, dtype: torch.dtype) -> bool:

@@ -18,21 +18,16 @@ from itertools import repeat
 
 import torch
 
+from . import registry
 from .registry import register, register_triton
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
 _APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
 _BLOCK = 1 << 18
-_FP32_OR_LESS = (torch.float32, torch.bfloat16, torch.float16)
 
-
-def _narrow(*tensors: Tensor | None) -> bool:
-    return all(t is None or t.dtype in _FP32_OR_LESS for t in tensors)
-
-
-register_triton("glu", "glu:glu", lambda h, w, kind: _narrow(h, w))
-register_triton("glu_backward", "glu:glu_backward", lambda da, h, w, kind: _narrow(da, h, w))
+register_triton("glu", "glu:glu", lambda h, w, kind: registry.wide(h, w))
+register_triton("glu_backward", "glu:glu_backward", lambda da, h, w, kind: registry.wide(da, h, w))
 
 
 def _common(kind: str) -> bool:

@@ -14,11 +14,10 @@ import torch
 
 from moefx.precision.spec import QuantSpec
 
-from .registry import register_triton
+from .registry import register_triton, wide
 
 Tensor = torch.Tensor
 BLOCKS = ("1x32", "1x128", "32x1", "128x1")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _covered(spec: QuantSpec) -> bool:
@@ -36,14 +35,10 @@ def _half(width: int, kind: str) -> int | None:
     return None if kind.startswith(("plain ", "interleaved ")) else width // 2
 
 
-def _narrow(*tensors: Tensor | None) -> bool:
-    return all(t is None or t.dtype in DTYPES for t in tensors)
-
-
 def _forward(
     h: Tensor, w: Tensor | None, offsets: Tensor | None, kind: str, specs: Sequence[str], h_specs: Sequence[str]
 ) -> bool:
-    return h.dim() == 2 and _narrow(h, w) and casts(specs) and casts(h_specs, _half(h.shape[1], kind))
+    return h.dim() == 2 and wide(h, w) and casts(specs) and casts(h_specs, _half(h.shape[1], kind))
 
 
 def _backward(
@@ -63,7 +58,7 @@ def _backward(
     else:
         by_rows = QuantSpec.parse(h_spec).axis == -1 and casts([h_spec], half)
         readable = by_rows and not kind.startswith("interleaved ")
-    return readable and _narrow(da, w) and casts(specs, half) and casts(act_specs)
+    return readable and wide(da, w) and casts(specs, half) and casts(act_specs)
 
 
 register_triton("glu_quantize", "glu_quantize:glu_quantize", _forward)

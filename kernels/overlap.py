@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import torch
 
-from .registry import register_triton
+from .registry import register_triton, wide
 
 MOST_CHOICES = 32
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def _supports(z: torch.Tensor, slot: torch.Tensor, *_: object) -> bool:
-    return z.dtype in _DTYPES and z.shape[1] > 0 and 0 < slot.shape[1] <= MOST_CHOICES
+    return wide(z) and z.shape[1] > 0 and 0 < slot.shape[1] <= MOST_CHOICES
 
 
 register_triton("overlap", "overlap:overlap", _supports)

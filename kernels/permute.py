@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import embedding_bag
 
+from . import registry
 from .plan import plan_cpu, plans
 from .registry import register, register_triton
 
@@ -80,11 +81,8 @@ def unpermute_backward_cpu(
     return dy.to(y_SH.dtype), dw.view(slot_Tk.shape).to(w_Tk.dtype)
 
 
-_WIDE = (torch.float32, torch.bfloat16, torch.float16)
-
-
 def _permutes(x_TH: Tensor, token_S: Tensor, slot_Tk: Tensor) -> bool:
-    return x_TH.dtype in _WIDE and x_TH.shape[1] > 0
+    return registry.wide(x_TH) and x_TH.shape[1] > 0
 
 
 def _permutes_scaled(codes: Tensor, scales: Tensor, token_S: Tensor, slot_Tk: Tensor) -> bool:
@@ -93,11 +91,11 @@ def _permutes_scaled(codes: Tensor, scales: Tensor, token_S: Tensor, slot_Tk: Te
 
 
 def _sums(y_SH: Tensor, token_S: Tensor, order_S: Tensor, slot_Tk: Tensor, w_Tk: Tensor | None) -> bool:
-    return y_SH.dtype in _WIDE and (w_Tk is None or w_Tk.dtype in _WIDE) and y_SH.shape[1] > 0
+    return registry.wide(y_SH, w_Tk) and y_SH.shape[1] > 0
 
 
 def _splits(dout_TH: Tensor, y_SH: Tensor, token_S: Tensor, order_S: Tensor, slot_Tk: Tensor, w_Tk: Tensor) -> bool:
-    return dout_TH.dtype in _WIDE and _sums(y_SH, token_S, order_S, slot_Tk, w_Tk)
+    return registry.wide(dout_TH) and _sums(y_SH, token_S, order_S, slot_Tk, w_Tk)
 
 
 # Numbers of 64 bits, which nobody trains in, are the references' on a GPU; so are rows of no width.

@@ -19,6 +19,8 @@ import torch
 
 from moefx.errors import InputError, nearest
 
+WIDE = (torch.float32, torch.bfloat16, torch.float16)  # what Triton kernels read and write besides codes
+
 
 @dataclass(frozen=True)
 class Provider:
@@ -77,6 +79,11 @@ def _triton_found() -> bool:
 
 def _first_tensor(args: tuple[Any, ...]) -> torch.Tensor:
     return next(t for a in args for t in (a if isinstance(a, list) else [a]) if isinstance(t, torch.Tensor))
+
+
+def wide(*tensors: torch.Tensor | None) -> bool:
+    """Whether all tensors that are given are fp32, bf16 or fp16."""
+    return all(t is None or t.dtype in WIDE for t in tensors)
 
 
 def choose(op: str, *args: Any) -> Provider:

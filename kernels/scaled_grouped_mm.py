@@ -15,11 +15,10 @@ import torch
 
 from moefx.precision.spec import QuantSpec
 
-from .registry import register_triton
+from .registry import WIDE, register_triton
 
 Tensor = torch.Tensor
 _ELEMS = ("e4m3", "e5m2")
-_OUT = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @cache
@@ -53,7 +52,7 @@ def _mm(
     a, b = QuantSpec.parse(x_spec), QuantSpec.parse(w_spec)
     return (
         _has_fp8(x.device.index)
-        and _codes(x, a) and _codes(w, b) and dtype in _OUT
+        and _codes(x, a) and _codes(w, b) and dtype in WIDE
         and a.block != "column" and a.br in (1, None) and _divides(a.bc)
         and b.block != "column" and (b.br in (1, None) or b.br == b.bc) and _divides(b.bc)
         and x.shape[1] % 16 == 0 and w.shape[1] % 16 == 0
@@ -75,7 +74,7 @@ def _wgrad(
     a: Tensor, as_: Tensor, b: Tensor, bs: Tensor, offsets: Tensor, a_spec: str, b_spec: str, dtype: torch.dtype
 ) -> bool:
     specs = [QuantSpec.parse(s) for s in (a_spec, b_spec)]
-    return _has_fp8(a.device.index) and dtype in _OUT and all(
+    return _has_fp8(a.device.index) and dtype in WIDE and all(
         _codes(t, s) and s.br != 1 and _divides(s.br) and (s.bc in (1, None) or s.bc == s.br) and _aligned(t, -1)
         for t, s in zip((a, b), specs, strict=True)
     )  # fmt: skip

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import torch
 
-from .registry import register_triton
+from .registry import register_triton, wide
 
 Tensor = torch.Tensor
 MOST_EXPERTS, MOST_CHOICES = 512, 16
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def _sizes(logits: Tensor, k: int) -> bool:
-    return logits.dtype in _DTYPES and 0 < k <= MOST_CHOICES and logits.shape[-1] <= MOST_EXPERTS
+    return wide(logits) and 0 < k <= MOST_CHOICES and logits.shape[-1] <= MOST_EXPERTS
 
 
 def _supports(logits: Tensor, bias: Tensor | None, k: int, score: str = "", order: str = "scores", *_: object) -> bool:

@@ -62,6 +62,7 @@ class BoundWorkspace(Pass):
 
 def _by_columns(graph: fx.Graph, combine: fx.Node, y: fx.Node, width: int, columns: int) -> fx.Node:
     a, product = arguments(combine), arguments(y)
+    per = QuantSpec.parse(product["w_spec"]).br if y.target in SCALED else None  # None: one scale for all rows of W
     parts = []
     with inheriting(graph, combine) as call:
 
@@ -71,8 +72,7 @@ def _by_columns(graph: fx.Graph, combine: fx.Node, y: fx.Node, width: int, colum
         for start in range(0, columns, width):
             end = min(start + width, columns)
             args = {**product, "w": slice_rows(product["w"], start, end)}
-            per = QuantSpec.parse(product["w_spec"]).br if y.target in SCALED else None
-            if per is not None:  # None: one scale for all rows of W
+            if per is not None:
                 args["w_scales"] = slice_rows(product["w_scales"], start // per, -(-end // per))
             rows = call(y.target, *args.values())
             parts.append(call(ops.unpermute.default, *{**a, "y": rows}.values()))

@@ -18,8 +18,6 @@ from moefx.precision.formats import MIN_NORMAL
 from moefx.precision.scaling import least_exponent, mantissa_bound
 from moefx.precision.spec import QuantSpec
 
-ELEMENTS = ("e4m3", "e5m2", "e2m1")
-
 
 @lru_cache
 def constants(spec: str) -> dict[str, Any]:
@@ -36,12 +34,6 @@ def constants(spec: str) -> dict[str, Any]:
         "PO2": s.is_po2,
         "BYTES": s.scale == "e8m0",  # scales are stored as the exponent's byte
     }
-
-
-def known(spec: str) -> bool:
-    """Whether these helpers cover a spec: not two-level, delayed or stochastic ones, nor other elements."""
-    s = QuantSpec.parse(spec)
-    return s.elem in ELEMENTS and not (s.two_level or s.delayed or s.stochastic)
 
 
 def as_bytes(t: torch.Tensor) -> torch.Tensor:
@@ -157,7 +149,7 @@ def unpack4(byte):
 
 @triton.jit
 def encode(x, ELEM: tl.constexpr):
-    """uint8 codes of fp32 numbers in any of `ELEMENTS`, one in a byte."""
+    """uint8 codes of fp32 numbers in any of the three formats, one in a byte."""
     if ELEM == "e2m1":
         return encode4(x)
     else:
@@ -166,7 +158,7 @@ def encode(x, ELEM: tl.constexpr):
 
 @triton.jit
 def decode(code, ELEM: tl.constexpr):
-    """fp32 numbers of uint8 codes in any of `ELEMENTS`, one in a byte."""
+    """fp32 numbers of uint8 codes in any of the three formats, one in a byte."""
     if ELEM == "e2m1":
         return decode4(code)
     else:

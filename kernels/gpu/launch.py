@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,30 +16,28 @@ _WHERE_UNKNOWN = 132  # multiprocessors of an H100 or H200: what programs are co
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel compiled by `recording`: its name, what Triton made of it, and the options it was launched with."""
+    """One kernel compiled by `recording`: its name, and what Triton made of it."""
 
     name: str
     kernel: Any
-    options: dict[str, Any]
 
 
 _recorded: list[Compiled] | None = None
 
 
-def launch(kernel: Any, grid: Sequence[int] | Callable[[dict[str, Any]], Sequence[int]], *args: Any, **kw: Any) -> None:
+def launch(kernel: Any, grid: Sequence[int], *args: Any, **kw: Any) -> None:
     """Run `kernel[grid](*args, **kw)` on the device of its first tensor; a grid with a zero runs nothing.
 
     `kw` are constexprs by name, and Triton's options `num_warps` and `num_stages`.
     """
-    if not callable(grid) and 0 in grid:
+    if 0 in grid:
         return
     if _recorded is not None:
-        made = kernel.warmup(*args, grid=tuple(grid) if not callable(grid) else grid, **kw)
-        _recorded.append(Compiled(kernel.__name__, made, dict(kw)))
+        _recorded.append(Compiled(kernel.__name__, kernel.warmup(*args, grid=tuple(grid), **kw)))
         return
     first = next(a for a in args if isinstance(a, Tensor))
     with torch.cuda.device_of(first) if first.is_cuda else nullcontext():
-        kernel[grid if callable(grid) else tuple(grid)](*args, **kw)
+        kernel[tuple(grid)](*args, **kw)
 
 
 @contextmanager

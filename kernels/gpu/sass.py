@@ -54,7 +54,6 @@ class Specimen:
         has: SASS opcodes of sm_90 of which at least one kernel of the call must hold some; "A|B" accepts either.
         lacks: opcodes that no kernel of the call may hold.
         registers: the most that a thread may use.
-        atomics: whether atomics on global memory are expected.
         targets: the targets that the call is for.
     """
 
@@ -63,30 +62,25 @@ class Specimen:
     has: tuple[str, ...] = ()
     lacks: tuple[str, ...] = ()
     registers: int = 255
-    atomics: bool = False
     targets: tuple[str, ...] = ("sm_90", "sm_100")
 
 
 @dataclass(frozen=True)
 class Code:
-    """One kernel's machine code in figures. `opcodes` counts instructions by their name up to the first dot."""
+    """One kernel's machine code in figures. `instructions` are counted by their full names, modifiers included."""
 
     kernel: str
     target: str
     registers: int
     stack: int
     shared: int
-    opcodes: dict[str, int] = field(repr=False)
-    modifiers: dict[str, int] = field(repr=False)
+    instructions: dict[str, int] = field(repr=False)
 
     def count(self, name: str) -> int:
         """Instructions called `name`: an opcode as HGMMA, or with modifiers as F2FP.SATFINITE."""
         head, *more = name.split(".")
-        if not more:
-            return self.opcodes.get(head, 0)
-        return sum(
-            n for full, n in self.modifiers.items() if full.split(".")[0] == head and set(more) <= set(full.split("."))
-        )
+        parts = ((full.split("."), n) for full, n in self.instructions.items())
+        return sum(n for part, n in parts if part[0] == head and set(more) <= set(part))
 
 
 class _Nowhere:
@@ -145,11 +139,7 @@ def _read(c: Compiled, target: str) -> Code:
         names = [m.upper() for m in re.findall(r"^\s+([a-z][a-z0-9_]+)", text, re.M)]
         registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])  # type: ignore[index]
         stack = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])  # type: ignore[index]
-    full = Counter(names)
-    heads: Counter[str] = Counter()
-    for name, n in full.items():
-        heads[name.split(".")[0]] += n
-    return Code(c.name, target, registers, stack, shared, dict(heads), dict(full))
+    return Code(c.name, target, registers, stack, shared, dict(Counter(names)))
 
 
 def _tool(name: str, *args: Any) -> str:
@@ -161,15 +151,15 @@ def complaints(specimen: Specimen, codes: Sequence[Code]) -> list[str]:
     found, target = [], codes[0].target
     for c in codes:
         where = f"{specimen.name}: {c.kernel} on {c.target}"
-        spilled = sum(c.opcodes.get(name, 0) for name in SPILLS)
+        spilled = sum(map(c.count, SPILLS))
         if c.stack or spilled:
             found.append(f"{where} spills: {c.stack} bytes of stack, {spilled} local loads and stores")
         if c.registers > specimen.registers:
             found.append(f"{where} uses {c.registers} registers, more than {specimen.registers}")
         if c.shared > SHARED_LIMIT[c.target]:
             found.append(f"{where} needs {c.shared} bytes of shared memory, more than {SHARED_LIMIT[c.target]}")
-        atomics = sum(c.opcodes.get(name, 0) for name in ATOMICS)
-        if atomics and not specimen.atomics:
+        atomics = sum(map(c.count, ATOMICS))
+        if atomics:
             found.append(f"{where} has {atomics} atomics on global memory")
         found += [f"{where} has {c.count(name)} {name}" for name in specimen.lacks if c.count(name)]
     if target == "sm_90":

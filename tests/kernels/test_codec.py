@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from moefx.kernels.casts import ELEMENTS, known
 from moefx.kernels.gpu import codec
 from moefx.precision.formats import get_format
 from moefx.precision.scaling import scale_values, scales_from_amax
@@ -16,7 +17,7 @@ from .interpreter import assert_same_bits
 
 RULES = ("po2/rceil", "po2/floor", "po2/ceil", "po2/even", "e8m0/rceil", "e8m0/floor", "e8m0/even", "f32/exact")
 OPTIONS = ("", " eps=1e-10", " zero=one")
-SPECS = [f"{elem} 1x32 {rule}{option}" for elem in codec.ELEMENTS for rule in RULES for option in OPTIONS]
+SPECS = [f"{elem} 1x32 {rule}{option}" for elem in ELEMENTS for rule in RULES for option in OPTIONS]
 SIZE = 4096
 
 
@@ -90,7 +91,7 @@ def magnitudes(spec: QuantSpec) -> torch.Tensor:
 @pytest.mark.parametrize("text", SPECS)
 def test_scales(text: str) -> None:
     spec, sizes = QuantSpec.parse(text), codec.constants(text)
-    assert codec.known(text)
+    assert known(text)
     amax = magnitudes(spec)
     want = scales_from_amax(amax, spec)
     got, factor = torch.empty_like(want), torch.empty(SIZE)
@@ -129,13 +130,13 @@ def _alike(codes: torch.Tensor, elem: str) -> torch.Tensor:
     return codes if elem == "e2m1" else codes.view(get_format(elem).storage)  # NaN has many codes
 
 
-@pytest.mark.parametrize("elem", codec.ELEMENTS)
+@pytest.mark.parametrize("elem", ELEMENTS)
 def test_encode(elem: str) -> None:
     x = numbers(elem)
     assert_same_bits(_alike(encoded(x, elem), elem), _alike(get_format(elem).encode_by_bits(x), elem))
 
 
-@pytest.mark.parametrize("elem", codec.ELEMENTS)
+@pytest.mark.parametrize("elem", ELEMENTS)
 def test_decode(elem: str) -> None:
     fmt = get_format(elem)
     codes = torch.arange(1 << fmt.bits, dtype=torch.uint8)
@@ -152,7 +153,7 @@ def test_pack() -> None:
     assert_same_bits(back, codes)
 
 
-@pytest.mark.parametrize("elem", codec.ELEMENTS)
+@pytest.mark.parametrize("elem", ELEMENTS)
 def test_a_wrong_code_is_seen(elem: str) -> None:
     """Were ties rounded away from zero, or numbers a bit off before they are rounded, the comparison would fail."""
     x = numbers(elem)
@@ -163,5 +164,5 @@ def test_a_wrong_code_is_seen(elem: str) -> None:
 
 def test_what_is_not_known() -> None:
     for text in ("e2m1 1x16 e4m3+f32/exact", "e4m3 tensor f32/exact delayed", "e4m3 1x128 po2/rceil sr"):
-        assert not codec.known(text)
-    assert not codec.known("e4m3fnuz 1x128 po2/rceil")
+        assert not known(text)
+    assert not known("e4m3fnuz 1x128 po2/rceil")

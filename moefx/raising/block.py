@@ -22,6 +22,7 @@ from .nearest import difference
 from .outline import nearest_in_code
 from .pattern import weights_differ
 from .probe import Inputs, Seen, copy_of
+from .reading import Reading
 from .record import Record, objects, record
 from .replay import Assembly, Replay, emit
 from .slice import NoSlice, Program, Region, cut, drawn_inside
@@ -156,7 +157,8 @@ def _raise_bank(copied: nn.Module, inputs: Inputs, bank: Bank, runs: list[_Run],
         if p
     }
     limits, numbers = carried(copied)
-    options = [list(_programs(copied, r.record, bank, paths, limits)) for r in runs]
+    known: set[Reading] = set()
+    options = [list(_programs(copied, r.record, bank, paths, limits, known)) for r in runs]
     shapes = [[tuple(t.tensor.shape) for t in r.record.inputs] for r in runs]
     dtypes = [r.dtype for r in runs]
     first = runs[0].record
@@ -187,13 +189,13 @@ def _for_case(e: Refuted) -> str:
 
 
 def _programs(
-    copied: nn.Module, seen: Record, bank: Bank, paths: dict[str, frozenset[str]], limits: Any
+    copied: nn.Module, seen: Record, bank: Bank, paths: dict[str, frozenset[str]], limits: Any, known: set[Reading]
 ) -> Iterator[Program]:
     """Programs for one run, likeliest first; at least one, or `NotRaised`."""
     worst = NotRaised("")
     count = 0
     try:
-        for found in fit(copied, seen, bank, limits):
+        for found in fit(copied, seen, bank, limits, known):
             try:
                 for weights in explain(seen, found):
                     try:

@@ -59,9 +59,20 @@ class NoFit(Exception):  # noqa: N818  an answer, not a fault
     """Nothing fitted; the text says what was seen instead."""
 
 
-def fit(block: nn.Module, record: Record, bank: Bank, limits: tuple[tuple[float, float], ...] = ()) -> Iterator[Fit]:
-    """All routed sums in a record that experts of the bank explain, most complete ones first; `NoFit` if none does."""
+def fit(
+    block: nn.Module,
+    record: Record,
+    bank: Bank,
+    limits: tuple[tuple[float, float], ...] = (),
+    known: set[Reading] | None = None,
+) -> Iterator[Fit]:
+    """All routed sums in a record that experts of the bank explain, most complete ones first; `NoFit` if none does.
+
+    `known`: readings that an earlier record of the block left possible; no others are tried. An empty set is filled
+    with those of this record. Square matrices alone can be read in hundreds of ways, and one must serve all records.
+    """
     evaluate = Evaluator(block)
+    allowed, seen = frozenset(known or ()), set() if known is None or known else known
     stage = "no tensor holds the experts' inputs"
     start = first_use(record, bank)
     sizes = sizes_of(record, bank)
@@ -71,8 +82,9 @@ def fit(block: nn.Module, record: Record, bank: Bank, limits: tuple[tuple[float,
 
     def able(x: Snap, width: int) -> list[Reading]:
         if x not in likely:
-            sums = [s for s in record.snaps if s.time >= start]
-            likely[x] = [r for r in readings(bank, width, limits) if _spans(evaluate, r, bank.experts, x, sums)]
+            options = [r for r in readings(bank, width, limits) if not allowed or r in allowed]
+            likely[x] = _spanning(evaluate, options, bank.experts, x, [s for s in record.snaps if s.time >= start])
+            seen.update(likely[x])
         return likely[x]
 
     for weighted, kinds in ((False, usual), (False, unusual), (True, usual)):
@@ -104,31 +116,43 @@ def fit(block: nn.Module, record: Record, bank: Bank, limits: tuple[tuple[float,
     raise NoFit(stage)
 
 
-def _spans(evaluate: Evaluator, reading: Reading, E: int, x: Snap, sums: list[Snap]) -> bool:
-    """Whether some later value is a combination of all experts' outputs (and the token) at a few tokens.
+def _spanning(evaluate: Evaluator, options: list[Reading], E: int, x: Snap, sums: list[Snap]) -> list[Reading]:
+    """The readings by which some later value is a combination of all experts' outputs (and the token) at a few tokens.
 
     Whatever chooses the experts, a routed sum is; so most readings are out before any choice is tried. Experts that are
     too many or too large for that are not tested.
     """
     rows = x.value.reshape(-1, x.value.shape[-1]).float()
     some = torch.arange(0, len(rows), max(1, len(rows) // 5), device=rows.device)
-    roles = (*reading.up, reading.down)
-    if len(some) * max(torch.Size(r.stack.shape).numel() for r in roles) > _FEW:
+    few, later = rows[some], {width: _later(sums, len(rows), width, some) for width in {r.down.out for r in options}}
+
+    def spans(reading: Reading) -> bool:
+        roles, width = (*reading.up, reading.down), reading.down.out
+        if width <= E + 1 or len(some) * max(torch.Size(r.stack.shape).numel() for r in roles) > _FEW:
+            return True
+        if (b := later[width]) is None:
+            return False
+        z = evaluate.everywhere(reading, few)
+        if not bool(z.isfinite().all()):
+            return True
+        a = (torch.cat([z, few[:, None]], 1) if width == few.shape[-1] else z).transpose(1, 2)
+        scale = TOLERANCE * b.norm(dim=1).amax(0, keepdim=True)
+        possible = torch.ones_like(scale, dtype=torch.bool)
+        for part in (slice(1), slice(1, None)):  # one token is enough to tell most readings
+            possible = possible & (least_squares(a[part], b[part], 1e-9)[1] <= scale).all(0)
+            if not possible.any():
+                return False
         return True
-    z = evaluate(
-        reading, rows[:, None].expand(-1, E, -1)[some], torch.arange(E, device=rows.device).expand(len(some), E)
-    )
-    if z.shape[-1] <= E + 1 or not bool(z.isfinite().all()):
-        return True
-    a = torch.cat([z, rows[some, None]], 1) if z.shape[-1] == rows.shape[-1] else z
-    ys = [s.value for s in sums if s.value.numel() == len(rows) * z.shape[-1] and s.value.shape[-1] == z.shape[-1]]
-    ys = [y.reshape(len(rows), -1).double() for y in ys if y.is_floating_point() and bool(y.isfinite().all())]
+
+    return [r for r in options if spans(r)]
+
+
+def _later(sums: list[Snap], tokens: int, width: int, some: Tensor) -> Tensor | None:
+    """All values [n, width, y] that could be sums, at some tokens."""
+    ys = [s.value for s in sums if s.value.numel() == tokens * width and s.value.shape[-1] == width]
+    ys = [y.reshape(tokens, -1).double() for y in ys if y.is_floating_point() and bool(y.isfinite().all())]
     ys = [y[some] for y in ys if bool(y.norm() > 0)]
-    if not ys:
-        return False
-    b = torch.stack(ys, -1)
-    left = least_squares(a.transpose(1, 2), b, 1e-9)[1]
-    return bool((left <= TOLERANCE * b.norm(dim=1).amax(0, keepdim=True)).all(0).any())
+    return torch.stack(ys, -1) if ys else None
 
 
 _FEW = 1 << 24  # numbers in the weights that a test of all experts may gather

@@ -106,6 +106,7 @@ class Evaluator:
         self.params = dict(block.named_parameters(remove_duplicate=False))
         self._pre: dict[tuple[int, int, bool, Role], Tensor] = {}
         self._kept: list[Tensor] = []
+        self._whole: dict[Stack, Tensor] = {}
 
     def _get(self, name: str) -> Tensor:
         return self.params[name].detach()
@@ -122,6 +123,24 @@ class Evaluator:
             w = role.stack.rows(self._get, experts)
             y = torch.einsum("ri,rio->ro" if role.turned else "ri,roi->ro", x, w)
         return y if role.bias is None else y + role.bias.rows(self._get, experts)
+
+    def everywhere(self, reading: Reading, x: Tensor) -> Tensor:
+        """f_e(x) of rows x [n, H] for all experts of the bank: [n, E, H]. Whole stacks in float32 are kept."""
+        parts = []
+        for role in reading.up:
+            key = (id(x), 0, False, role)
+            if key not in self._pre:
+                self._kept.append(x)
+                self._pre[key] = self._all(x[:, None].expand(-1, role.stack.shape[0], -1), role)
+            parts.append(self._pre[key].flatten(0, 1))
+        return self._all(reading.activation(parts).view(len(x), -1, reading.down.into), reading.down)
+
+    def _all(self, x: Tensor, role: Role) -> Tensor:
+        if role.stack not in self._whole:
+            self._whole[role.stack] = role.stack.gather(self._get).float()
+        w = self._whole[role.stack]
+        y = torch.einsum("nei,eio->neo" if role.turned else "nei,eoi->neo", x, w)
+        return y if role.bias is None else y + role.bias.gather(self._get).float()
 
     def __call__(self, reading: Reading, x: Tensor, rows: Tensor, pick: Tensor | None = None) -> Tensor:
         """f_e(x) of input rows x [N, k, H] and experts [N, k], for all or the picked tokens: [n, k, H].

@@ -129,11 +129,10 @@ def combine(
     new = descend(w * (1 - lr * decay), sharp, lr * scale)
     if basis_BNK is None or flat is None:
         return new
-    rest = (flat * chi).sub_(sharp).mul_(scale)
+    rest = torch.sub(flat, sharp, alpha=1 / chi).mul_(chi * scale) if chi else sharp * -scale
     if decay and chi != 1:
         rest.add_(w, alpha=decay * (chi - 1))
-    rest = torch.baddbmm(rest, rest @ basis_BNK, basis_BNK.mT, alpha=-1)
-    return descend(new, rest, lr)
+    return descend(new, rest.baddbmm_(rest @ basis_BNK, basis_BNK.mT, alpha=-1), lr)
 
 
 def descend(w: Tensor, x: Tensor, lr: Tensor | float) -> Tensor:

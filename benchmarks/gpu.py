@@ -11,8 +11,8 @@ results/gpu.csv as it is measured, with commit, device, driver and clocks; rows 
 skipped, so that a run that was stopped goes on. Operands are random numbers, not zeros. Times are medians of device
 events over `REPEATS` calls with the L2 cache flushed in between, after warm-up.
 
-A provider that is not installed (Liger, ScatterMoE, SonicMoE) is left out and named at the end. FLOP convention of the
-layer as in SonicMoE and Liger: 6 S H I forward, 12 S H I backward.
+What is not installed of the peers (gpu_peers.py) is left out and named at the end. FLOP convention of the layer as in
+SonicMoE and Liger: 6 S H I forward, 12 S H I backward.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Whole MoE layers and a training step for `gpu.py`, against transformers' own and Liger's."""
+"""Whole MoE layers and a training step for `gpu.py`, against transformers' own and those of `gpu_peers`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import gpu_peers
 import torch
 from torch import nn
 
@@ -22,7 +23,7 @@ LAYERS = {
     "Mixtral T=8192": (8192, 4096, 14336, 8, 2),
 }
 SMALL = {"small": (64, 128, 128, 8, 2)}
-ARMS = ("moefx bf16", "moefx fp8_flow", "hf grouped_mm", "hf grouped_mm compiled", "hf eager", "liger")
+ARMS = ("moefx bf16", "moefx fp8_flow", "hf grouped_mm", "hf grouped_mm compiled", "hf eager", *gpu_peers.LAYERS)
 STEP_ARMS = ("moefx bf16", "moefx fp8_flow", "hf grouped_mm compiled")
 
 
@@ -56,12 +57,7 @@ def _arm(arm: str, shape: tuple[int, ...], device: str, x: Tensor, missing: set[
     if arm.startswith("hf"):
         block = _block(shape, device, arm.split()[1])
         return torch.compile(block) if arm.endswith("compiled") else block
-    try:
-        from liger_kernel.transformers.fused_moe import LigerFusedMoE  # type: ignore[import-not-found]
-    except ImportError:
-        missing.add("liger_kernel")
-        return None
-    return LigerFusedMoE(_block(shape, device, "eager"))  # type: ignore[no-any-return]
+    return gpu_peers.layer(arm, shape, device, lambda: _block(shape, device, "eager"), missing)
 
 
 def _measure(machine: Any, shape: tuple[int, ...], arm: str, missing: set[str]) -> dict[str, dict[str, Any]] | None:

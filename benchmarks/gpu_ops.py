@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import gpu_peers
 import torch
 
 import moefx.dialect  # noqa: F401  registers the ops
@@ -131,8 +132,9 @@ OPS: dict[str, Callable[[dict[str, Any]], Made]] = {
 LIBRARY = ("grouped_mm up", "grouped_wgrad up")  # also through torch._grouped_mm
 
 
-def _providers(op: str) -> tuple[str, str]:
-    return ("triton", "torch_grouped") if op in LIBRARY else ("triton", "reference")
+def _providers(op: str) -> tuple[str, ...]:
+    peers = ("transformer_engine",) if op in gpu_peers.MOVES else ()
+    return ("triton", "torch_grouped" if op in LIBRARY else "reference", *peers)
 
 
 def _calls(provider: str) -> int:
@@ -155,13 +157,19 @@ def cases(device: str, small: bool, missing: set[str]) -> Iterator[Case]:
         for op, make in OPS.items():
             for provider in _providers(op) if device == "cuda" else ("reference",):
 
-                def run(machine: Any, make: Any = make, provider: str = provider, o: Any = o) -> dict[str, Any] | None:
+                def run(
+                    machine: Any, op: str = op, make: Any = make, provider: str = provider, o: Any = o
+                ) -> dict[str, Any] | None:
                     call, nbytes, flop, rate = make(o)
+                    work = {"bytes": int(nbytes), "flop": int(flop), "rate": rate}
+                    if provider == "transformer_engine":
+                        theirs = gpu_peers.moves(op, o, missing)
+                        return None if theirs is None else {"ms": machine.times(theirs), **work}
                     before = _calls(provider)
                     with registry.preferring(provider):
                         ms = machine.times(call)
                     if _calls(provider) == before:  # it does not take these operands, and another one ran
                         return None
-                    return {"ms": ms, "bytes": int(nbytes), "flop": int(flop), "rate": rate}
+                    return {"ms": ms, **work}
 
                 yield f"{op}, {shape}", provider, run

@@ -1,9 +1,9 @@
 """CPU time of one training step of hand-written MoE loops: the model as written against `moefx.optimize` of it.
 
 Single thread, process CPU time, arms interleaved; a ratio is taken within each round, and its median and quartiles over
-rounds are printed. Layers have H=256, I=128, 32 experts, top-4; the model is a `MoELM` of two such layers (4 heads,
-vocabulary 256). The arm `products` is the six grouped products of a layer alone, on the same routing: what no other
-spelling of the loop can save. Raw rows go to benchmarks/results/loops.csv.
+rounds are printed. Layers have H=256, I=128 (and narrower ones of A1, A2 and w[e]), 32 experts, top-4; the model is a
+`MoELM` of two layers (4 heads, vocabulary 256). The arm `products` is the six grouped products of a layer alone, on the
+same routing: what no other spelling of the loop can save. Raw rows go to benchmarks/results/loops.csv.
 
     python benchmarks/loops.py                        all idioms as layers in fp32; A2 as a model; two layers in bf16
     python benchmarks/loops.py --only "A2 layer"      cases whose name contains this; no CSV
@@ -32,7 +32,8 @@ from moefx.models.idioms_base import StackedExperts
 from moefx.models.moe_lm import IDIOMS, MoELM
 
 RESULTS = Path(__file__).parent / "results" / "loops.csv"
-H, I, E, K = 256, 128, 32, 4
+E, K = 32, 4
+WIDE, NARROW = (256, 128), ((32, 32), (64, 32), (128, 64))  # H, I
 TOKENS = {2048: (8, 256), 256: (2, 128)}
 
 
@@ -57,7 +58,7 @@ FORMS = {name: IDIOMS[name] for name in ("A1", "A2", "A3", "A5")} | {"w[e]": Sta
 class Layer(nn.Module):
     """One MoE layer and a scalar output, so that a step is forward and backward of exactly that layer."""
 
-    def __init__(self, form: str) -> None:
+    def __init__(self, form: str, H: int, I: int) -> None:
         super().__init__()
         self.moe = FORMS[form](H, I, E, K)
 
@@ -67,14 +68,16 @@ class Layer(nn.Module):
         return out
 
 
-def layer(form: str, T: int, dtype: torch.dtype) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+def layer(
+    form: str, T: int, dtype: torch.dtype, sizes: tuple[int, int] = WIDE
+) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     torch.manual_seed(0)
-    x = torch.randn(*TOKENS[T], H, dtype=dtype, requires_grad=True)
-    return Layer(form).to(dtype), {"x": x, "g": torch.randn(*TOKENS[T], H, dtype=dtype)}
+    x = torch.randn(*TOKENS[T], sizes[0], dtype=dtype, requires_grad=True)
+    return Layer(form, *sizes).to(dtype), {"x": x, "g": torch.randn_like(x)}
 
 
 def language_model(form: str, T: int, dtype: torch.dtype) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    model = MoELM(256, H, I, 2, 4, E, K, form).to(dtype)
+    model = MoELM(256, *WIDE, 2, 4, E, K, form).to(dtype)
     ids = torch.randint(0, 256, TOKENS[T], generator=torch.Generator().manual_seed(0))
     return model, {"input_ids": ids, "labels": ids}
 
@@ -120,6 +123,7 @@ def measure(
 def products(moe: nn.Module, x: torch.Tensor) -> Callable[[], None]:
     """The grouped products of one step, forward and backward, with the numbers of rows that the router gives."""
     assert isinstance(moe.gate, nn.Linear)
+    H, I = moe.hidden, moe.width
     with torch.no_grad():
         counts = moe.gate(x.reshape(-1, H)).topk(K).indices.flatten().bincount(minlength=E)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
@@ -165,6 +169,9 @@ def cases() -> dict[str, Callable[[], Any]]:
         found[f"A2 model T={T} fp32"] = lambda T=T: language_model("A2", T, fp32)
         for form in ("A2", "w[e]"):
             found[f"{form} layer T={T} bf16"] = lambda f=form, T=T: layer(f, T, bf16)
+        for form in ("A1", "A2", "w[e]"):
+            for H, I in NARROW:
+                found[f"{form} layer H={H} I={I} T={T} fp32"] = lambda f=form, T=T, s=(H, I): layer(f, T, fp32, s)
     return found
 
 

@@ -118,7 +118,7 @@ def inspect(
 
         found, said = inspect_routing(
             model, batch=batch, seq=seq, batches=batches, data=data or (), weights=weights, places=places, out=out,
-            options={"recipe": recipe, "codegen": codegen, "router": grouter}, router="" if router is None else str(router),
+            options={"recipe": recipe, "codegen": codegen, "router": grouter}, router=str(router or ""),
         )  # fmt: skip
         print(json.dumps(found) if as_json else said)
         return

@@ -56,7 +56,12 @@ def _call_of(opt: Any, args: tuple[Any, ...], kwargs: dict[str, Any], where: str
     """The prompt as arguments of the model's forward: token ids and, where given, their mask."""
     name, mask = opt.options.routing.ids, kwargs.get("attention_mask")
     ids = kwargs.get(name, kwargs.get("inputs", args[0] if args else None))
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or kwargs.get("inputs_embeds") is not None:
+    if (
+        not isinstance(ids, Tensor)
+        or ids.dim() != 2
+        or ids.is_floating_point()
+        or kwargs.get("inputs_embeds") is not None
+    ):
         raise InputError(
             "generate was not given token ids [B, S] alone",
             where=where,
@@ -156,7 +161,12 @@ class Decoding:
     """The routing of the window of tokens that the original's forward is run on."""
 
     def __init__(
-        self, model: nn.Module, routing: Routing, layers: dict[str, RoutedLayer], tensors: Mapping[str, Tensor], where: str
+        self,
+        model: nn.Module,
+        routing: Routing,
+        layers: dict[str, RoutedLayer],
+        tensors: Mapping[str, Tensor],
+        where: str,
     ) -> None:
         self.model, self.routing, self.layers, self.tensors, self.where = model, routing, layers, tensors, where
         self.by_transformers = hasattr(model, PREPARE)
@@ -255,7 +265,9 @@ class Decoding:
             raise _undecodable(
                 self.where,
                 type(self.model).__qualname__,
-                f"its generate passes {', '.join(odd)}" if odd else "its generate runs windows behind a cache of its own",
+                f"its generate passes {', '.join(odd)}"
+                if odd
+                else "its generate runs windows behind a cache of its own",
             )
         self.longest = ids.shape[1]
         mask = named.get("attention_mask")

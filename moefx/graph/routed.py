@@ -69,7 +69,8 @@ class RoutedLayer:
         """
         scale = None if self.scale is None else self.scale(x, tensors)
         if gates == "layer":
-            assert self.logits is not None and self.spec is not None
+            assert self.logits is not None
+            assert self.spec is not None
             logits = self.logits(x, tensors)
             start = torch.gather(write_scores(eager, self.spec, logits, logits.dtype), -1, idx)
             w: Tensor = write_weights(eager, self.spec, start, idx, scale)

@@ -47,8 +47,8 @@ def inspect_routing(
         router: what it is called in the text.
 
     Returns:
-        `routing_numbers.numbers`, with `model`, `router`, `inputs`, `tokens`, and if asked for `places`, `traffic` and `files`;
-        and the text to print.
+        `routing_numbers.numbers`, with `model`, `router`, `inputs`, `tokens`, and if asked for `places`, `traffic` and
+        `files`; and the text to print.
 
     Raises:
         MissingPackageError: `out` is given and matplotlib is not installed.

@@ -186,7 +186,7 @@ def test_a_cache_can_be_continued_when_the_whole_sequence_is_given(opt: moefx.Op
     given = {"input_ids": ids, "attention_mask": mask, "past_key_values": first.past_key_values}
     assert torch.equal(generated(opt, given, max_new_tokens=3).sequences, whole)
     last = {"input_ids": ids[:, -1:], "attention_mask": mask, "past_key_values": first.past_key_values}
-    with pytest.raises(moefx.InputError, match="cache of .* tokens that are not given"):
+    with pytest.raises(moefx.InputError, match=r"cache of .* tokens that are not given"):
         generated(opt, last, max_new_tokens=3)
 
 

@@ -102,8 +102,12 @@ def _copied(new: fx.Graph, n: fx.Node, made: Mapping[fx.Node, tuple[fx.Node, boo
         if not same_sizes(value(n).shape[-1:], value(first).shape[-1:]):
             raise NotRowwise(f"{name} ({n.name}) changes what a row is")
         return made[first][0], True
-    if name not in ROWWISE or (name in ("linear", "matmul") and (first is None or any(made[a][1] for a in read[1:]))):
+    product = name in ("linear", "matmul")
+    if name not in ROWWISE or (product and (first is not read[0] or any(made[a][1] for a in read[1:]))):
         raise NotRowwise(f"{name} ({n.name}) lies between them")
+    fixed = [value(a) for a in read if not made[a][1] and not product]
+    if any(isinstance(v, Tensor) and v.dim() and v.shape[:-1].numel() != 1 for v in fixed):
+        raise NotRowwise(f"{name} ({n.name}) gives each row something else")
     return new.node_copy(n, lambda a: made[a][0]), True
 
 

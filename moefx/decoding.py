@@ -321,7 +321,8 @@ class Prefixes:
     """Logits of the router for the last tokens of sequences, each continued from one that it has read."""
 
     def __init__(self, routing: Routing) -> None:
-        self.routing, self.router = routing, routing.router
+        self.routing = routing
+        self.router: Any = routing.router
         self.ids: Tensor | None = None  # [B, P] that the cache holds
         self.mask: Tensor | None = None
         self.cache: Any = None

@@ -58,7 +58,8 @@ class OptimizedModule(nn.Module):
     """What `moefx.optimize` returns. Calls run the compiled graphs; everything else is the original's.
 
     Attributes that are not found here are looked up on the original (`generate`, `config`, `save_pretrained`, ...),
-    which runs its own, unoptimized code for them. `original` is the model itself, `report` says what was done, `graphs`
+    which runs its own, unoptimized code for them; `generate` of a model that is routed by token ids does so with that
+    routing (`moefx.decoding`). `original` is the model itself, `report` says what was done, `graphs`
     maps stage and pass names to graphs.
     """
 

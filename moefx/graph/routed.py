@@ -16,6 +16,7 @@ from moefx.dialect.route import RouteSpec, eager, write_scores, write_weights
 
 from .edit import arguments, module_path, same_sizes, value
 from .effects import name_of
+from .removal import downstream
 from .router import MOVES
 from .rows import NotRowwise, Rows, rows_of
 
@@ -108,6 +109,8 @@ def routed_layer(
         if not _leads(made, a[name]) or not same_sizes(value(a[name]).shape, whole):
             what = "the choice" if name == "idx" else "the weights"
             why = f"something is done with {what} between router and experts"
+        elif _read_besides(made, {idx, w, experts}, int(value(a["x"]).shape[-1])):
+            why = "what its router gives goes into the hidden states by other ways than its experts"
     try:
         if gates == "layer" and route is not None:
             logits = rows_of(arguments(route)["logits"], a["x"], _parameter)
@@ -118,6 +121,23 @@ def routed_layer(
     k, dtype = int(value(idx).shape[-1]), value(w).dtype
     return RoutedLayer(
         module_path(experts), k, dtype, spec, own if factor is None else factor, sequence_major, logits, scale, why
+    )
+
+
+def _read_besides(made: fx.Node, replaced: set[fx.Node], hidden: int) -> bool:
+    """Whether hidden states [.., hidden] are made of a choice or of weights in another way than by `replaced` nodes.
+
+    In the graph all that reads them is given others, outside of it the experts alone. Auxiliary losses end in numbers.
+    """
+    ways, others = [made], list[fx.Node]()
+    for n in ways:
+        for user in n.users:
+            if user not in replaced and user.op != "output":
+                (ways if name_of(user) in MOVES else others).append(user)
+    made_of = (value(n) for n in downstream(made.graph, others, but=replaced))
+    return any(
+        isinstance(v, Tensor) and v.is_floating_point() and v.dim() > 1 and same_sizes(v.shape[-1:], (hidden,))
+        for v in made_of
     )
 
 

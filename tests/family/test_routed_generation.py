@@ -28,8 +28,8 @@ Tensor = torch.Tensor
 
 FAMILIES = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "granitemoe", "hunyuan_v1_moe")
 BY_LAYER = ("qwen3_moe", "deepseek_v2", "gpt_oss", "dbrx")  # dbrx: hand-written experts
-# Its norms behind the rotary embedding see where a token stands, not only how far from others. With padding on the left,
-# transformers' generate counts from the first token, which a call does when it is given the positions.
+# Its norms behind the rotary embedding see where a token stands, and not only how far from others. With padding on the
+# left, transformers' generate counts from the first token, which a call does when it is given the positions.
 ABSOLUTE = "HunYuanMoEV1ForCausalLM"
 PAD, PROMPT, STEPS = 0, 7, 4
 TOLERANCE = 1e-5
@@ -265,6 +265,14 @@ def test_routing_that_cannot_be_decoded_is_refused(opt: moefx.OptimizedModule) -
         changed = reoptimize(model, type(opt.options)(**{**options, "routing": routing}))
         with pytest.raises(moefx.InputError, match=match):
             generated(changed)
+
+
+def test_a_choice_that_is_read_besides_the_experts_is_refused() -> None:
+    """Experts of LongCat that hand the token on are no experts of the op: their part would keep the old routing."""
+    model, grouter = built("longcat_flash")
+    opt = optimized(model, grouter)
+    with pytest.raises(moefx.InputError, match=r"cannot generate with [\s\S]*by other ways than its experts"):
+        generated(opt)
 
 
 class Table(nn.Module):

@@ -176,6 +176,10 @@ class Grouter(nn.Module):
         gates = (F.logsigmoid(chosen) if normalise == "sigmoid" else chosen).softmax(-1)
         return idx, gates * scale
 
+    def new_cache(self) -> GrouterCache:
+        """An empty cache for `step`."""
+        return GrouterCache()
+
     @torch.no_grad()
     def step(self, input_ids: Tensor, cache: GrouterCache, attention_mask: Tensor | None = None) -> Tensor:
         """Logits fp32 [B, S, num_routed] of the next S tokens of one document per row, with those before in `cache`

@@ -43,6 +43,12 @@ class GrouterCache:
     def __len__(self) -> int:
         return 0 if self.tag is None else self.tag.shape[1]
 
+    def select(self, rows: Tensor) -> None:
+        """Keep sequences `rows` int [B'], in this order and as often as they are named."""
+        self.layers = [{name: t.index_select(0, rows) for name, t in layer.items()} for layer in self.layers]
+        if self.tag is not None and self.positions is not None:
+            self.tag, self.positions = self.tag.index_select(0, rows), self.positions.index_select(0, rows)
+
 
 def see(
     input_ids: Tensor,

@@ -93,6 +93,7 @@ def inspect(
     recipe: Annotated[str, typer.Option(help="Precision recipe (moefx recipes).")] = "bf16",
     codegen: Annotated[str, typer.Option(help="inductor or eager.")] = "eager",
     verify: Annotated[bool, typer.Option(help="Compare outputs and gradients around every pass.")] = False,
+    router: Annotated[Path | None, typer.Option(help="A Grouter's folder: route the model by it.")] = None,
     stage: Annotated[str | None, typer.Option(help="Print the graph after this stage or pass.")] = None,
     diff: Annotated[tuple[str, str] | None, typer.Option(help="Print what changed between two stages.")] = None,
     routing: Annotated[bool, typer.Option("--routing", help="Measure routing instead: load, entropy, paths.")] = False,
@@ -106,15 +107,18 @@ def inspect(
     """Optimize a model and show the report, the graph of a stage, or the difference between two.
 
     With --routing, run text (random ids where the vocabulary is not that of bytes) through it, and show its routing.
+    With --router, both are those of the model routed by a Grouter.
     """
+    from .models.grouter import Grouter
     from .train.models import load_model
 
+    grouter = None if router is None else Grouter.from_pretrained(router)
     if routing:
         from .train.inspect_routing import inspect_routing
 
         found, said = inspect_routing(
             model, batch=batch, seq=seq, batches=batches, data=data or (), weights=weights, places=places, out=out,
-            options={"recipe": recipe, "codegen": codegen},
+            options={"recipe": recipe, "codegen": codegen, "router": grouter}, router=str(router or ""),
         )  # fmt: skip
         print(json.dumps(found) if as_json else said)
         return
@@ -125,7 +129,8 @@ def inspect(
     module = load_model(model, 0).train()
     vocab = int(getattr(getattr(module, "config", None), "vocab_size", 256))
     ids = torch.randint(0, vocab, (batch, seq), generator=torch.Generator().manual_seed(0))
-    opt = moefx.optimize(module, {"input_ids": ids, "labels": ids}, recipe=recipe, codegen=codegen, verify=verify)
+    example = {"input_ids": ids, "labels": ids}
+    opt = moefx.optimize(module, example, recipe=recipe, codegen=codegen, verify=verify, router=grouter)
     wanted = [s for s in (stage, *(diff or ())) if s is not None]
     for name in wanted:
         if name not in opt.graphs:

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from . import compat
 from .delayed import AmaxHistory
 from .errors import InputError
+from .graph.routed import RoutedLayer
 from .losses import BiasUpdate, sign_update
 from .precision_metrics import Meter
 from .program import Program
@@ -41,7 +42,8 @@ _OWN = frozenset({
 class Variant:
     """A compiled program and the signature it is valid for.
 
-    `guard` is set when some sizes are symbolic, `meter` when the graph has precision casts.
+    `guard` is set when some sizes are symbolic, `meter` when the graph has precision casts, `routed` holds the MoE
+    layers that are routed by token ids.
     """
 
     program: Program
@@ -49,13 +51,15 @@ class Variant:
     guard: Callable[[list[Any]], bool] | None = None
     loose_key: Any = None
     meter: Meter | None = None
+    routed: tuple[RoutedLayer, ...] = ()
 
 
 class OptimizedModule(nn.Module):
     """What `moefx.optimize` returns. Calls run the compiled graphs; everything else is the original's.
 
     Attributes that are not found here are looked up on the original (`generate`, `config`, `save_pretrained`, ...),
-    which runs its own, unoptimized code for them. `original` is the model itself, `report` says what was done, `graphs`
+    which runs its own, unoptimized code for them; `generate` of a model that is routed by token ids does so with that
+    routing (`moefx.decoding`). `original` is the model itself, `report` says what was done, `graphs`
     maps stage and pass names to graphs.
     """
 
@@ -124,7 +128,12 @@ class OptimizedModule(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.__dict__["_original"], name)
+            found = getattr(self.__dict__["_original"], name)
+        if name.startswith("generate") and self._options.routing is not None:
+            from .decoding import routed_method
+
+            return routed_method(self, name, found)
+        return found
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _OWN:
@@ -347,6 +356,11 @@ class OptimizedModule(nn.Module):
             # The key is taken after compiling: a first forward may install hooks (transformers' recorders).
             self._variants[self._key(leaves, spec, exact=True)] = variant
         return variant, leaves
+
+    def variants(self) -> list[Variant]:
+        """What was compiled for the present modules, each once."""
+        valid = self._structure is not None and self._structure.holds()
+        return list({id(v): v for v in self._variants.values()}.values()) if valid else []
 
     def _key(self, leaves: list[Any], spec: Any, *, exact: bool) -> Any:
         """The signature of a call; not `exact` leaves sizes out, for variants with symbolic sizes."""

@@ -165,7 +165,8 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
             fakes = [value(n) for n in captured.graph.find_nodes(op="placeholder")]
             chain = o.passes if grad and model.training else observing(o.passes)
             chain.run("model", captured.gm, report, compat.fake_mode_of(fakes), verifier)
-            report.losses = captured.graph.output_node().meta.get("moefx_losses", [])
+            noted = captured.graph.output_node().meta
+            report.losses, by_token = noted.get("moefx_losses", []), tuple(noted.get("moefx_routed", ()))
             rows = [r for r in report.passes if r.name in GRAPH_LEVEL]
             if not blocks and not any(r.matched for r in rows):
                 raise _not_raised(model, blocks)
@@ -206,7 +207,7 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
     signature = describe(model, leaves, grad, stage.total)
     opt.report.signatures.append(signature)
     guard = _guard(joint, len(pytree.tree_leaves((args, kwargs)))) if o.dynamic else None
-    return Variant(program, signature, guard, meter=Meter.of(joint))
+    return Variant(program, signature, guard, meter=Meter.of(joint), routed=by_token)
 
 
 class Stages:

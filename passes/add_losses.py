@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from moefx import compat
 from moefx.dialect.glu import GluKind
 from moefx.dialect.route import DTYPES, RouteSpec
 from moefx.errors import InputError, PassError
@@ -138,15 +139,30 @@ def _taps(write: Writer, node: fx.Node) -> Taps:
         "mask": _mask(write, T), "batch": _batch(write, T), "chain": _chain(module_path(node), T),
     }  # fmt: skip
     route = route_of(idx)
-    return Taps(**found, **(_unscored(node) if route is None else _router(write, route, activation)))
+    return Taps(**found, **(_unscored(write, node, idx) if route is None else _router(write, route, activation)))
 
 
-def _unscored(node: fx.Node) -> dict[str, str]:
+def _unscored(write: Writer, node: fx.Node, idx: fx.Node) -> dict[str, Any]:
     """Why a layer has no scores, as `route_by_token` or `raise_routers` noted it on the experts."""
     if by_token := node.meta.get("moefx_by_token"):
-        return {"unscored": f"it needs the layer's router, but {by_token}"}
+        return {"unscored": f"it needs the layer's router, but {by_token}", "by_token": _token_logits(write, idx)}
     why = node.meta.get("moefx_router")
     return {"unscored": f"{Taps.unscored} ({why})"} if why else {}
+
+
+def _token_logits(write: Writer, idx: fx.Node) -> Any:
+    """[T, E] logits behind a choice that `route_by_token` made of a router's logits [B, S, E]; None of a given one."""
+    turned = False
+    while name_of(idx) in (*MOVES, "narrow", "transpose"):
+        turned, idx = turned or name_of(idx) == "transpose", idx.args[0]  # type: ignore[assignment]
+    top = idx.args[0] if idx.target is compat.getitem else None
+    if not isinstance(top, fx.Node) or name_of(top) != "topk":
+        return None
+    logits: Any = top.args[0]
+    if name_of(logits) == "add" and value(logits.args[1]).dim() == 1:  # the bias of the choice
+        logits = logits.args[0]
+    rows = write(logits)
+    return (rows.transpose(0, 1) if turned else rows).flatten(0, 1)
 
 
 def _router(write: Writer, route: fx.Node, activation: fx.Node) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,7 +67,7 @@ def find_blocks(model: nn.Module) -> list[Block]:
     blocks = _with_interface(model)
     inside = [b.path for b in blocks if b.raised]
     for path, module in model.named_modules():
-        if _is_interface(module) or any(within(path, p) for p in inside):
+        if is_interface(module) or any(within(path, p) for p in inside):
             continue
         if (reason := _look_alike(module)) is not None:
             blocks.append(Block(path, type(module).__qualname__, False, reason=reason))
@@ -75,12 +75,12 @@ def find_blocks(model: nn.Module) -> list[Block]:
 
 
 def _with_interface(model: nn.Module) -> list[Block]:
-    return [_inspect(path, module) for path, module in model.named_modules() if _is_interface(module)]
+    return [_inspect(path, module) for path, module in model.named_modules() if is_interface(module)]
 
 
 def to_observe(model: nn.Module) -> dict[str, nn.Module]:
     """Modules of hand-written blocks whose calls must be seen (`raising.probe.observed`) before they can be raised."""
-    tries = chains(model, {path for path, m in model.named_modules() if _is_interface(m)})
+    tries = chains(model, {path for path, m in model.named_modules() if is_interface(m)})
     return {path: model.get_submodule(path) for chain in tries for path in chain}
 
 
@@ -92,6 +92,7 @@ def raised(
     *,
     calls: dict[str, Seen] | None = None,
     live: bool = True,
+    experts: Callable[[str], Callable[..., Tensor]] | None = None,
 ) -> Iterator[list[Block]]:
     """While active, every raisable MoE block of `model` runs dialect ops. Undone at the end, also on error.
 
@@ -100,9 +101,10 @@ def raised(
         calls: what `observed` saw of them, instead.
         live: expert tensors made of several parameters are put together at every call. Otherwise, for a capture, they
             are parameters of the block for the time being (`Block.assemblies`).
+        experts: from the path of a hand-written block to what it calls in the place of `moefx.experts`.
     """
     looks = find_blocks(model)
-    blocks = [b for b in looks if _is_interface(model.get_submodule(b.path))]
+    blocks = [b for b in looks if is_interface(model.get_submodule(b.path))]
     tries = chains(model, {b.path for b in blocks})
     if calls is None:
         with observed({p: model.get_submodule(p) for chain in tries for p in chain}) as calls:
@@ -118,7 +120,7 @@ def raised(
     for path, module in model.named_modules():
         if not any(within(path, home) or within(home, path) for home in homes) and (reason := _selects(module)):
             blocks.append(Block(path, type(module).__qualname__, False, reason=reason))
-    with _interface(model, blocks), _replaced(outcomes, live=live):
+    with _interface(model, blocks), _replaced(outcomes, live=live, experts=experts):
         yield blocks
 
 
@@ -141,7 +143,9 @@ def _row(o: Outcome) -> Block:
 
 
 @contextlib.contextmanager
-def _replaced(outcomes: list[Outcome], *, live: bool) -> Iterator[None]:
+def _replaced(
+    outcomes: list[Outcome], *, live: bool, experts: Callable[[str], Callable[..., Tensor]] | None
+) -> Iterator[None]:
     """The proven forwards in the place of the blocks' own."""
     done: list[tuple[nn.Module, Any, list[str]]] = []
     try:
@@ -157,7 +161,7 @@ def _replaced(outcomes: list[Outcome], *, live: bool) -> Iterator[None]:
                         whole = assembly.build(m.get_parameter).detach()
                         m._parameters[name] = nn.Parameter(whole, requires_grad=any(p.requires_grad for p in params))
                     done[-1][2].append(name)
-            new = o.raising.replay.forward(m, live=live)
+            new = o.raising.replay.forward(m, live=live, experts=None if experts is None else experts(o.path))
             m.__dict__["forward"] = _in_mode(m, new, own) if live else new
         yield
     finally:
@@ -218,7 +222,7 @@ def _hooked(config: Any) -> Any:
     return new
 
 
-def _is_interface(module: nn.Module) -> bool:
+def is_interface(module: nn.Module) -> bool:
     flags = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_is_expert_parallel")
     return all(hasattr(module, f) for f in flags) and hasattr(
         getattr(module, "config", None), "_experts_implementation"
@@ -320,7 +324,7 @@ def _look_alike(module: nn.Module) -> str | None:
     name = type(module).__name__
     experts = next((n for a in ("num_experts", "moe_num_experts") if type(n := getattr(module, a, None)) is int), 0)
     stacked = [n for n, p in module._parameters.items() if p is not None and (p.dim() == 3 or _flat(name, p, experts))]
-    if any(_is_interface(m) for m in module.modules()):
+    if any(is_interface(m) for m in module.modules()):
         return None  # around experts of transformers: a list of MoE layers, say
     reason = outline(module, stacked if EXPERT_NAME.search(name) else [])
     if reason is not None:

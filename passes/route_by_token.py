@@ -15,7 +15,8 @@ from moefx.errors import PassError
 from moefx.graph.edit import arguments, find, module_path, origin, outputs, same_sizes, source_line, value
 from moefx.graph.effects import erase_unread, name_of
 from moefx.graph.removal import downstream, take_out
-from moefx.graph.router import PRODUCTS
+from moefx.graph.routed import RoutedLayer, routed_layer
+from moefx.graph.router import PRODUCTS, route_of
 from moefx.manager import Context, Pass
 
 ops = torch.ops.moefx
@@ -48,6 +49,7 @@ class RouteByToken(Pass):
         if odd := find(graph, ops.expert_choice):
             raise _error(odd[0], "experts that choose their tokens cannot be routed by token", "leave router= out")
         layers, old = _layers(graph), list[fx.Node]()
+        graph.output_node().meta["moefx_routed"] = self._noted(graph, layers, markers[0])
         source = _Source(graph, markers[0], self, max(layer.k for layer in layers))
         for n, layer in enumerate(layers):
             ctx.node = layer.experts
@@ -63,6 +65,19 @@ class RouteByToken(Pass):
             ctx.row.notes.append(f"what old routers added at {where} is no longer added")
         source.marker.replace_all_uses_with(source.given[0])
         erase_unread(graph)
+
+    def _noted(self, graph: fx.Graph, layers: list[_Layer], marker: fx.Node) -> list[RoutedLayer]:
+        """The layers as decoding needs to know them."""
+        found = []
+        for experts in find(graph, ops.experts):
+            idx = arguments(experts)["idx"]
+            layer = next((n for n in layers if n.experts is experts or n.route is route_of(idx)), None)
+            layer = layer or next(n for n in layers if idx in downstream(graph, [n.idx], but=_floating(graph)))
+            found.append(routed_layer(
+                experts, layer.idx, layer.w, None if layer.spec is None else layer.route, factor=self.scale,
+                gates=self.gates, sequence_major=marker.meta.get("moefx_layout") == "sequence",
+            ))  # fmt: skip
+        return found
 
     def _new(self, source: _Source, layer: _Layer, n: int) -> tuple[fx.Node, fx.Node]:
         idx = source.idx(layer, n)
@@ -113,8 +128,7 @@ def _layers(graph: fx.Graph) -> list[_Layer]:
         if 1 in outs and 2 in outs:
             E = int(value(a["logits"]).shape[-1])
             found.append(_Layer(route, outs[1], outs[2], E, route, spec, [*_back_to_product(a["logits"], E), route]))
-    floating = {n for n in graph.nodes if isinstance(value(n), Tensor) and value(n).is_floating_point()}
-    fed = downstream(graph, [layer.idx for layer in found], but=floating)
+    fed = downstream(graph, [layer.idx for layer in found], but=_floating(graph))
     for experts in find(graph, ops.experts):
         a = arguments(experts)
         if a["idx"] not in fed:
@@ -129,6 +143,10 @@ def _layers(graph: fx.Graph) -> list[_Layer]:
             "see the report's raise_routers row for the reason",
         )
     return sorted(found, key=lambda layer: layer.experts)
+
+
+def _floating(graph: fx.Graph) -> set[fx.Node]:
+    return {n for n in graph.nodes if isinstance(value(n), Tensor) and value(n).is_floating_point()}
 
 
 def _back_to_product(logits: fx.Node, E: int) -> set[fx.Node]:

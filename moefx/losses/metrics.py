@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -36,8 +36,9 @@ class RoutingMetrics(Item):
     different numbers of experts, rows are filled up with zeros. Entries of `transitions` between layers that do not see
     the same tokens are zero.
 
-    Those of `SCORED` need the scores of all experts. They are absent when a layer's router is not known, and when the
-    model is routed by token ids; `transitions` then goes by the largest routing weight of each token.
+    Those of `SCORED` need the scores of all experts. They are absent when a layer's router is not known, and with
+    precomputed routing. Of a model that is routed by token ids they are those of the softmax over that router's logits.
+    `transitions` of both goes by the largest routing weight of each token.
 
     Attributes:
         choices: return the chosen experts themselves, too; absent for layers that do not see the same tokens.
@@ -62,6 +63,8 @@ class RoutingMetrics(Item):
         }
         if self.choices:
             found["choices"] = torch.where(tap.ones > 0, tap.ranked, -1).to(torch.int64)
+        if tap.logits is None and tap.by_token is not None:
+            tap = replace(tap, logits=tap.by_token, score="softmax")
         return found if tap.logits is None else found | _of_scores(tap)
 
     def combine(self, parts: Sequence[dict[str, Any]], taps: Sequence[Taps]) -> dict[str, Any]:

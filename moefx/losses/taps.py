@@ -29,6 +29,7 @@ class Taps:
         score: how the router scores them, one of `SCORES`; "identity" is a softmax over the k chosen logits.
         full: [T, E] the router's own softmax over all E in `dtype`, if it computes that.
         unscored: why there are no logits, for refusals.
+        by_token: [T, E] logits of a frozen router of token ids that chose the experts; for measurements alone.
         w: [T, k] routing weights of the chosen experts.
         z: [S, I] inputs of the down products, in slot order. A positive scale per row makes no difference.
         y: [S, H] outputs of the experts, not yet weighted.
@@ -50,6 +51,7 @@ class Taps:
     score: str = "softmax"
     full: Any = None
     unscored: str = "its router is not in a known normal form, so that its full scores are not known"
+    by_token: Any = None
     w: Any = None
     z: Any = None
     y: Any = None
@@ -67,7 +69,7 @@ class Taps:
     def __post_init__(self) -> None:
         if self.score not in SCORES:
             raise InputError(f"scores of kind {self.score!r}", where=self.path, todo=f"use one of {', '.join(SCORES)}")
-        for name, t in (("logits", self.logits), ("full", self.full)):
+        for name, t in (("logits", self.logits), ("full", self.full), ("by_token", self.by_token)):
             if isinstance(t, torch.Tensor) and t.shape[-1] != self.experts:
                 raise InputError(
                     f"{name} has {t.shape[-1]} columns for {self.experts} experts",

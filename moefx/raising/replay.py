@@ -96,12 +96,15 @@ class Replay:
     assemblies: dict[str, Assembly]
     spec: str
 
-    def forward(self, block: nn.Module, *, live: bool) -> Callable[..., Any]:
+    def forward(
+        self, block: nn.Module, *, live: bool, experts: Callable[..., Tensor] | None = None
+    ) -> Callable[..., Any]:
         """The forward for `block`.
 
         Args:
             live: assemble expert tensors at every call. Otherwise they are read from the block as attributes, which
                 the caller has to put there (`capture` makes them inputs of the graph).
+            experts: is called in the place of `moefx.experts`, with its arguments.
         """
         graph = fx.Graph()
         copied: dict[fx.Node, fx.Node] = {}
@@ -111,6 +114,8 @@ class Replay:
                 copied[node] = graph.call_function(build, ())
             else:
                 copied[node] = graph.node_copy(node, lambda n: copied[n])
+                if experts is not None and node.target is ops.experts:
+                    copied[node].target = experts
         code = graph.python_code("self")
         scope = dict(code.globals)
         name = f"<moefx forward of {type(block).__name__} {next(_count)}>"

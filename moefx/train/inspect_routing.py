@@ -34,6 +34,7 @@ def inspect_routing(
     places: int | None = None,
     out: Path | None = None,
     options: Mapping[str, Any] | None = None,
+    router: str = "",
 ) -> tuple[dict[str, Any], str]:
     """Measure routing over `batches` batches int64 [batch, seq], and draw it into the folder `out` if that is given.
 
@@ -42,11 +43,12 @@ def inspect_routing(
             bytes is given random ids.
         weights: as `load_weights` takes them; without, weights are random.
         places: add the traffic of expert parallelism over so many places.
-        options: for `optimize`.
+        options: for `optimize`; with a `router` of token ids, the routing is that of the model routed by it.
+        router: what it is called in the text.
 
     Returns:
-        `routing_numbers.numbers`, with `model`, `inputs`, `tokens`, and if asked for `places`, `traffic` and `files`;
-        and the text to print.
+        `routing_numbers.numbers`, with `model`, `router`, `inputs`, `tokens`, and if asked for `places`, `traffic` and
+        `files`; and the text to print.
 
     Raises:
         MissingPackageError: `out` is given and matplotlib is not installed.
@@ -60,16 +62,18 @@ def inspect_routing(
     texts = open_dataset(data) if data or vocab_size_of(module) == BYTES else None
     routing, paths = observe(module, example_batches(module, texts, batches, batch, seq), **(options or {}))
     inputs = "random ids" if texts is None else texts.name
-    found = {"model": model, "inputs": inputs, "tokens": batches * batch * seq, **numbers(routing, paths)}
+    about_run = {"model": model, "router": router or None, "inputs": inputs, "tokens": batches * batch * seq}
+    found = {**about_run, **numbers(routing, paths)}
     if places is not None:
         found |= {"places": places, "traffic": traffic(routing, batches, places)}
     about = f"{found['tokens']:,} tokens: {inputs}, {batches} batches of {batch} x {seq}"
     about += "; weights are random" if weights is None else f"; weights of {weights}"
-    said = f"routing of {model}, {about}\n\n{view.text(found)}"
+    name = f"{model} by {router}" if router else model
+    said = f"routing of {name}, {about}\n\n{view.text(found)}"
     if out is not None:
         counts = routing["transitions"].numpy() if "transitions" in routing else None
         images = view.pictures(found, counts, together(routing))
-        files = view.write(out, images, view.page(found, images, f"Routing of {model}", about))
+        files = view.write(out, images, view.page(found, images, f"Routing of {name}", about))
         found["files"] = [str(f) for f in files]
         said += f"\n\nwritten: {', '.join(found['files'])}"
     return found, said
@@ -98,6 +102,8 @@ def observe(model: nn.Module, batches: Iterable[Tensor], **options: Any) -> tupl
         with torch.no_grad():
             opt = optimize(model.eval(), {"input_ids": given[0]}, losses=[RoutingMetrics(choices=True)], **options)
             for ids in given:
+                if (check := getattr(opt.router, "check_ids", None)) is not None:
+                    check(ids)  # a graph looks at no values
                 opt(input_ids=ids)
                 seen.add(opt.routing)
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -300,8 +301,16 @@ def test_metrics_of_a_model_that_is_routed_by_token_ids(training: bool) -> None:
     idx = Table(E)(inputs["input_ids"]).flatten(0, 1).topk(k).indices
     load = torch.bincount(idx.flatten(), minlength=E) / idx.numel()
     found = opt.routing
-    assert set(found) == set(SHAPES) - set(SCORED)
+    assert set(found) == set(SHAPES)
     assert torch.equal(found["choices"], torch.stack([idx, idx]))
+    s = Table(E)(inputs["input_ids"]).flatten(0, 1).softmax(-1)
+    wanted = {
+        "token_entropy": -(s * s.log()).sum(-1).mean() / math.log(E),
+        "marginal_entropy": -(s.mean(0) * s.mean(0).log()).sum() / math.log(E),
+        "mass": s.gather(-1, idx).sum(-1).mean(),
+    }
+    for name, want in wanted.items():
+        torch.testing.assert_close(found[name], want.expand(2))
     for i in range(2):
         torch.testing.assert_close(found["load"][i], load)
         assert float(found["max_violation"][i]) == pytest.approx(float(load.max()) * E - 1, rel=1e-5)
@@ -311,6 +320,27 @@ def test_metrics_of_a_model_that_is_routed_by_token_ids(training: bool) -> None:
     assert not torch.equal(found["overlap"][0], found["overlap"][1])
     if training:
         assert float(opt.losses["sp"]) == pytest.approx(k * (k - 1) * float(found["overlap"].sum()), rel=1e-5)
+
+
+def test_scores_are_not_known_of_precomputed_routing_and_leave_a_selection_bias_out() -> None:
+    model, inputs = build("qwen3_moe"), zoo.batch(zoo.get("qwen3_moe"))
+    E, k = model.config.num_experts, model.config.num_experts_per_tok
+    biased = Table(E)
+    biased.register_buffer("selection_bias", torch.linspace(0, 3, E))
+    plain, other = (
+        moefx.optimize(model, inputs, router=moefx.Routing(t, gates=gates), codegen="eager", losses="metrics")
+        for t, gates in ((Table(E), "router"), (biased, "layer"))
+    )
+    plain(**inputs)
+    other(**inputs)
+    assert torch.equal(plain.routing["token_entropy"], other.routing["token_entropy"])
+    assert bool((plain.routing["mass"] > other.routing["mass"] + 1e-3).all())  # the bias chooses, and costs mass
+    idx, gates = torch.zeros((*inputs["input_ids"].shape, k), dtype=torch.int64), torch.full((k,), 1 / k)
+    idx += torch.arange(k)
+    given = {**inputs, "routing_idx": idx, "routing_gates": gates.expand(idx.shape).contiguous()}
+    opt = moefx.optimize(model, given, router=moefx.Precomputed(), codegen="eager", losses="metrics")
+    opt(**given)
+    assert set(opt.routing) == set(SHAPES) - set(SCORED) - {"choices"}
 
 
 def test_losses_of_routers_that_are_gone_say_so() -> None:

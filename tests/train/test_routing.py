@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import moefx
 from moefx.errors import InputError, MissingPackageError
 from moefx.train import checkpoint
+from moefx.train.data import open_dataset
 from moefx.train.inspect_routing import example_batches, inspect_routing, observe, together, traffic
 from moefx.train.interrupt import TrainingInterrupted
 from moefx.train.loop import TrainResult
@@ -194,6 +196,34 @@ def test_inspect(trained: Path, tmp_path: Path) -> None:
     assert "files" not in other
 
 
+@pytest.fixture(scope="module")
+def grouter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the default model's vocabulary and number of experts."""
+    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 32, "init_std": 0.5}
+    torch.manual_seed(0)
+    made = moefx.Grouter.from_config(vocab_size=256, num_experts=8, **sizes)
+    return made.save_pretrained(tmp_path_factory.mktemp("grouter"))
+
+
+def test_inspect_of_a_model_routed_by_a_grouter(grouter: Path) -> None:
+    """The load is that of the Grouter's own choice on the same batches, in every layer, and not the model's."""
+    pytest.importorskip("transformers")
+    options: dict[str, Any] = {"batch": 1, "seq": 16, "batches": 4}
+    made = moefx.Grouter.from_pretrained(grouter)
+    routed = {"codegen": "eager", "router": made}
+    found, said = inspect_routing("default", options=routed, router=str(grouter), **options)
+    data = open_dataset(())
+    batches = example_batches(default_model(0), data, 4, 1, 16)
+    idx = torch.cat([made.route(ids, k=2)[0] for ids in batches]).flatten()
+    load = (torch.bincount(idx, minlength=8) / len(idx)).tolist()
+    assert len(found["load"]) == 4
+    for row in found["load"]:
+        assert row == pytest.approx(load)
+    assert found["steps"][0]["hit_rate_1"] == 1.0
+    assert f"routing of default by {grouter}" in said
+    assert inspect_routing("default", options={"codegen": "eager"}, **options)[0]["load"][0] != pytest.approx(load)
+
+
 def test_weights_that_do_not_fit(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"weights cannot be loaded[\s\S]*embed"):
         load_weights(ToyLM(), trained)
@@ -207,16 +237,31 @@ def test_drawing_without_matplotlib_fails_before_the_work(tmp_path: Path, monkey
         inspect_routing("no such model", out=tmp_path)
 
 
-def test_the_command() -> None:
+def test_the_command(grouter: Path, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
 
-    def moefx(*args: str) -> subprocess.CompletedProcess[str]:
+    def run_cli(*args: str) -> subprocess.CompletedProcess[str]:
         code = "from moefx.cli import main; main()"
         return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=300)
 
-    done = moefx("inspect", "--routing", "--json", "--batch", "1", "--seq", "16", "--batches", "2")
+    done = run_cli("inspect", "--routing", "--json", "--batch", "1", "--seq", "16", "--batches", "2")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["tokens"] == 32
-    done = moefx("inspect", "--places", "2")
+    few = ("--batch", "1", "--seq", "16", "--router", str(grouter))
+    done = run_cli("inspect", "--routing", *few, "--batches", "2", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert f"by {grouter}" in (tmp_path / "routing.html").read_text()
+    assert (tmp_path / "load.png").stat().st_size > 1000
+    done = run_cli("inspect", *few, "--json", "--diff", "raise_routers", "route_by_token")
+    assert done.returncode == 0, done.stderr
+    data = json.loads(done.stdout)
+    assert next(p for p in data["passes"] if p["name"] == "route_by_token")["matched"] == 4
+    removed = [line for line in data["diff"].splitlines() if line.startswith("-")]
+    assert sum("moefx.route(" in line for line in removed) == 4
+    assert any("moefx.token_route" in line for line in removed)
+    done = run_cli("inspect", "--router", str(tmp_path))
+    assert done.returncode == 2
+    assert "no Grouter can be read from this folder" in done.stderr
+    done = run_cli("inspect", "--places", "2")
     assert done.returncode == 2
     assert "--places is given without --routing" in done.stderr

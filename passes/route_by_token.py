@@ -58,6 +58,12 @@ class RouteByToken(Pass):
                 mine.replace_all_uses_with(theirs, delete_user_cb=lambda u: u not in source.made)
             old += layer.old
             ctx.matched(layer.experts)
+            if layer.spec is None:
+                where = module_path(layer.experts) or layer.experts.name
+                ctx.row.notes.append(
+                    f"{where}: its own router has no normal form (see raise_routers); what it did besides choosing k "
+                    "experts and weighing them, as dropping choices beyond a capacity, is gone"
+                )
         ctx.node = None
         for experts in find(graph, ops.experts):
             experts.meta["moefx_by_token"] = f"the model is routed by token ids, {KEPT[self.gates]}"

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import moefx
+from moefx.models.moe_lm import MoELM
 from moefx.routing import FutureTokensWarning
 
 from . import zoo
@@ -364,3 +365,16 @@ def test_a_router_outside_the_normal_form_is_replaced_but_cannot_weigh() -> None
     assert torch.allclose(opt(**inputs).loss, want, rtol=1e-5)
     with pytest.raises(moefx.PassError, match="no normal form"):
         moefx.optimize(model, inputs, router=moefx.Routing(table, gates="layer"), codegen="eager")
+
+
+def test_a_capacity_goes_with_the_router_that_had_it_and_the_report_says_so() -> None:
+    torch.manual_seed(0)
+    model, ids = MoELM(40, 32, 16, 2, 2, 4, 2, "F", capacity=3), torch.randint(0, 40, (2, 16))
+    inputs, table = {"input_ids": ids, "labels": ids}, Table(40, 4)
+    roomy = MoELM(40, 32, 16, 2, 2, 4, 2, "F")
+    roomy.load_state_dict(model.state_dict())
+    opts = [moefx.optimize(m, inputs, router=table, codegen="eager") for m in (model, roomy)]
+    torch.testing.assert_close(opts[0](**inputs)["logits"], opts[1](**inputs)["logits"])
+    assert not torch.allclose(model(**inputs)["logits"], roomy(**inputs)["logits"])  # there, it drops choices
+    notes = [p["notes"] for p in opts[0].report.to_dict()["passes"] if p["name"] == "route_by_token"]
+    assert [n.split(":")[0] for n in notes[0]] == ["layers.0.moe", "layers.1.moe"]

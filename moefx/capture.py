@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from . import compat
 from .errors import CaptureError, InputError, first_line, nearest
+from .graph.checkpointed import inline_checkpointed
 
 Tensor = torch.Tensor
 
@@ -142,6 +143,7 @@ def capture(
             gm = compat.capture_forward(model, args, kwargs)
         except compat.CAPTURE_ERRORS as e:
             raise _explained(e, model) from e
+    inline_checkpointed(gm)
     # Transformers' output recorder is put back by the forward itself; `buffer += 1` rebinds the same tensor.
     changed = [s for s in gm.meta["side_effects"] if not s.endswith("._buffers") and not _by_transformers(model, s)]
     if changed:

@@ -11,6 +11,7 @@ import builtins
 import contextlib
 import operator
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ HOOKS = (
     "_backward_pre_hooks",
     "_backward_hooks",
 )
+# Held while a graph is made: Dynamo, AOT and the registries of transformers keep their state per process, not per thread.
+compiling = threading.RLock()
 CAPTURE_ERRORS: tuple[type[Exception], ...] = (TorchDynamoException,)
 _SIDE_EFFECTS = re.compile(r"side effects happened in the model.forward.*?(\[.*\])", re.DOTALL)
 
@@ -347,6 +350,11 @@ def disable_autocast() -> Iterator[None]:
     """Run a traced graph as traced: the casts that autocast asked for are nodes in it already."""
     with torch._C._DisableAutocast():
         yield
+
+
+def functorch_active() -> bool:
+    """Whether a transform of torch.func is running."""
+    return bool(torch._C._are_functorch_transforms_active())
 
 
 # --- fake tensors

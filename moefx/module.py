@@ -22,6 +22,7 @@ from . import compat
 from .delayed import AmaxHistory
 from .errors import InputError
 from .losses import BiasUpdate, sign_update
+from .pickled import without_recorders
 from .precision_metrics import Meter
 from .program import Program
 from .raising.replay import Assembly
@@ -171,7 +172,7 @@ class OptimizedModule(nn.Module):
 
     def __reduce__(self) -> Any:
         """Pickle the original and the options; graphs are compiled again when next called."""
-        return (_rebuild, (self.original, self._options, self.precision_state()))
+        return (_rebuild, (without_recorders(self.original), self._options, self.precision_state()))
 
     def extra_repr(self) -> str:
         """One line for `print(module)`."""
@@ -340,13 +341,20 @@ class OptimizedModule(nn.Module):
             self.__dict__["_refs"], self.__dict__["_variants"] = {}, {}
         variant = self._variants.get(self._key(leaves, spec, exact=True))
         if variant is None:
+            with compat.compiling:
+                variant = self._new_variant(args, kwargs, leaves, spec)
+        return variant, leaves
+
+    def _new_variant(self, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any], spec: Any) -> Variant:
+        variant = self._variants.get(self._key(leaves, spec, exact=True))  # another thread may have made it meanwhile
+        if variant is None:
             variant = self._find_dynamic(leaves, spec)
             if variant is None:
                 variant = self._compile(self, args, kwargs)
                 variant.loose_key = self._key(leaves, spec, exact=False)
             # The key is taken after compiling: a first forward may install hooks (transformers' recorders).
             self._variants[self._key(leaves, spec, exact=True)] = variant
-        return variant, leaves
+        return variant
 
     def _key(self, leaves: list[Any], spec: Any, *, exact: bool) -> Any:
         """The signature of a call; not `exact` leaves sizes out, for variants with symbolic sizes."""

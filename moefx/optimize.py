@@ -104,6 +104,12 @@ def optimize(
             )
     if not isinstance(model, nn.Module):
         raise InputError(f"the model is a {type(model).__name__}, not an nn.Module", todo="pass the module itself")
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise InputError(
+            f"the model is wrapped in {type(model).__name__}",
+            why="its forward communicates and copies, which is no part of a graph",
+            todo=f"optimize what is inside, and wrap that: {type(model).__name__}(moefx.optimize(model.module, ...))",
+        )
     if codegen not in CODEGENS:
         raise InputError(f"unknown codegen {codegen!r}", todo=nearest(str(codegen), CODEGENS))
     chosen = get_recipe(recipe)

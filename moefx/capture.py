@@ -242,6 +242,8 @@ def _explained(e: Exception, model: nn.Module) -> CaptureError:
     stack: traceback.StackSummary | None = getattr(e, "real_stack", None)
     frames = [f for f in stack or [] if f"{'/'}torch{'/'}" not in f.filename]
     where = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}: {frames[-1].line}" if frames else None
+    if where is None and (lines := re.findall(r'File "(.+)", line (\d+), in (\w+)\n\s+(.+)', str(e))):
+        where = "{}:{} in {}: {}".format(*lines[-1])  # errors without a stack of their own tell it in their text
     first = first_line(e, type(e).__name__)
     if inner := re.search(r"raised exception (\w+\(.*\))", str(e)):
         first = f"{first} {inner[1]}"

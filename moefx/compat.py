@@ -28,6 +28,7 @@ from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -43,9 +44,10 @@ HOOKS = (
     "_backward_pre_hooks",
     "_backward_hooks",
 )
-# Held while a graph is made: Dynamo, AOT and the registries of transformers keep their state per process, not per thread.
+# Held while a graph is made: Dynamo, AOT and the registries of transformers keep their state per process.
 compiling = threading.RLock()
-CAPTURE_ERRORS: tuple[type[Exception], ...] = (TorchDynamoException,)
+# Questions about sizes that only values tell mostly come wrapped in Dynamo's errors, but not from `tensor.tolist()`.
+CAPTURE_ERRORS: tuple[type[Exception], ...] = (TorchDynamoException, GuardOnDataDependentSymNode)
 _SIDE_EFFECTS = re.compile(r"side effects happened in the model.forward.*?(\[.*\])", re.DOTALL)
 
 

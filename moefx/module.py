@@ -346,12 +346,13 @@ class OptimizedModule(nn.Module):
         return variant, leaves
 
     def _new_variant(self, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any], spec: Any) -> Variant:
-        variant = self._variants.get(self._key(leaves, spec, exact=True))  # another thread may have made it meanwhile
+        # Another thread may have made it meanwhile.
+        variant: Variant | None = self._variants.get(self._key(leaves, spec, exact=True))
         if variant is None:
             variant = self._find_dynamic(leaves, spec)
             if variant is None:
-                variant = self._compile(self, args, kwargs)
-                variant.loose_key = self._key(leaves, spec, exact=False)
+                variant = found = self._compile(self, args, kwargs)
+                found.loose_key = self._key(leaves, spec, exact=False)
             # The key is taken after compiling: a first forward may install hooks (transformers' recorders).
             self._variants[self._key(leaves, spec, exact=True)] = variant
         return variant

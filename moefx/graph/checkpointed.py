@@ -1,9 +1,9 @@
 """Activation checkpointing (`torch.utils.checkpoint`) in a captured model.
 
 Dynamo hides a checkpointed region in a graph of its own behind one node, where no pass would find the experts in it.
-`inline_checkpointed` puts the region's nodes into the model graph and marks them; nodes that passes make of them inherit
-the mark, through the joint trace too, and `recompute_checkpointed` tells the partitioner to compute them again in the
-backward instead of saving them.
+`inline_checkpointed` puts the region's nodes into the model graph and marks them; nodes that passes make of them
+inherit the mark, through the joint trace too, and `recompute_checkpointed` tells the partitioner to compute them again
+in the backward instead of saving them.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _inline(gm: fx.GraphModule, node: fx.Node, region: int) -> None:
                 new.meta["custom"] = {**(new.meta.get("custom") or {}), REGION: region}
     result = fx.map_arg(body.graph.output_node().args[0], table.__getitem__)
     for user in list(node.users):
-        part: Any = result[user.args[1]] if user.target is compat.getitem else None  # type: ignore[index, call-overload]
+        part: Any = result[user.args[1]] if user.target is compat.getitem else None  # type: ignore[index]
         user.replace_all_uses_with(part)
         graph.erase_node(user)
     graph.erase_node(node)

@@ -25,7 +25,15 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     ("moefx", "moefx.cli", "moefx.train", "moefx.grouter", "moefx.plan"),
     ("moefx.models",),
-    ("moefx.optimize", "moefx.backend", "moefx.module", "moefx.program", "moefx.weights", "moefx.precision_metrics"),
+    (
+        "moefx.optimize",
+        "moefx.backend",
+        "moefx.module",
+        "moefx.program",
+        "moefx.weights",
+        "moefx.precision_metrics",
+        "moefx.pickled",
+    ),
     ("moefx.passes",),
     (
         "moefx.manager",

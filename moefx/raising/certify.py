@@ -220,8 +220,9 @@ def _run(
 
 
 def device_of(block: nn.Module) -> str:
-    """The kind of device on which a block is."""
-    return next((p.device.type for p in block.parameters()), "cpu")
+    """The kind of device on which a block is, as autocast knows it (it does not know "meta")."""
+    found = next((p.device.type for p in block.parameters()), "cpu")
+    return found if torch.amp.is_autocast_available(found) else "cpu"
 
 
 def _differentiable(t: Any) -> bool:

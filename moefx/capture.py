@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from . import compat
 from .errors import CaptureError, InputError, first_line, nearest
+from .graph.checkpointed import inline_checkpointed
 
 Tensor = torch.Tensor
 
@@ -142,6 +143,7 @@ def capture(
             gm = compat.capture_forward(model, args, kwargs)
         except compat.CAPTURE_ERRORS as e:
             raise _explained(e, model) from e
+    inline_checkpointed(gm)
     # Transformers' output recorder is put back by the forward itself; `buffer += 1` rebinds the same tensor.
     changed = [s for s in gm.meta["side_effects"] if not s.endswith("._buffers") and not _by_transformers(model, s)]
     if changed:
@@ -240,6 +242,8 @@ def _explained(e: Exception, model: nn.Module) -> CaptureError:
     stack: traceback.StackSummary | None = getattr(e, "real_stack", None)
     frames = [f for f in stack or [] if f"{'/'}torch{'/'}" not in f.filename]
     where = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}: {frames[-1].line}" if frames else None
+    if where is None and (lines := re.findall(r'File "(.+)", line (\d+), in (\w+)\n\s+(.+)', str(e))):
+        where = "{}:{} in {}: {}".format(*lines[-1])  # errors without a stack of their own tell it in their text
     first = first_line(e, type(e).__name__)
     if inner := re.search(r"raised exception (\w+\(.*\))", str(e)):
         first = f"{first} {inner[1]}"

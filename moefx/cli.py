@@ -112,6 +112,8 @@ def inspect(
     from .models.grouter import Grouter
     from .train.models import load_model
 
+    if low := next((n for n, v in {"batch": batch, "seq": seq, "batches": batches}.items() if v < 1), None):
+        raise InputError(f"--{low} is out of range", todo="choose at least 1")
     grouter = None if router is None else Grouter.from_pretrained(router)
     if routing:
         from .train.inspect_routing import inspect_routing

@@ -11,6 +11,7 @@ import builtins
 import contextlib
 import operator
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -42,7 +44,10 @@ HOOKS = (
     "_backward_pre_hooks",
     "_backward_hooks",
 )
-CAPTURE_ERRORS: tuple[type[Exception], ...] = (TorchDynamoException,)
+# Held while a graph is made: Dynamo, AOT and the registries of transformers keep their state per process.
+compiling = threading.RLock()
+# Questions about sizes that only values tell mostly come wrapped in Dynamo's errors, but not from `tensor.tolist()`.
+CAPTURE_ERRORS: tuple[type[Exception], ...] = (TorchDynamoException, GuardOnDataDependentSymNode)
 _SIDE_EFFECTS = re.compile(r"side effects happened in the model.forward.*?(\[.*\])", re.DOTALL)
 
 
@@ -64,6 +69,9 @@ def capture_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict
         automatic_dynamic_shapes=False,
         specialize_int=True,
         specialize_float=True,
+        # A checkpointed region may change Python state (transformers' recorders of router logits do); it is not run
+        # again in the backward, only its nodes are.
+        skip_fwd_side_effects_in_bwd_under_checkpoint=True,
     )
     with settings, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -266,15 +274,41 @@ def partition(gm: fx.GraphModule, fwd_outputs: int, *, recompute: bool) -> tuple
     inputs = [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")]
     fake_mode = detect_fake_mode(inputs)
     context = tracing(TracingContext(fake_mode)) if fake_mode is not None else contextlib.nullcontext()
-    with context, torch.no_grad(), disable_autocast():
+    # With the random stream of eager PyTorch, states of generators cross as tensors, on every device.
+    with context, torch.no_grad(), disable_autocast(), torch._inductor.config.patch(fallback_random=True):
         fw, bw = fn(gm, inputs, num_fwd_outputs=fwd_outputs, static_lifetime_input_indices=[])
+    if fake_mode is not None:
+        _settle_random_states(fw, bw, fake_mode)
     return fw, bw
 
 
-def recompute(*nodes: fx.Node) -> None:
-    """Let the partitioners compute these forward nodes again in the backward, whatever that costs."""
+def _settle_random_states(fw: fx.GraphModule, bw: fx.GraphModule, fake_mode: FakeTensorMode) -> None:
+    """Give the random states that recomputed draws start from one name in both halves, as other saved values have, and
+    a fixed size: the partitioner takes it for a symbol.
+
+    It appends them to the forward's outputs in the order in which it numbers the backward's inputs.
+    """
+    results: Any = fw.graph.output_node().args[0]
+    save = torch._prims.rng_prims.run_and_save_rng_state
+    states = [n for n in results if isinstance(n, fx.Node) and n.op == "call_function" and n.target is operator.getitem]
+    states = [n for n in states if n.args[0].target is save and n.args[1] == 0]  # type: ignore[union-attr]
+    inputs = [n for n in bw.graph.find_nodes(op="placeholder") if n.name.startswith("rng_state_output_")]
+    for state, read in zip(states, sorted(inputs, key=lambda n: int(n.name.rpartition("_")[2])), strict=True):
+        state.name = read.name
+        with fake_mode:
+            val = torch.empty([size_hint(s) for s in state.meta["val"].shape], dtype=state.meta["val"].dtype)
+        state.meta["val"] = read.meta["val"] = val
+    if states:
+        fw.recompile()
+
+
+def recompute(*nodes: fx.Node, region: int = 0) -> None:
+    """Let the partitioners compute these forward nodes again in the backward, whatever that costs.
+
+    What a later region reads of an earlier one (a smaller number) is saved.
+    """
     for n in nodes:
-        n.meta["recompute"], n.meta["ac_graph_id"] = CheckpointPolicy.MUST_RECOMPUTE, 0
+        n.meta["recompute"], n.meta["ac_graph_id"] = CheckpointPolicy.MUST_RECOMPUTE, region
 
 
 def keep(*nodes: fx.Node) -> None:
@@ -318,6 +352,11 @@ def disable_autocast() -> Iterator[None]:
     """Run a traced graph as traced: the casts that autocast asked for are nodes in it already."""
     with torch._C._DisableAutocast():
         yield
+
+
+def functorch_active() -> bool:
+    """Whether a transform of torch.func is running."""
+    return bool(torch._C._are_functorch_transforms_active())
 
 
 # --- fake tensors

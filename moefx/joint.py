@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from . import compat
 from .capture import Captured
 from .errors import CaptureError, first_line
+from .graph.checkpointed import recompute_checkpointed
 from .graph.edit import copy_graph
 
 Tensor = torch.Tensor
@@ -148,6 +149,7 @@ def split(joint: Joint, *, codegen: str) -> tuple[fx.GraphModule, fx.GraphModule
     saved.
     """
     copy = copy_graph(joint.gm)
+    recompute_checkpointed(copy.graph)
     fw, bw = compat.partition(copy, joint.fwd_outputs, recompute=codegen == "inductor")
     _carry_sizes(fw, bw)
     return fw, bw

@@ -23,6 +23,7 @@ from .delayed import AmaxHistory
 from .errors import InputError
 from .graph.routed import RoutedLayer
 from .losses import BiasUpdate, sign_update
+from .pickled import without_recorders
 from .precision_metrics import Meter
 from .program import Program
 from .raising.replay import Assembly
@@ -180,7 +181,7 @@ class OptimizedModule(nn.Module):
 
     def __reduce__(self) -> Any:
         """Pickle the original and the options; graphs are compiled again when next called."""
-        return (_rebuild, (self.original, self._options, self.precision_state()))
+        return (_rebuild, (without_recorders(self.original), self._options, self.precision_state()))
 
     def extra_repr(self) -> str:
         """One line for `print(module)`."""
@@ -349,13 +350,21 @@ class OptimizedModule(nn.Module):
             self.__dict__["_refs"], self.__dict__["_variants"] = {}, {}
         variant = self._variants.get(self._key(leaves, spec, exact=True))
         if variant is None:
+            with compat.compiling:
+                variant = self._new_variant(args, kwargs, leaves, spec)
+        return variant, leaves
+
+    def _new_variant(self, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any], spec: Any) -> Variant:
+        # Another thread may have made it meanwhile.
+        variant: Variant | None = self._variants.get(self._key(leaves, spec, exact=True))
+        if variant is None:
             variant = self._find_dynamic(leaves, spec)
             if variant is None:
-                variant = self._compile(self, args, kwargs)
-                variant.loose_key = self._key(leaves, spec, exact=False)
+                variant = found = self._compile(self, args, kwargs)
+                found.loose_key = self._key(leaves, spec, exact=False)
             # The key is taken after compiling: a first forward may install hooks (transformers' recorders).
             self._variants[self._key(leaves, spec, exact=True)] = variant
-        return variant, leaves
+        return variant
 
     def variants(self) -> list[Variant]:
         """What was compiled for the present modules, each once."""

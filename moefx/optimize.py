@@ -104,6 +104,12 @@ def optimize(
             )
     if not isinstance(model, nn.Module):
         raise InputError(f"the model is a {type(model).__name__}, not an nn.Module", todo="pass the module itself")
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise InputError(
+            f"the model is wrapped in {type(model).__name__}",
+            why="its forward communicates and copies, which is no part of a graph",
+            todo=f"optimize what is inside, and wrap that: {type(model).__name__}(moefx.optimize(model.module, ...))",
+        )
     if codegen not in CODEGENS:
         raise InputError(f"unknown codegen {codegen!r}", todo=nearest(str(codegen), CODEGENS))
     chosen = get_recipe(recipe)
@@ -153,7 +159,7 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
             if not (blocks or later) or (o.strict and not all(b.raised for b in blocks)):
                 raise _not_raised(model, blocks)
         with stage("capture") as done:  # stage 2
-            with routed(model, o.routing):
+            with routed(model, o.routing), _with_reasons(blocks):
                 captured = done(capture(model, args, kwargs, o.dynamic))
             if o.routing is not None:
                 mark_layout(captured.gm, compat.flat_inputs(captured.gm, args, kwargs), captured.names, o.routing.ids)
@@ -251,6 +257,18 @@ def describe(model: nn.Module, leaves: Sequence[torch.Tensor], grad: bool, secon
     """A signature for the report."""
     shapes = [f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in leaves]
     return {"mode": "train" if model.training else "eval", "grad": grad, "inputs": shapes, "seconds": seconds}
+
+
+@contextmanager
+def _with_reasons(blocks: list[Block]) -> Iterator[None]:
+    """Why blocks were not raised is part of why a model cannot be captured."""
+    try:
+        yield
+    except CaptureError as e:
+        left = "; ".join(
+            f"{b.path or 'the model itself'} ({b.cls}) was not raised: {b.reason}" for b in blocks if not b.raised
+        )
+        raise CaptureError(e.what, e.where, f"{e.why}; {left}" if left else e.why, e.todo) from e
 
 
 def _not_raised(model: nn.Module, blocks: list[Block]) -> CaptureError:

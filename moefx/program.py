@@ -7,7 +7,6 @@ needed and kept.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -92,7 +91,6 @@ class Program:
         self.position = position
         self.fw_weights, self.bw_weights = (None if gm is None else WeightCodes(gm, compile_fw(gm)) for gm in weights)
         self._backwards: dict[frozenset[str], tuple[Runner, list[str]]] = {}
-        self._lock = threading.Lock()
 
     @property
     def backward_variants(self) -> list[list[int]]:
@@ -105,6 +103,12 @@ class Program:
         `push` takes the magnitudes of each half when there is a history of them; `kept` holds codes of weights that
         calls share.
         """
+        if compat.functorch_active():
+            raise InputError(
+                "an optimized model was called inside a transform of torch.func (grad, vjp, vmap, jvp, ...)",
+                why="compiled graphs have no rules for these transforms",
+                todo="use loss.backward() or torch.autograd.grad; transform opt.original otherwise",
+            )
         for i in self.clone_inputs:
             primals[i] = primals[i].detach().clone()
         codes = {}
@@ -153,7 +157,7 @@ class Program:
         """
         absent = frozenset(name for (name, _, _), t in zip(self.tangents, tangents, strict=True) if t is None)
         if absent not in self._backwards:
-            with self._lock:
+            with compat.compiling:
                 if absent not in self._backwards:
                     self._backwards[absent] = self._build_backward(absent)
         run, names = self._backwards[absent]

@@ -44,6 +44,7 @@ def test_inspect_prints_the_report_for_people() -> None:
     [
         (("inspect", "--recipe", "bf61"), "bf16"),
         (("inspect", *FAST, "--stage", "expand_expert"), "expand_experts"),
+        (("inspect", "--batch", "0"), "--batch is out of range"),
         (("inspect", "no/such/config.json"), "no/such/config.json"),
         (("inspect", "collections:OrderedDict"), "OrderedDict"),
         (("inspect", "not_a_module_at_all:thing"), "not_a_module_at_all"),

@@ -127,6 +127,11 @@ CASES: dict[str, Case] = {
         moefx.InputError,
         ["the model is a function, not an nn.Module", "pass the module itself"],
     ),
+    "a model in a wrapper": (
+        lambda: call(torch.nn.DataParallel(ref.Block()), ref.hidden()),
+        moefx.InputError,
+        ["the model is wrapped in DataParallel", "DataParallel(moefx.optimize(model.module, ...))"],
+    ),
     "a model that fails by itself": (
         lambda: call(Fails(), ref.hidden()),
         moefx.InputError,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
+import threading
 from typing import Any
 
 import pytest
@@ -382,3 +384,62 @@ def test_training_continues_from_saved_state(pair: tuple[Any, moefx.OptimizedMod
     assert train(other, other_optim, range(2, 5)) == want
     assert control != want
     assert all(torch.equal(a, b) for a, b in zip(opt.parameters(), other.parameters(), strict=True))
+
+
+# --- other ways to call it
+
+
+def test_threads_may_compile_at_the_same_time() -> None:
+    opts = [ref.optimize(ref.tiny()) for _ in range(2)]
+    wants = [ref.step(ref.tiny(), ref.batch(2, 5 + i)).value for i in range(2)]
+    start, found = threading.Barrier(3), dict[int, Any]()
+
+    def call(i: int, opt: moefx.OptimizedModule) -> None:
+        start.wait()
+        try:
+            found[i] = opt(**ref.batch(2, 5 + i % 2)).loss
+        except Exception as e:
+            found[i] = e
+
+    threads = [threading.Thread(target=call, args=(i, opts[i % 2])) for i in range(3)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    for i in range(3):
+        assert isinstance(found[i], Tensor), found[i]
+        assert ref.error(found[i], wants[i % 2]) <= 1e-5
+    assert [len(ref.programs(opt)) for opt in opts] == [2, 2]  # the third thread found what the first had made
+
+
+def test_transforms_of_torch_func_are_refused(pair: tuple[Any, moefx.OptimizedModule]) -> None:
+    model, opt = pair
+    values = {n: p.detach() for n, p in model.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(opt, parameters, (), ref.batch()).loss  # type: ignore[no-any-return]
+
+    assert ref.error(loss(values), model(**ref.batch()).loss) <= 1e-5  # without a transform it works
+    with pytest.raises(moefx.InputError, match=r"torch\.func[\s\S]*loss\.backward"):
+        torch.func.grad(loss)(values)
+
+
+@pytest.mark.parametrize("how", ["pickle", "save"])
+def test_a_model_with_recorders_of_router_logits_can_be_pickled(
+    pair: tuple[Any, moefx.OptimizedModule], how: str
+) -> None:
+    model, opt = pair
+    hooks = [dict(m._forward_hooks) for m in model.modules()]
+    assert any(hooks)  # transformers has installed them
+    want = ref.step(opt, ref.batch())
+    if how == "pickle":
+        loaded = pickle.loads(pickle.dumps(opt))
+    else:
+        file = io.BytesIO()
+        torch.save(opt, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=False)
+    assert [dict(m._forward_hooks) for m in model.modules()] == hooks
+    assert_same_state(loaded, model, 0.0)
+    ref.assert_same(ref.step(loaded, ref.batch()), want, 1e-6, 1e-6)
+    assert ref.error(loaded(**ref.batch()).router_logits[0], model(**ref.batch()).router_logits[0]) <= 1e-5

@@ -111,8 +111,10 @@ class GroupedOptimizer(Optimizer):
         # An embedding would train with Muon too, only badly, so its role decides before the class does.
         name = group.setdefault("algorithm", "adamw" if group.get("role") in DIAGONAL_ROLES else self.own)
         if name not in self.algorithms:
-            known = nearest(str(name), self.algorithms)
-            raise InputError(f"{type(self).__name__} has no algorithm {name!r}", where=f"group {here}", todo=known)
+            todo = nearest(str(name), self.algorithms)
+            if name in ("muon", "soap"):
+                todo = f'make groups for it: param_groups(model, algorithm="{self.own}"); {todo}'
+            raise InputError(f"{type(self).__name__} has no algorithm {name!r}", where=f"group {here}", todo=todo)
         role = group.get("role")
         if role is not None and role not in ROLES:
             raise InputError(f"there is no role {role!r}", where=f"group {here}", todo=nearest(str(role), ROLES))
@@ -136,6 +138,8 @@ class GroupedOptimizer(Optimizer):
 
     def _check(self, group: Group) -> None:
         for key in ("lr", "weight_decay"):
+            if isinstance(group[key], str) or group[key] is None:
+                raise InputError(f"{key}={group[key]!r} is no number", todo="give 0 or more")
             if not float(group[key]) >= 0:
                 raise InputError(f"{key}={float(group[key])} is negative or no number", todo="give 0 or more")
         if group["layout"] not in ("out_in", "in_out"):

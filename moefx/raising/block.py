@@ -15,7 +15,7 @@ from moefx.errors import first_line
 
 from .align import align
 from .bank import Bank, find_banks
-from .certify import FULL, SHORT, Certificate, Refuted, beyond, certify, own_cases
+from .certify import FULL, SHORT, Case, Certificate, Refuted, beyond, certify, own_cases, under_autocast
 from .explain import explain
 from .fit import NoFit, fit
 from .nearest import difference
@@ -53,12 +53,14 @@ class Raising:
         return self.replay.assemblies
 
 
-def raise_block(block: nn.Module, seen: Seen) -> Raising:
+def raise_block(block: nn.Module, seen: Seen, low: torch.dtype | None = None) -> Raising:
     """Recognise the routed experts of a module and prove the raised form.
 
     Args:
         block: stays untouched; copies of it are run.
         seen: a call of the block, for its arguments.
+        low: dtype of the autocast region that the model is called in, where the raised form is proven too. To be
+            called outside of it: values are recognised as they are without.
 
     Raises:
         NotRaised: with what was missing, or what differed.
@@ -78,7 +80,7 @@ def raise_block(block: nn.Module, seen: Seen) -> Raising:
     worst, nearest = NotRaised("no bank of experts explains what it computes", -1), banks[0]
     for bank in banks:
         try:
-            return _raise_bank(copied, inputs, bank, runs, own)
+            return _raise_bank(copied, inputs, bank, runs, (*own_cases(own), *under_autocast(low)))
         except NotRaised as e:
             if e.stage > worst.stage:
                 worst, nearest = e, bank
@@ -90,10 +92,11 @@ def raise_block(block: nn.Module, seen: Seen) -> Raising:
     raise NotRaised(f"{nearest_to(name or idiom(records[0], nearest))}, but {what}", worst.stage) from worst
 
 
-def certify_like(block: nn.Module, seen: Seen, first: Raising) -> Raising:
+def certify_like(block: nn.Module, seen: Seen, first: Raising, low: torch.dtype | None = None) -> Raising:
     """A block that is built like one that was raised: the same program, with a (shorter) proof of its own."""
     try:
-        proof = certify(copied := copy_of(block, 1), first.replay.forward(copied, live=True), Inputs(seen), SHORT)
+        copied, cases = copy_of(block, 1), (*SHORT, *under_autocast(low))
+        proof = certify(copied, first.replay.forward(copied, live=True), Inputs(seen), cases)
     except Refuted as e:
         near = nearest_to(first.idiom.partition(":")[0])
         raise NotRaised(f"{near} like one that was raised, but {_for_case(e)}", 4) from e
@@ -150,7 +153,7 @@ def _run(copied: nn.Module, inputs: Inputs, sizes: Any, seed: int, dtype: torch.
         return _Run(record(copied, args, kwargs), args, kwargs, dtype)
 
 
-def _raise_bank(copied: nn.Module, inputs: Inputs, bank: Bank, runs: list[_Run], own: torch.dtype) -> Raising:
+def _raise_bank(copied: nn.Module, inputs: Inputs, bank: Bank, runs: list[_Run], more: tuple[Case, ...]) -> Raising:
     paths = {
         p: frozenset(f"{p}.{n}" for n, _ in m.named_parameters(remove_duplicate=False))
         for p, m in copied.named_modules()
@@ -170,9 +173,7 @@ def _raise_bank(copied: nn.Module, inputs: Inputs, bank: Bank, runs: list[_Run],
             if program is None:
                 continue
             replay = emit(program, runs[0].args, runs[0].kwargs, copied, first.out_type)
-            proof = certify(
-                copied, replay.forward(copied, live=True), inputs, (*FULL, *own_cases(own), *beyond(copied))
-            )
+            proof = certify(copied, replay.forward(copied, live=True), inputs, (*FULL, *more, *beyond(copied)))
             return Raising(f"{idiom(first, bank, program)}: {replay.spec}", replay, proof)
         except NoSlice as e:
             worst = max(worst or NotRaised(str(e), 3), NotRaised(str(e), 3), key=lambda e: e.stage)

@@ -39,10 +39,21 @@ class Case:
     inner: int
     kind: str = "random"
     dtype: torch.dtype = torch.float32
+    autocast: torch.dtype | None = None  # of a region around the block
+
+    @property
+    def precision(self) -> torch.dtype:
+        """What the block's products round to."""
+        return self.autocast or self.dtype
+
+    @property
+    def name(self) -> str:
+        """The precision in words."""
+        plain = str(self.precision).removeprefix("torch.")
+        return f"autocast to {plain}" if self.autocast else plain
 
     def __str__(self) -> str:
-        name = str(self.dtype).removeprefix("torch.")
-        return f"{self.rows * self.inner} tokens, {self.kind}, {name}"
+        return f"{self.rows * self.inner} tokens, {self.kind}, {self.name}"
 
 
 FULL = (
@@ -62,6 +73,13 @@ FULL = (
 def own_cases(dtype: torch.dtype) -> tuple[Case, ...]:
     """One more case where the model has a dtype of its own."""
     return () if dtype in (torch.float32, torch.bfloat16) else (Case(2, 15, dtype=dtype),)
+
+
+def under_autocast(low: torch.dtype | None) -> tuple[Case, ...]:
+    """Cases inside the autocast region in which the model is called."""
+    return (
+        () if low is None else (Case(3, 15, autocast=low), Case(1, 43, "alike", autocast=low), Case(1, 1, autocast=low))
+    )
 
 
 _LONGEST = 4096  # tokens of a case that are still quick for a copy of one block
@@ -135,7 +153,9 @@ def certify(block: nn.Module, forward: Callable[..., Any], inputs: Inputs, cases
         except Refuted:
             # Rounding alone can put one number on the other side of a kink. It does not do so on most inputs.
             more = (number + 100, number + 200)
-            if case.dtype == torch.float32 or not all(_agrees(block, forward, inputs, sizes, case, n) for n in more):
+            if case.precision == torch.float32 or not all(
+                _agrees(block, forward, inputs, sizes, case, n) for n in more
+            ):
                 raise
         done.cases += 1
     return done
@@ -178,9 +198,11 @@ def _run(
     kept = {n: b.clone() for n, b in block.named_buffers()}
     # Copies of the leaves: a block may write into its inputs.
     args, kwargs = pytree.tree_map(lambda t: t.clone() if _differentiable(t) else t, (args, kwargs))
+    low = case.autocast if dtype is None else None
     with torch.random.fork_rng(), torch.enable_grad(), _under(block, forward):
         torch.manual_seed(seed)
-        out = block.forward(*args, **kwargs)
+        with torch.autocast(device_of(block), low) if low else contextlib.nullcontext():
+            out = block.forward(*args, **kwargs)
         outputs, spec = pytree.tree_flatten(out)
         random = torch.get_rng_state()
         ends = [o for o in outputs if _differentiable(o)]
@@ -195,6 +217,12 @@ def _run(
             b.copy_(kept[n])
     outputs = [o.detach() if isinstance(o, Tensor) else o for o in outputs]
     return _Run(outputs, spec, dict(zip(leaves, grads, strict=False)), buffers, random)
+
+
+def device_of(block: nn.Module) -> str:
+    """The kind of device on which a block is, as autocast knows it (it does not know "meta")."""
+    found = next((p.device.type for p in block.parameters()), "cpu")
+    return found if torch.amp.is_autocast_available(found) else "cpu"
 
 
 def _differentiable(t: Any) -> bool:
@@ -216,9 +244,8 @@ def _under(block: nn.Module, forward: Callable[..., Any] | None) -> Iterator[Non
 
 
 def _compare(want: _Run, got: _Run, case: Case, done: Certificate, exact: Callable[[], _Run]) -> None:
-    name = str(case.dtype).removeprefix("torch.")
-    worst = done.errors.setdefault(name, {"output": 0.0, "gradient": 0.0})
-    for_outputs, for_gradients = LIMITS[case.dtype]
+    worst = done.errors.setdefault(case.name, {"output": 0.0, "gradient": 0.0})
+    for_outputs, for_gradients = LIMITS[case.precision]
     if want.spec != got.spec:
         raise Refuted(f"{case}: the outputs have another structure")
     for i, (a, b) in enumerate(zip(want.outputs, got.outputs, strict=True)):
@@ -239,7 +266,7 @@ def _compare(want: _Run, got: _Run, case: Case, done: Certificate, exact: Callab
         assert a is not None
         assert b is not None
         limit = for_gradients
-        if case.dtype != torch.float32 and relative(a, b, scale) > limit:
+        if case.precision != torch.float32 and relative(a, b, scale) > limit:
             # What is left of large terms that cancel is all rounding, the block's own included: that is the measure.
             true = (truth := truth or exact()).grads[key]
             limit = max(limit, 0.0 if true is None else 2 * min(relative(true, a, scale), 0.5))
@@ -263,7 +290,7 @@ def _close(what: str, a: Tensor, b: Tensor, scale: Any, limit: float, case: Case
         raise Refuted(f"{case}: {what} is not finite where the original is, or the other way round")
     # What vanishes by cancellation is compared on the scale of the largest gradient, whose rounding it consists of.
     error = relative(a.nan_to_num(), b.nan_to_num(), scale)
-    rounding = 2 * torch.finfo(case.dtype).eps * float(scale)
+    rounding = 2 * torch.finfo(case.precision).eps * float(scale)
     if error > limit and not (scaled and float((a.nan_to_num() - b.nan_to_num()).norm()) <= rounding):
         raise Refuted(f"{case}: {what} differs by {error:.1e} (limit {limit:.0e})")
     return error

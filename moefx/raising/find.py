@@ -12,6 +12,7 @@ from torch import nn
 
 from .bank import find_banks
 from .block import NotRaised, Raising, certify_like, likeness, raise_block
+from .certify import device_of
 from .probe import Seen, undisturbed
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -77,9 +78,11 @@ def _raise(module: nn.Module, seen: Seen, known: dict[Any, Raising | NotRaised])
     first = known.get(key)
     if isinstance(first, NotRaised):
         raise first
-    with _threads(module), undisturbed():
+    device = device_of(module)
+    low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    with _threads(module), undisturbed(), torch.autocast(device, enabled=False):
         try:
-            made = raise_block(module, seen) if first is None else certify_like(module, seen, first)
+            made = raise_block(module, seen, low) if first is None else certify_like(module, seen, first, low)
         except NotRaised as e:
             known.setdefault(key, e)
             raise

@@ -7,6 +7,7 @@ are drawn anew because those of a fresh model may be zeros, or the same for all 
 from __future__ import annotations
 
 import copy
+import functools
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -39,6 +40,7 @@ def observed(modules: dict[str, nn.Module]) -> Iterator[dict[str, Seen]]:
     def wrap(path: str, module: nn.Module) -> None:
         forward = module.forward
 
+        @functools.wraps(forward)  # its signature is asked for where a call does not fit
         def run(*args: Any, **kwargs: Any) -> Any:
             if path not in calls:
                 calls[path] = Seen(*mapped((args, kwargs), _copied))

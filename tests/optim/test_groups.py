@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moefx.errors import InputError
-from moefx.optim import ROLES, param_groups
+from moefx.optim import ROLES, Muon, Soap, param_groups
 from tests import reference
 from tests.family import zoo
 
@@ -472,3 +472,18 @@ def test_adamw_takes_the_groups_and_makes_a_step() -> None:
     )
     assert sum(p.grad is not None for p in model.parameters()) == len(before)
     assert [g["role"] for g in optimizer.state_dict()["param_groups"]][:2] == ["router", "embedding"]
+
+
+def test_groups_for_another_optimizer_are_refused_with_the_call_that_makes_them() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    with pytest.raises(
+        InputError, match=r"Soap has no algorithm 'muon'[\s\S]*param_groups\(model, algorithm=\"soap\"\)"
+    ):
+        Soap(param_groups(model, verbose=False), lr=1e-3)
+    Soap(param_groups(model, algorithm="soap", verbose=False), lr=1e-3)
+
+
+@pytest.mark.parametrize("lr", ["1e-3", None])
+def test_a_learning_rate_that_is_no_number_is_refused(lr: Any) -> None:
+    with pytest.raises(InputError, match=r"lr=.* is no number"):
+        Muon([torch.nn.Parameter(torch.ones(2, 2))], lr=lr)

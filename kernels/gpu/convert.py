@@ -72,7 +72,7 @@ def _convert(
 ):  # fmt: skip
     column, tile, batch = grid_of(tall, tl.cdiv(N, BN))
     col0 = column * BN
-    row0, exists, live, first, segment = tile_rows(offsets, tile, M, E, GROUPED, LIVE, SEGMENTS, BM)
+    row0, exists, live, first, segment, last = tile_rows(offsets, tile, M, E, GROUPED, LIVE, SEGMENTS, BM)
     code = load_codes(codes, batch, row0, live, col0, M, W_a, A, BM, BN)
     scale = load_scales(
         scales, offsets, batch, row0, live, first, segment, col0, M, N, E, R_a, GROUPED, SEGMENTS, A, BM, BN
@@ -102,7 +102,7 @@ def _convert(
     y = encode(tl.where((field == 255) | (new == 255), float("nan"), y), TO)  # which E2M1 has as code 0
     if FROM == TO:
         y = tl.where(special, code, y)
-    store_codes(y, new_codes, batch, row0, exists, col0, M, W_b, B, BM, BN)
+    store_codes(y, new_codes, batch, row0, exists, last, col0, M, N, W_b, B, BM, BN)
 
 
 def shift(
@@ -121,7 +121,7 @@ def shift(
     # An element needs more registers here than in `quantize`: its number, its key and both exponents.
     launch(
         _convert, (tall * cdiv(N, BN) * math.prod(front),), as_bytes(codes), as_bytes(scales), offsets, as_bytes(new),
-        as_bytes(new_scales), M, N, width, new.shape[-1], E, scales.shape[-2], new_scales.shape[-2], tall,
+        as_bytes(new_scales), M, N, width, tiles.line(new, layouts[1]), E, scales.shape[-2], new_scales.shape[-2], tall,
         A=layouts[0], B=layouts[1], TIGHT=tight, HEADROOM=headroom(a.format, b.format),
         BM=BM, BN=BN, num_warps=min(16, BM * BN // 512), **how,
     )  # fmt: skip

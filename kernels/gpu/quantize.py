@@ -39,7 +39,7 @@ Tensor = torch.Tensor
 
 @triton.jit
 def _emit(
-    x, codes, scales, offsets, batch, tile, row0, exists, live, first, segment, col0, M, N, W, E, R,
+    x, codes, scales, offsets, batch, tile, row0, exists, live, first, segment, last, col0, M, N, W, E, R,
     GROUPED: tl.constexpr, LIVE: tl.constexpr, SEGMENTS: tl.constexpr,
     SPEC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -52,7 +52,7 @@ def _emit(
         code = encode(x * factor, ELEM)
     else:
         code = encode(tl.math.div_rn(x, factor), ELEM)
-    store_codes(code, codes, batch, row0, exists, col0, M, W, SPEC, BM, BN)
+    store_codes(code, codes, batch, row0, exists, last, col0, M, N, W, SPEC, BM, BN)
     store_scales(
         scale, scales, offsets, batch, tile, row0, exists, live, first, segment, col0, M, N, E, R,
         GROUPED, LIVE, SEGMENTS, SPEC, BM, BN,
@@ -67,17 +67,17 @@ def _quantize(
 ):  # fmt: skip
     column, tile, batch = grid_of(tall, tl.cdiv(N, BN))
     col0 = column * BN
-    row0, exists, live, first, segment = tile_rows(offsets, tile, M, E, GROUPED, LIVE, SEGMENTS, BM)
+    row0, exists, live, first, segment, last = tile_rows(offsets, tile, M, E, GROUPED, LIVE, SEGMENTS, BM)
     inside = live[:, None] & (col0 + tl.arange(0, BN) < N)[None, :]
     wide = tl.load(place(x, batch, row0, M, N) + col0 + within(BM, BN, N), inside, other=0.0).to(tl.float32)
     _emit(
-        wide, codes_a, scales_a, offsets, batch, tile, row0, exists, live, first, segment, col0, M, N, W_a, E, R_a,
-        GROUPED, LIVE, SEGMENTS, A, BM, BN,
+        wide, codes_a, scales_a, offsets, batch, tile, row0, exists, live, first, segment, last, col0, M, N, W_a, E,
+        R_a, GROUPED, LIVE, SEGMENTS, A, BM, BN,
     )  # fmt: skip
     if B is not None:
         _emit(
-            wide, codes_b, scales_b, offsets, batch, tile, row0, exists, live, first, segment, col0, M, N, W_b, E, R_b,
-            GROUPED, LIVE, SEGMENTS, B, BM, BN,
+            wide, codes_b, scales_b, offsets, batch, tile, row0, exists, live, first, segment, last, col0, M, N, W_b,
+            E, R_b, GROUPED, LIVE, SEGMENTS, B, BM, BN,
         )  # fmt: skip
 
 
@@ -109,7 +109,7 @@ def _pair(x: Tensor, offsets: Tensor | None, specs: Sequence[str]) -> list[Tenso
     a, b = out[:2], out[-2:]
     launch(
         _quantize, (tall * across * math.prod(x.shape[:-2]),), x, offsets, *map(as_bytes, a + b), M, N,
-        a[0].shape[-1], b[0].shape[-1], E, a[1].shape[-2], b[1].shape[-2], tall,
+        tiles.line(a[0], layouts[0]), tiles.line(b[0], layouts[-1]), E, a[1].shape[-2], b[1].shape[-2], tall,
         A=layouts[0], B=layouts[1] if len(layouts) == 2 else None, BM=BM, BN=BN, num_warps=BM * BN // 1024, **how,
     )  # fmt: skip
     return out

@@ -40,7 +40,7 @@ from . import codec
 from .codec import as_bytes, encode8, f32_scale, inverse, magnitude_bits, po2_field, scale_value
 from .launch import cdiv, launch, processors
 from .sass import Specimen
-from .schedule import blocks_before, in_bands, rows_of, tiles_until
+from .schedule import in_bands, rows_of, tiles_until
 
 Tensor = torch.Tensor
 BAND = 8
@@ -48,7 +48,7 @@ BN = 128
 
 
 @triton.jit
-def _scale(at, mask, BYTES: tl.constexpr):
+def load_scale(at, mask, BYTES: tl.constexpr):
     """Scales as fp32; `BYTES`: exponents of powers of two."""
     if BYTES:
         return scale_value(tl.load(at, mask=mask, other=0).to(tl.int32))
@@ -57,7 +57,7 @@ def _scale(at, mask, BYTES: tl.constexpr):
 
 
 @triton.jit
-def _at(index, SIZE: tl.constexpr):
+def at_block(index, SIZE: tl.constexpr):
     """Block of an index; all are in one where SIZE is 0."""
     if SIZE == 0:
         return index * 0
@@ -90,7 +90,7 @@ def _scaled_grouped_mm(
         if WR == BN:  # one scale for the tile
             ws_cols += n * ws_n
         else:
-            ws_cols, ws_cut = ws_cols + _at(cols, WR) * ws_n, ws_cut & w_cut
+            ws_cols, ws_cut = ws_cols + at_block(cols, WR) * ws_n, ws_cut & w_cut
         acc = tl.zeros((BM, BN), tl.float32)
         for k in range(0, tl.where(expert < E, K, 0), BK):
             ks = k + tl.arange(0, BK)
@@ -103,20 +103,20 @@ def _scaled_grouped_mm(
             else:
                 p = tl.dot(a, b)
             if XC > 0 and WC > 0 and WR == BN:
-                sx = _scale(xs_rows + k // XC * xs_k, x_cut, XS_BYTES)
-                sw = _scale(ws_cols + k // WC * ws_k, ws_cut, WS_BYTES)
+                sx = load_scale(xs_rows + k // XC * xs_k, x_cut, XS_BYTES)
+                sw = load_scale(ws_cols + k // WC * ws_k, ws_cut, WS_BYTES)
                 p = p * (sx * sw)[:, None]
             else:
                 if XC > 0:
-                    p = p * _scale(xs_rows + k // XC * xs_k, x_cut, XS_BYTES)[:, None]
+                    p = p * load_scale(xs_rows + k // XC * xs_k, x_cut, XS_BYTES)[:, None]
                 if WC > 0:
-                    sw = _scale(ws_cols + k // WC * ws_k, ws_cut, WS_BYTES)
+                    sw = load_scale(ws_cols + k // WC * ws_k, ws_cut, WS_BYTES)
                     p = p * (sw if WR == BN else sw[None, :])
             acc += p
         if XC == 0:
-            acc = acc * _scale(xs_rows, x_cut, XS_BYTES)[:, None]
+            acc = acc * load_scale(xs_rows, x_cut, XS_BYTES)[:, None]
         if WC == 0:
-            acc = acc * _scale(ws_cols, ws_cut, WS_BYTES)[None, :]
+            acc = acc * load_scale(ws_cols, ws_cut, WS_BYTES)[None, :]
         kept = live[:, None] & w_cut[None, :]
         at = rows.to(tl.int64)[:, None] * N + cols[None, :]
         out = acc.to(y.dtype.element_ty)
@@ -138,56 +138,13 @@ def _scaled_grouped_mm(
                 tl.store(s_at, tl.where(expert < E, s, least), mask=live)
 
 
-@triton.jit
-def _scaled_grouped_wgrad(
-    a, as_, b, bs, offsets, g, M, N, a_row, b_row, as_row, bs_row,
-    BE: tl.constexpr, BAND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, AR: tl.constexpr,
-    AC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, AS_BYTES: tl.constexpr, BS_BYTES: tl.constexpr,
-):  # fmt: skip
-    m_tiles, n_tiles = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    expert = tl.program_id(0) // (m_tiles * n_tiles)
-    m, n = in_bands(tl.program_id(0) % (m_tiles * n_tiles), m_tiles, n_tiles, BAND)
-    ms, ns = m * BM + tl.arange(0, BM), n * BN + tl.arange(0, BN)
-    m_cut, n_cut = ms < M, ns < N
-    start, end = tl.load(offsets + expert), tl.load(offsets + expert + 1)
-    # Blocks of rows begin anew at each expert; scales of whole columns have one row per expert.
-    a_block = blocks_before(offsets, expert, BE, AR) if AR > 0 else expert
-    b_block = blocks_before(offsets, expert, BE, BR) if BR > 0 else expert
-    as_cols, bs_cols = as_ + _at(ms, AC), bs + _at(ns, BC)
-    acc = tl.zeros((BM, BN), tl.float32)
-    row, count = tl.arange(0, BK), end - start
-    a_at, b_at = a + start.to(tl.int64) * a_row + ms[None, :], b + start.to(tl.int64) * b_row + ns[None, :]
-    a_at, b_at = a_at + row[:, None] * a_row, b_at + row[:, None] * b_row
-    # The fp16 tile of `a` is carried from step to step: a first operand that is neither loaded nor carried is handed to
-    # the tensor cores in registers, for which Triton transposes it byte by byte (300 and more PRMT a step).
-    a_wide = tl.load(a_at, mask=(row < count)[:, None] & m_cut[None, :], other=0.0).to(tl.float16)
-    for r in range(0, count, BK):
-        b_tile = tl.load(b_at, mask=(row < count - r)[:, None] & n_cut[None, :], other=0.0)
-        a_at += BK * a_row
-        b_at += BK * b_row
-        a_next = tl.load(a_at, mask=(row < count - r - BK)[:, None] & m_cut[None, :], other=0.0)
-        p = tl.dot(tl.trans(a_wide), b_tile.to(tl.float16))
-        a_wide = a_next.to(tl.float16)
-        if AR > 0:
-            p = p * _scale(as_cols + (a_block + r // AR).to(tl.int64) * as_row, m_cut, AS_BYTES)[:, None]
-        if BR > 0:
-            p = p * _scale(bs_cols + (b_block + r // BR).to(tl.int64) * bs_row, n_cut, BS_BYTES)[None, :]
-        acc += p
-    if AR == 0:
-        acc = acc * _scale(as_cols + a_block.to(tl.int64) * as_row, m_cut, AS_BYTES)[:, None]
-    if BR == 0:
-        acc = acc * _scale(bs_cols + b_block.to(tl.int64) * bs_row, n_cut, BS_BYTES)[None, :]
-    out = g + (expert.to(tl.int64) * M + ms)[:, None] * N + ns[None, :]
-    tl.store(out, acc.to(g.dtype.element_ty), mask=m_cut[:, None] & n_cut[None, :])
-
-
-def _blocks(spec: str) -> tuple[int, int]:
+def blocks_of(spec: str) -> tuple[int, int]:
     """Rows and columns of a block, 0 for all of them."""
     s = QuantSpec.parse(spec)
     return s.br or 0, s.bc or 0
 
 
-def _depth(*blocks: int) -> int:
+def depth_of(*blocks: int) -> int:
     """Depth of a step: the smallest block along it, and no more than 128."""
     return min(128, *(b for b in (*blocks, 128) if b))
 
@@ -222,8 +179,8 @@ def _mm(
         s = QuantSpec.parse(spec)
         made += [x.new_empty(S, N, dtype=s.format.storage), x.new_empty(S, cdiv(N, BN), dtype=s.scale_dtype)]
         out, least, constants = (as_bytes(made[1]), as_bytes(made[2])), least_scale(s), codec.constants(spec)
-    (XR, XC), (WR, WC) = _blocks(x_spec), _blocks(w_spec)
-    BK, widen, few = _depth(XC, WC), w.stride(2) != 1, S < 192 * E
+    (XR, XC), (WR, WC) = blocks_of(x_spec), blocks_of(w_spec)
+    BK, widen, few = depth_of(XC, WC), w.stride(2) != 1, S < 192 * E
     # A tile of 128 rows wastes 64 per expert, which hurts where experts have few. Scales for every 32 of the depth take
     # registers, which half a tile leaves. Programs per processor: as many as shared memory and registers hold.
     BM = 64 if few or BK < 128 else 128
@@ -238,25 +195,6 @@ def _mm(
         WHOLE_K=K % BK == 0, **constants, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return made
-
-
-def scaled_grouped_wgrad(
-    a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, offsets: Tensor, a_spec: str, b_spec: str,
-    dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """`moefx::scaled_grouped_wgrad`: per expert, codes a [rows, M] transposed times b [rows, N]; zeros of no rows."""
-    E, M, N = offsets.shape[0] - 1, a.shape[1], b.shape[1]
-    g = a.new_empty(E, M, N, dtype=dtype)
-    (AR, AC), (BR, BC) = _blocks(a_spec), _blocks(b_spec)
-    as_, bs = as_bytes(a_scales).contiguous(), as_bytes(b_scales).contiguous()
-    # One program per tile, not a loop over tiles: experts differ in depth, and the device's scheduler evens that out.
-    launch(
-        _scaled_grouped_wgrad, (E * cdiv(M, 128) * cdiv(N, BN),), a, as_, b, bs, offsets, g, M, N,
-        a.stride(0), b.stride(0), as_.stride(0), bs.stride(0), BE=triton.next_power_of_2(E + 1), BAND=BAND,
-        BM=128, BN=BN, BK=_depth(AR, BR), AR=AR, AC=AC, BR=BR, BC=BC, AS_BYTES=as_.dtype == torch.uint8,
-        BS_BYTES=bs.dtype == torch.uint8, num_warps=8, num_stages=4,
-    )  # fmt: skip
-    return g
 
 
 _ROW, _TILE, _COLUMN = (f"e4m3 {block} po2/rceil eps=1e-10" for block in ("1x128", "128x128", "128x1"))

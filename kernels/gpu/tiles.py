@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from moefx.kernels.layout import by_columns, empty_by_columns
 from moefx.precision.scaling import scale_exponents
 from moefx.precision.spec import QuantSpec
 
@@ -48,6 +49,7 @@ class Layout:
     MANTISSA: int
     NAN: bool
     FLOOR: int  # what `eps` keeps exponents of scales above, or NONE
+    COLUMNS: bool  # codes of a column are neighbours in memory
 
     @staticmethod
     @lru_cache
@@ -59,7 +61,7 @@ class Layout:
         fmt = spec.format
         floor = int(scale_exponents(torch.tensor(spec.eps), spec)) if spec.eps else _NONE
         known = codec.constants(text)
-        return Layout(spec.br, spec.bc, MANTISSA=fmt.mantissa_bits, NAN=fmt.has_nan, FLOOR=floor, **known)
+        return Layout(spec.br, spec.bc, MANTISSA=fmt.mantissa_bits, NAN=fmt.has_nan, FLOOR=floor, COLUMNS=by_columns(spec), **known)
 
 
 def grouping(offsets: Tensor | None, layouts: Sequence[Layout]) -> dict[str, Any]:
@@ -83,10 +85,19 @@ def tile_size(layouts: Sequence[Layout]) -> tuple[int, int]:
 
 
 def empty(like: Tensor, text: str, shape: Sequence[int], groups: int | None) -> tuple[Tensor, Tensor]:
-    """Memory for codes and scales of a tensor of `shape`."""
+    """Memory for codes and scales of a tensor of `shape`; codes of columns lie by columns on any device."""
     spec = QuantSpec.parse(text)
-    codes = like.new_empty(spec.format.stored_shape(shape), dtype=spec.format.storage)
+    if by_columns(spec):
+        codes = empty_by_columns(like, shape, spec.format.storage)
+    else:
+        codes = like.new_empty(spec.format.stored_shape(shape), dtype=spec.format.storage)
     return codes, like.new_empty(spec.scale_shape(shape, groups), dtype=spec.scale_dtype)
+
+
+def line(codes: Tensor, layout: Layout) -> int:
+    """Bytes from a row of codes to the next, or, where they lie by columns, from a column to the next."""
+    step: int = codes.stride(-1 if layout.COLUMNS else -2)
+    return step
 
 
 def row_tiles(M: int, offsets: Tensor | None, BM: int, grouped: bool) -> int:
@@ -106,7 +117,7 @@ def _bounds(offsets, M, E, SEGMENTS: tl.constexpr):
 @triton.jit
 def tile_rows(offsets, tile, M, E, GROUPED: tl.constexpr, LIVE: tl.constexpr, SEGMENTS: tl.constexpr, BM: tl.constexpr):
     """Where a tile is: its first row, masks [BM] of the rows that exist and of those that belong to an expert, the
-    first row of its segment, and the segment."""
+    first row of its segment, the segment, and the row behind its last."""
     if GROUPED:
         s, start, end = _bounds(offsets, M, E, SEGMENTS)
         count = (end - start + BM - 1) // BM
@@ -119,13 +130,13 @@ def tile_rows(offsets, tile, M, E, GROUPED: tl.constexpr, LIVE: tl.constexpr, SE
         exists = row0 + tl.arange(0, BM) < last
         live = exists & (segment >= 1) & (segment <= E)
     else:
-        segment, first, row0 = 0, 0, tile * BM
+        segment, first, row0, last = 0, 0, tile * BM, M
         row = row0 + tl.arange(0, BM)
         exists = row < M
         live = exists
         if LIVE:
             live = live & (row >= tl.load(offsets)) & (row < tl.load(offsets + E))
-    return row0, exists, live, first, segment
+    return row0, exists, live, first, segment, last
 
 
 @triton.jit
@@ -246,12 +257,33 @@ def value_of(scale, SPEC: tl.constexpr):
 
 
 @triton.jit
-def store_codes(code, codes, batch, row0, exists, col0, M, W, SPEC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """Write a tile of codes, one in a byte, as `SPEC` keeps them: rows of W bytes.
+def store_columns(code, codes, row0, last, M, col0, end_column, W, BM: tl.constexpr, BN: tl.constexpr):
+    """Write a tile of codes whose columns are contiguous, W bytes from one to the next, into the matrix at `codes`.
+
+    A row that is a multiple of 16 begins 16 bytes, which are written at once; others are written one by one.
+    """
+    row, cut = tl.arange(0, BM)[:, None], (col0 + tl.arange(0, BN) < end_column)[None, :]
+    at = codes + col0.to(tl.int64) * W
+    within_tile = row + tl.arange(0, BN)[None, :] * W
+    if (row0 % 16 == 0) & ((last % 16 == 0) | (last == M)):
+        # Behind the last row of all, there is memory up to a multiple of 16.
+        first, count = row0 // 16 * 16, (last - row0 + 15) // 16 * 16
+        tl.store(at + first + within_tile, code, (row < count) & cut)
+    else:
+        tl.store(at + row0 + within_tile, code, (row < last - row0) & cut)
+
+
+@triton.jit
+def store_codes(
+    code, codes, batch, row0, exists, last, col0, M, N, W, SPEC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):
+    """Write a tile of codes, one in a byte, as `SPEC` keeps them: rows (or columns) of W bytes.
 
     W comes from the host, where it is seen to be a multiple of 16: otherwise bytes would move one by one.
     """
-    if SPEC.ELEM == "e2m1":
+    if SPEC.COLUMNS:
+        store_columns(code, place(codes, batch, 0, N, W), row0, last, M, col0, N, W, BM, BN)
+    elif SPEC.ELEM == "e2m1":
         inside = exists[:, None] & (col0 // 2 + tl.arange(0, BN // 2) < W)[None, :]
         p = place(codes, batch, row0, M, W) + col0 // 2
         tl.store(p + within(BM, BN // 2, W), pack4(code), inside)

@@ -1,4 +1,4 @@
-"""Codes in blocks along one axis as codes in blocks along the other, the matrix staying as it lies in memory.
+"""Codes in blocks along one axis as codes in blocks along the other; codes of columns are written by columns.
 
 2 1/16 bytes are moved for an element. Under the rule `tight` it is `convert.shift`. Under `tile_max`, E4M3 codes of
 1x128 blocks are moved four at a time: all codes of a row in a tile of 128 x 128 move by the same number k of binades,
@@ -22,7 +22,20 @@ from .codec import as_bytes, decode8, encode8
 from .convert import shift
 from .launch import launch
 from .sass import Specimen
-from .tiles import NONE, Layout, field_of, grid_of, limited, load_scales, place, store_scales, stored, tile_rows, within
+from .tiles import (
+    NONE,
+    Layout,
+    field_of,
+    grid_of,
+    limited,
+    load_scales,
+    place,
+    store_columns,
+    store_scales,
+    stored,
+    tile_rows,
+    within,
+)
 
 Tensor = torch.Tensor
 TILE = tl.constexpr(128)
@@ -56,12 +69,21 @@ def _round(words, moved, wrong, k):
 
 
 @triton.jit
+def _bytes(words):
+    """The four bytes of each word as columns: uint8 [R, 4C] of int32 [R, C]."""
+    even = tl.join(words & 255, (words >> 16) & 255)
+    odd = tl.join((words >> 8) & 255, (words >> 24) & 255)
+    lanes = tl.join(even, odd)  # [R, C, 2, 2]: byte 2 i + j at [.., i, j]
+    return tl.reshape(lanes.to(tl.uint8), (words.shape[0], words.shape[1] * 4))
+
+
+@triton.jit
 def _turn_words(
-    words, scales, offsets, new_words, new_scales, M, N, E, R, tall,
+    words, scales, offsets, new_codes, new_scales, M, N, W, E, R, tall,
     A: tl.constexpr, B: tl.constexpr, GROUPED: tl.constexpr, LIVE: tl.constexpr, SEGMENTS: tl.constexpr,
 ):  # fmt: skip
     column, tile, batch = grid_of(tall, N // TILE)
-    row0, exists, live, first, segment = tile_rows(offsets, tile, M, E, GROUPED, LIVE, SEGMENTS, TILE)
+    row0, exists, live, first, segment, last = tile_rows(offsets, tile, M, E, GROUPED, LIVE, SEGMENTS, TILE)
     width = N // 4
     at = within(TILE, WORDS, width)
     w = tl.load(place(words, batch, row0, M, width) + column * WORDS + at, live[:, None], other=0)
@@ -79,7 +101,9 @@ def _turn_words(
     if tl.max(tl.max((wrong != 0).to(tl.int32), 1), 0) > 0:
         moved = _round(w, moved, wrong, k)
     moved = tl.where(field == 255, 0x7F7F7F7F, moved)
-    tl.store(place(new_words, batch, row0, M, width) + column * WORDS + at, moved, exists[:, None])
+    store_columns(
+        _bytes(moved), place(new_codes, batch, 0, N, W), row0, last, M, column * TILE, N, W, TILE, TILE
+    )  # fmt: skip
     store_scales(
         tl.broadcast_to(stored(new, B), (1, TILE)), new_scales, offsets, batch, tile, row0, exists, live, first,
         segment, column * TILE, M, N, E, R, GROUPED, LIVE, SEGMENTS, B, TILE, TILE,
@@ -102,7 +126,7 @@ def transpose_scaled(
     tall = tiles.row_tiles(M, offsets, 128, how["GROUPED"])
     launch(
         _turn_words, (tall * (N // 128) * math.prod(front),), codes.view(torch.int32), as_bytes(scales), offsets,
-        new.view(torch.int32), as_bytes(new_scales), M, N, E, new_scales.shape[-2], tall, A=a, B=b, num_warps=16, **how,
+        as_bytes(new), as_bytes(new_scales), M, N, tiles.line(new, b), E, new_scales.shape[-2], tall, A=a, B=b, num_warps=16, **how,
     )  # fmt: skip
     return new, new_scales
 

@@ -1,9 +1,12 @@
-"""How codes lie in memory: those that a product sums over rows have the elements of a column next to each other.
+"""How codes lie in memory: by rows, or, for a product that sums over rows on fp8 tensor cores, by columns.
 
-FP8 tensor cores of NVIDIA read both operands with the axis that is summed over contiguous. Codes in blocks along
-columns are made for such a sum (wgrad, and dgrad of a weight in blocks that serve only it), so on a GPU casts write
-them [S, N] with strides (1, S), S rounded up to 16 so that columns begin at multiples of 16 bytes. On a CPU nothing
-gains, and codes are contiguous. Shapes and ops know nothing of it: strides say it, of real and of fake tensors.
+Those cores read both operands with the axis that is summed over contiguous (NVIDIA calls it K-major). Codes in blocks
+along columns are made for sums over rows: wgrad, and dgrad of a weight that is cast for it alone. By columns, [S, N]
+has strides (1, S), S rounded up to 16, so that columns begin at multiples of 16 bytes. Shapes know nothing of it.
+
+What an op writes so it is told by `align`, a promise that the rows of each expert begin and end at multiples of it (1:
+nothing is known). Only with a multiple of 16 can 16 bytes of an expert be moved at once, and only then, codes in blocks
+along columns lie by columns.
 """
 
 from __future__ import annotations
@@ -12,23 +15,20 @@ from collections.abc import Sequence
 
 import torch
 
+from moefx.errors import InputError
 from moefx.precision.spec import QuantSpec
 
 Tensor = torch.Tensor
 ALIGN = 16
-"""Rows by which columns, and rows of an expert within them, begin at 16 bytes."""
-DEVICES = ("cuda",)
-"""Types of devices where codes lie by columns."""
 
 
-def by_columns(spec: QuantSpec | str) -> bool:
-    """Whether codes of a spec are summed over rows alone; codes that share a byte share it within a row."""
-    s = QuantSpec.parse(spec)
-    return s.axis == -2 and s.format.per_byte == 1
+def by_columns(spec: QuantSpec | str, align: int) -> bool:
+    """Whether codes of a spec lie by columns under a promise."""
+    return align % ALIGN == 0 and QuantSpec.parse(spec).sums_rows
 
 
 def strides_by_columns(shape: Sequence[int]) -> list[int]:
-    """Strides of codes [..., M, N] that lie by columns: (..., 1, M), M rounded up."""
+    """Strides of codes [..., M, N] by columns: (..., 1, M), M rounded up."""
     *front, M, N = shape
     height = -(-M // ALIGN) * ALIGN
     stride, step = [1, height], height * N
@@ -38,23 +38,42 @@ def strides_by_columns(shape: Sequence[int]) -> list[int]:
     return stride
 
 
-def empty_by_columns(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Memory for codes [..., M, N] by columns. All columns, the last one too, may be written to a multiple of 16 rows."""
-    *front, M, N = shape
-    stride = strides_by_columns(shape)
-    return like.new_empty((*front, N, stride[-1]), dtype=dtype).as_strided(shape, stride)
-
-
-def codes_fake(like: Tensor, spec: QuantSpec | str, shape: Sequence[int]) -> Tensor:
-    """A fake of codes of a tensor of `shape` as they lie on the device of `like`."""
+def empty_codes(like: Tensor, spec: QuantSpec | str, shape: Sequence[int], align: int) -> Tensor:
+    """Memory for codes of values of `shape`. All columns, the last one too, have room for a multiple of 16 rows."""
     s = QuantSpec.parse(spec)
-    if by_columns(s) and like.device.type in DEVICES:
+    if not by_columns(s, align):
+        return like.new_empty(s.format.stored_shape(shape), dtype=s.format.storage)
+    *front, _, N = shape
+    stride = strides_by_columns(shape)
+    return like.new_empty((*front, N, stride[-1]), dtype=s.format.storage).as_strided(shape, stride)
+
+
+def codes_fake(like: Tensor, spec: QuantSpec | str, shape: Sequence[int], align: int) -> Tensor:
+    """A fake of `empty_codes`, whose sizes may be symbols."""
+    s = QuantSpec.parse(spec)
+    if by_columns(s, align):
         return like.new_empty_strided(shape, strides_by_columns(shape), dtype=s.format.storage)
     return like.new_empty(s.format.stored_shape(shape), dtype=s.format.storage)
 
 
-def laid_out(codes: Tensor, spec: QuantSpec | str) -> Tensor:
-    """Codes as they lie on their device, which is a copy where they do not lie so yet."""
-    if by_columns(spec) and codes.device.type in DEVICES:
-        return empty_by_columns(codes, codes.shape, codes.dtype).copy_(codes)
-    return codes
+def laid_out(codes: Tensor, spec: QuantSpec | str, align: int) -> Tensor:
+    """Codes as `empty_codes` lays them out, which is a copy where they do not lie so yet."""
+    if by_columns(spec, align):
+        return empty_codes(codes, spec, codes.shape, align).copy_(codes)
+    return codes.contiguous() if codes.numel() else codes.new_empty(codes.shape)
+
+
+def lies_by_columns(codes: Tensor) -> bool:
+    """Whether codes [S, N] have the strides of `strides_by_columns`."""
+    return codes.stride(0) == 1 and codes.stride(1) % ALIGN == 0 and codes.storage_offset() % ALIGN == 0
+
+
+def check_promise(op: str, offsets: Tensor | None, align: int) -> None:
+    """Raise `InputError` where offsets that the host sees (on a CPU) break the promise `align`."""
+    if align == 1 or offsets is None or offsets.device.type != "cpu":
+        return
+    if type(offsets) is Tensor and bool((offsets % align).any()):
+        raise InputError(
+            f"moefx.{op} was promised rows of experts at multiples of {align}, but offsets are {offsets.tolist()}",
+            todo="make the plan with that `align`, or leave it at 1",
+        )

@@ -24,6 +24,7 @@ from .fuse_casts import FuseCasts
 from .fuse_gather import FuseGather
 from .fuse_plan_permute import FusePlanPermute
 from .inline_pointwise import InlinePointwise
+from .k_major import KMajor
 from .lower_wires import LowerWires
 from .merge_routers import MergeRouters
 from .orient_wgrad import OrientWgrad
@@ -75,6 +76,7 @@ for _factory in (
     FuseCasts,
     LowerWires,
     StoreLowPrecision,
+    KMajor,
     FuseGather,
     lambda: DeadCode(level="training"),
     InlinePointwise,
@@ -166,6 +168,7 @@ __all__ = [
     "FuseGather",
     "FusePlanPermute",
     "InlinePointwise",
+    "KMajor",
     "LowerWires",
     "MergeRouters",
     "OrientWgrad",

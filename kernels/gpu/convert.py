@@ -106,15 +106,15 @@ def _convert(
 
 
 def shift(
-    codes: Tensor, scales: Tensor, offsets: Tensor | None, spec: str, to_spec: str, tight: bool
+    codes: Tensor, scales: Tensor, offsets: Tensor | None, spec: str, to_spec: str, align: int, tight: bool
 ) -> tuple[Tensor, Tensor]:
     """Codes [..., M, N] and scales of `to_spec` with new scales by the tight rule, or from the largest old ones."""
     codes, scales = codes.contiguous(), scales.contiguous()
     a, b = QuantSpec.parse(spec), QuantSpec.parse(to_spec)
-    layouts = [Layout.of(spec), Layout.of(to_spec)]
+    layouts = [Layout.of(spec), Layout.of(to_spec, align)]
     *front, M, width = codes.shape
     N, E = width * a.format.per_byte, 0 if offsets is None else offsets.shape[0] - 1
-    new, new_scales = tiles.empty(codes, to_spec, (*front, M, N), None if offsets is None else E)
+    new, new_scales = tiles.empty(codes, to_spec, (*front, M, N), None if offsets is None else E, align)
     BM, BN = tiles.tile_size(layouts)
     how = tiles.grouping(offsets, layouts)
     tall = tiles.row_tiles(M, offsets, BM, how["GROUPED"])
@@ -128,21 +128,23 @@ def shift(
     return new, new_scales
 
 
-def convert(codes: Tensor, scales: Tensor, offsets: Tensor | None, spec: str, to_spec: str) -> tuple[Tensor, Tensor]:
+def convert(
+    codes: Tensor, scales: Tensor, offsets: Tensor | None, spec: str, to_spec: str, align: int = 1
+) -> tuple[Tensor, Tensor]:
     """As the dialect's `convert`. 4-bit codes that become 8-bit ones take the largest scale, all others tight ones."""
     widens = QuantSpec.parse(spec).format.per_byte > QuantSpec.parse(to_spec).format.per_byte
-    return shift(codes, scales, offsets, spec, to_spec, tight=not widens)
+    return shift(codes, scales, offsets, spec, to_spec, align, tight=not widens)
 
 
 def specimens() -> list[Specimen]:
     """Activations of Qwen3-30B-A3B and DeepSeek-V3, and sizes that divide nothing."""
     fp8, fp8_column, fp4 = "e4m3 1x128 po2/rceil", "e4m3 128x1 po2/rceil", "e2m1 1x32 e8m0/rceil"
 
-    def call(shape: tuple[int, ...], spec: str, to_spec: str, experts: int = 0) -> Callable[[], object]:
+    def call(shape: tuple[int, ...], spec: str, to_spec: str, experts: int = 0, align: int = 1) -> Callable[[], object]:
         def run() -> object:
             x = torch.empty(shape, device="meta")
             offsets = torch.empty(experts + 1, dtype=torch.int32, device="meta") if experts else None
-            return convert(*tiles.empty(x, spec, shape, experts or None), offsets, spec, to_spec)
+            return convert(*tiles.empty(x, spec, shape, experts or None), offsets, spec, to_spec, align)
 
         return run
 
@@ -151,6 +153,9 @@ def specimens() -> list[Specimen]:
         Specimen("fp8 to mxfp4 [65536, 2048]", call((65536, 2048), fp8, fp4, 128), wide[1:], registers=64),
         Specimen("mxfp4 to fp8 rows [65536, 2048]", call((65536, 2048), fp4, fp8, 128), wide, registers=64),
         Specimen("mxfp4 to fp8 columns [65536, 7168]", call((65536, 7168), fp4, fp8_column, 256), wide),
+        Specimen(
+            "mxfp4 to fp8 by columns [65536, 7168]", call((65536, 7168), fp4, fp8_column, 256, 32), (*wide, "STG.128")
+        ),
         Specimen("mxfp8 to fp8 [65536, 2048]", call((65536, 2048), "e4m3 1x32 e8m0/rceil", fp8), wide),
         Specimen("odd [1001, 784]", call((1001, 784), fp4, fp8_column, 7), wide[:1]),
     ]

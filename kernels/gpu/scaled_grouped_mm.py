@@ -1,7 +1,6 @@
 """Grouped products of quantized operands, and, behind one, codes of its result.
 
     y [S, N]     rows of expert e of x [S, K] times w[e] [N, K] transposed: fprop, and dgrad with w a transposed view
-    g [E, M, N]  per expert, a [rows, M] transposed times b [rows, N]: wgrad, both operands in blocks along rows
 
 Scales are taken out of the sum: a block of the depth (128, or 32 for MX) is one product of codes from zero, which is
 multiplied by both scales and added in fp32. That is what keeps fp8 products usable on sm_90, whose fp8 tensor cores
@@ -9,14 +8,11 @@ add in about 14 bits; and it needs no scale to be a power of two. Scales of whol
 once, at the end. The scale of a block is the fp32 product of the operands' two, so it over- or underflows where a
 product of the blocks' largest values would.
 
-Which tensor-core instruction. Those for fp8 (QGMMA) read both operands with the depth contiguous. So it is with x
-[S, K] and w [E, N, K]. It is not with w a transposed view (the dgrad of a weight stored [E, N, K] as much as the fprop
-of one stored [E, K, N]), nor with both operands of wgrad: there codes become fp16, exactly, on their way through
-registers, and are multiplied by HGMMA at half the rate, with loads as asynchronous as before. Left to itself Triton
-keeps QGMMA for a transposed w, but loads it without LDGSTS and scatters it to shared memory byte by byte. What avoids
-both is memory: a second copy of the codes [E, K, N] of a weight in 128x128 blocks holds the same bytes transposed,
-which its cast could write along (1 byte more per element and step); for wgrad, [M, S] copies of both operands, with
-rows of an expert beginning at multiples of 16.
+Which tensor-core instruction. Those for fp8 (QGMMA) read both operands with the depth contiguous: x [S, K], and w
+[E, N, K] as a forward product finds it. The `k_major` pass sees to it that dgrad does, too, by codes of the weight that
+are written or copied so. A w that is but a view the other way is decoded: codes become fp16, exactly, on their way
+through registers, and are multiplied by HGMMA at half the rate, with loads as asynchronous as before. Left to itself
+Triton keeps QGMMA for it, but loads it without LDGSTS and scatters it to shared memory byte by byte.
 
 Bytes of y: S K + E N K codes, 1/32 of that for scales (1/32 + 1/4096 with square blocks of w), S N out.
 
@@ -197,8 +193,8 @@ def _mm(
     return made
 
 
-_ROW, _TILE, _COLUMN = (f"e4m3 {block} po2/rceil eps=1e-10" for block in ("1x128", "128x128", "128x1"))
-_MX, _MX_COLUMN = "e4m3 1x32 e8m0/rceil", "e4m3 32x1 e8m0/rceil"
+_ROW, _TILE = (f"e4m3 {block} po2/rceil eps=1e-10" for block in ("1x128", "128x128"))
+_MX = "e4m3 1x32 e8m0/rceil"
 
 
 def specimens() -> list[Specimen]:
@@ -213,7 +209,7 @@ def specimens() -> list[Specimen]:
 
 
 def _specimens(name: str, S: int, H: int, I: int, E: int) -> list[Specimen]:
-    bf16, f32, offsets = torch.bfloat16, torch.float32, torch.empty(E + 1, dtype=torch.int32, device="meta")
+    bf16, offsets = torch.bfloat16, torch.empty(E + 1, dtype=torch.int32, device="meta")
 
     def coded(spec: str, *shape: int, rows: bool = False) -> tuple[Tensor, Tensor]:
         s = QuantSpec.parse(spec)
@@ -223,43 +219,39 @@ def _specimens(name: str, S: int, H: int, I: int, E: int) -> list[Specimen]:
     def fprop(x: str, w: str) -> Any:
         return scaled_grouped_mm(*coded(x, S, H, rows=True), *coded(w, E, 2 * I, H), offsets, x, w, bf16)
 
-    def dgrad(x: str, w: str) -> Any:
+    def dgrad(x: str, w: str, copied: bool = True) -> Any:
         codes, scales = coded(str(QuantSpec.parse(w).transposed()), E, 2 * I, H)
-        return scaled_grouped_mm(*coded(x, S, 2 * I, rows=True), codes.mT, scales.mT, offsets, x, w, bf16)
-
-    def wgrad(a: str, b: str) -> Any:
-        return scaled_grouped_wgrad(*coded(a, S, 2 * I, rows=True), *coded(b, S, H, rows=True), offsets, a, b, f32)
+        turned = coded(w, E, H, 2 * I)[0] if copied else codes.mT  # scales of a copy are a view still
+        return scaled_grouped_mm(*coded(x, S, 2 * I, rows=True), turned, scales.mT, offsets, x, w, bf16)
 
     def coded_fprop() -> Any:
         x, w = coded(_ROW, S, H, rows=True), coded(_TILE, E, 2 * I, H)
         return scaled_grouped_mm_quantize(*x, *w, offsets, _ROW, _TILE, bf16, [_ROW])
 
-    def stored_flipped(x: str, w: str) -> Any:  # dgrad of a weight stored [E, in, out]: the depth is contiguous
-        return scaled_grouped_mm(*coded(x, S, 2 * I, rows=True), *coded(w, E, H, 2 * I), offsets, x, w, bf16)
-
     made: list[tuple[str, Any, str, int]] = [
         ("fprop", lambda: fprop(_ROW, _TILE), "QGMMA", 255),
         ("fprop, codes of it", coded_fprop, "QGMMA", 255),
-        ("dgrad", lambda: dgrad(_ROW, _TILE), "HGMMA", 255),
-        ("wgrad", lambda: wgrad(_COLUMN, _COLUMN), "HGMMA", 255),
+        ("dgrad", lambda: dgrad(_ROW, _TILE), "QGMMA", 255),
+        ("dgrad, decoded", lambda: dgrad(_ROW, _TILE, False), "HGMMA", 255),
     ]
     if name == "Qwen3":
-        tensor, row, column = (f"e4m3 {block} f32/exact" for block in ("tensor", "row", "column"))
+        tensor, row = (f"e4m3 {block} f32/exact" for block in ("tensor", "row"))
         wide = "e5m2 tensor f32/exact"
         made += [
             ("fprop mx", lambda: fprop(_MX, _MX), "QGMMA", 216),
-            ("dgrad mx", lambda: dgrad(_MX, _MX), "HGMMA", 255),
-            ("wgrad mx", lambda: wgrad(_MX_COLUMN, _MX_COLUMN), "HGMMA", 216),
+            ("dgrad mx", lambda: dgrad(_MX, _MX), "QGMMA", 216),
+            ("dgrad mx, decoded", lambda: dgrad(_MX, _MX, False), "HGMMA", 255),
             ("fprop rows", lambda: fprop(row, row), "QGMMA", 220),
-            ("dgrad tensor e5m2", lambda: dgrad(wide, tensor), "HGMMA", 250),
-            ("dgrad tensor e5m2 [in, out]", lambda: stored_flipped(wide, tensor), "QGMMA", 255),
-            ("wgrad columns", lambda: wgrad(column, column), "HGMMA", 200),
+            ("dgrad rows", lambda: dgrad(row, row), "QGMMA", 220),
+            ("dgrad tensor e5m2", lambda: dgrad(wide, tensor), "QGMMA", 255),
+            ("dgrad tensor e5m2, decoded", lambda: dgrad(wide, tensor, False), "HGMMA", 250),
         ]
     # Without a scale in between, the compiler may leave the sum over blocks to the tensor cores; those for fp8, which
     # are too coarse for it, must not get it.
+    other = {"QGMMA": ("HMMA", "HGMMA"), "HGMMA": ("HMMA",)}
     return [
         Specimen(
-            f"{name} {what}", call, has=(op, "LDGSTS", *(("FFMA|FADD",) if op == "QGMMA" else ())), lacks=("HMMA",),
+            f"{name} {what}", call, has=(op, "LDGSTS.128", *(("FFMA|FADD",) if op == "QGMMA" else ())), lacks=other[op],
             registers=registers,
         )
         for what, call, op, registers in made

@@ -6,12 +6,10 @@ What it does with scales is what `scaled_grouped_mm` does: a block of the depth 
 
 The depth is rows, and the fp8 tensor cores (QGMMA) read both operands with the depth contiguous. Two layouts are taken:
 
-- Both operands with their columns contiguous, as casts write them for this product (`kernels.layout`): QGMMA. Where an
-  expert's rows begin and end at multiples of 16, as plans of the FP8 recipes have them on such devices, 16 bytes are
-  loaded at a time and ahead (LDGSTS). Anywhere else they are loaded one by one: right, and slow. Each program sees in
-  the offsets which it is; the depth of a step is then 32, or the bytes of a step would not fit in registers.
-- Rows contiguous: codes become fp16, exactly, on their way through registers, and HGMMA multiplies them at half the
-  rate, with loads as asynchronous as before.
+- Both operands by columns, where rows of experts begin at multiples of 16 (`kernels.layout`): QGMMA. Without that
+  promise, 16 bytes of a column could not be loaded at once, and nothing ahead.
+- By rows, to which a single operand by columns is copied: codes become fp16, exactly, on their way through registers,
+  and HGMMA multiplies them at half the rate, with loads as asynchronous as before.
 
 Bytes: S (M + N) codes, 1/32 of that for scales, and the gradients.
 
@@ -27,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moefx.kernels.layout import empty_by_columns
+from moefx.kernels.layout import ALIGN, empty_codes, lies_by_columns
 from moefx.precision.spec import QuantSpec
 
 from .codec import as_bytes
@@ -70,28 +68,6 @@ def _store(acc, as_, bs, expert, ms, ns, g, M, N,
 
 
 @triton.jit
-def _sum_along(
-    a, as_, b, bs, count, a_column, b_column, m_cut, n_cut, as_row, bs_row,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, AR: tl.constexpr, BR: tl.constexpr, AS_BYTES: tl.constexpr, BS_BYTES: tl.constexpr,
-):  # fmt: skip
-    """The sum over `count` rows of columns of a and b, the first of which begin at the pointers."""
-    acc, row = tl.zeros((BM, BN), tl.float32), tl.arange(0, BK)
-    a_at = tl.arange(0, BM)[:, None] * a_column + row[None, :]  # 32 bits do within a tile, and take fewer registers
-    b_at = tl.arange(0, BN)[None, :] * b_column + row[:, None]
-    for r in range(0, count, BK):
-        use = row < count - r
-        a_tile = tl.load(a + r + a_at, mask=m_cut[:, None] & use[None, :], other=0.0)
-        b_tile = tl.load(b + r + b_at, mask=use[:, None] & n_cut[None, :], other=0.0)
-        p = tl.dot(a_tile, b_tile)
-        if AR > 0:
-            p = p * load_scale(as_ + (r // AR).to(tl.int64) * as_row, m_cut, AS_BYTES)[:, None]
-        if BR > 0:
-            p = p * load_scale(bs + (r // BR).to(tl.int64) * bs_row, n_cut, BS_BYTES)[None, :]
-        acc += p
-    return acc
-
-
-@triton.jit
 def _turned_wgrad(
     a, as_, b, bs, offsets, g, M, N, a_column, b_column, as_row, bs_row,
     BE: tl.constexpr, BAND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, AR: tl.constexpr,
@@ -100,21 +76,27 @@ def _turned_wgrad(
     expert, start, end, m0, n0 = _tile_of(offsets, M, N, BAND, BM, BN)
     ms, ns = m0 + tl.arange(0, BM), n0 + tl.arange(0, BN)
     m_cut, n_cut = ms < M, ns < N
-    a += m0.to(tl.int64) * a_column
-    b += n0.to(tl.int64) * b_column
     as_at = _scales_at(as_, offsets, expert, ms, as_row, BE, AR, AC)
     bs_at = _scales_at(bs, offsets, expert, ns, bs_row, BE, BR, BC)
-    if (start % 16 == 0) & (end % 16 == 0):
-        first = start // 16 * 16  # which says to the compiler what it is a multiple of
-        acc = _sum_along(
-            a + first, as_at, b + first, bs_at, end // 16 * 16 - first, a_column, b_column, m_cut, n_cut,
-            as_row, bs_row, BM, BN, BK, AR, BR, AS_BYTES, BS_BYTES,
-        )  # fmt: skip
-    else:
-        acc = _sum_along(
-            a + start, as_at, b + start, bs_at, end - start, a_column, b_column, m_cut, n_cut,
-            as_row, bs_row, BM, BN, 32, AR, BR, AS_BYTES, BS_BYTES,
-        )  # fmt: skip
+    acc, row = tl.zeros((BM, BN), tl.float32), tl.arange(0, BK)
+    # By dividing, the compiler is told that columns of the expert begin and end at multiples of 16 bytes. 32 bits do
+    # within a tile, and take fewer registers.
+    first = start // 16 * 16
+    count = end // 16 * 16 - first
+    a += m0.to(tl.int64) * a_column + first
+    b += n0.to(tl.int64) * b_column + first
+    a_at = tl.arange(0, BM)[:, None] * a_column + row[None, :]
+    b_at = tl.arange(0, BN)[None, :] * b_column + row[:, None]
+    for r in range(0, count, BK):
+        use = row < count - r
+        a_tile = tl.load(a + r + a_at, mask=m_cut[:, None] & use[None, :], other=0.0)
+        b_tile = tl.load(b + r + b_at, mask=use[:, None] & n_cut[None, :], other=0.0)
+        p = tl.dot(a_tile, b_tile)
+        if AR > 0:
+            p = p * load_scale(as_at + r // AR * as_row, m_cut, AS_BYTES)[:, None]
+        if BR > 0:
+            p = p * load_scale(bs_at + r // BR * bs_row, n_cut, BS_BYTES)[None, :]
+        acc += p
     _store(acc, as_at, bs_at, expert, ms, ns, g, M, N, AR, BR, AS_BYTES, BS_BYTES)
 
 
@@ -144,23 +126,23 @@ def _scaled_grouped_wgrad(
         p = tl.dot(tl.trans(a_wide), b_tile.to(tl.float16))
         a_wide = a_next.to(tl.float16)
         if AR > 0:
-            p = p * load_scale(as_at + (r // AR).to(tl.int64) * as_row, m_cut, AS_BYTES)[:, None]
+            p = p * load_scale(as_at + r // AR * as_row, m_cut, AS_BYTES)[:, None]
         if BR > 0:
-            p = p * load_scale(bs_at + (r // BR).to(tl.int64) * bs_row, n_cut, BS_BYTES)[None, :]
+            p = p * load_scale(bs_at + r // BR * bs_row, n_cut, BS_BYTES)[None, :]
         acc += p
     _store(acc, as_at, bs_at, expert, ms, ns, g, M, N, AR, BR, AS_BYTES, BS_BYTES)
 
 
 def scaled_grouped_wgrad(
     a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, offsets: Tensor, a_spec: str, b_spec: str,
-    dtype: torch.dtype,
+    dtype: torch.dtype, align: int = 1,
 ) -> Tensor:  # fmt: skip
     """`moefx::scaled_grouped_wgrad`: per expert, codes a [rows, M] transposed times b [rows, N]; zeros of no rows."""
     E, M, N = offsets.shape[0] - 1, a.shape[1], b.shape[1]
     g = a.new_empty(E, M, N, dtype=dtype)
     (AR, AC), (BR, BC) = blocks_of(a_spec), blocks_of(b_spec)
     as_, bs = as_bytes(a_scales).contiguous(), as_bytes(b_scales).contiguous()
-    turned = a.stride(0) == b.stride(0) == 1
+    turned = align % ALIGN == 0 and lies_by_columns(a) and lies_by_columns(b)
     if not turned:
         a, b = a.contiguous(), b.contiguous()
     kernel, axis = (_turned_wgrad, 1) if turned else (_scaled_grouped_wgrad, 0)
@@ -175,7 +157,7 @@ def scaled_grouped_wgrad(
 
 
 def specimens() -> list[Specimen]:
-    """Gradients of the built-in recipes at the sizes of Qwen3-30B-A3B and DeepSeek-V3, and of sizes that fit no tile."""
+    """The built-in recipes' at the sizes of Qwen3-30B-A3B and DeepSeek-V3, and of sizes that fit no tile."""
     block, mx = "e4m3 128x1 po2/rceil eps=1e-10", "e4m3 32x1 e8m0/rceil"
     column, tensor, wide = "e4m3 column f32/exact", "e4m3 tensor f32/exact", "e5m2 tensor f32/exact"
     qwen, deepseek, odd = (65536, 1536, 2048, 128), (65536, 4096, 7168, 256), (2997, 160, 336, 6)
@@ -194,20 +176,17 @@ def specimens() -> list[Specimen]:
     return [_specimen(*a) for a in asked]
 
 
-def _specimen(
-    name: str, sizes: tuple[int, ...], a_spec: str, b_spec: str, turned: bool, registers: int
-) -> Specimen:
-    S, M, N, E = sizes
+def _specimen(name: str, sizes: tuple[int, ...], a_spec: str, b_spec: str, turned: bool, registers: int) -> Specimen:
+    (S, M, N, E), align = sizes, 16 if turned else 1
     offsets = torch.empty(E + 1, dtype=torch.int32, device="meta")
 
     def coded(spec: str, width: int) -> tuple[Tensor, Tensor]:
         s = QuantSpec.parse(spec)
         scales = torch.empty(s.scale_shape((S, width), E), dtype=s.scale_dtype, device="meta")
-        codes = torch.empty(S, width, dtype=s.format.storage, device="meta")
-        return empty_by_columns(codes, (S, width), codes.dtype) if turned else codes, scales
+        return empty_codes(offsets, spec, (S, width), align), scales
 
     def call() -> Any:
-        return scaled_grouped_wgrad(*coded(a_spec, M), *coded(b_spec, N), offsets, a_spec, b_spec, torch.float32)
+        return scaled_grouped_wgrad(*coded(a_spec, M), *coded(b_spec, N), offsets, a_spec, b_spec, torch.float32, align)
 
     # Without a scale in between, the compiler may leave the sum over blocks to the tensor cores; those for fp8, which
     # are too coarse for it, must not get it.

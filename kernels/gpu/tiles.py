@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moefx.kernels.layout import by_columns, empty_by_columns
+from moefx.kernels.layout import by_columns, empty_codes
 from moefx.precision.scaling import scale_exponents
 from moefx.precision.spec import QuantSpec
 
@@ -49,19 +49,27 @@ class Layout:
     MANTISSA: int
     NAN: bool
     FLOOR: int  # what `eps` keeps exponents of scales above, or NONE
-    COLUMNS: bool  # codes of a column are neighbours in memory
+    COLUMNS: bool  # codes lie by columns (`kernels.layout`)
 
     @staticmethod
     @lru_cache
-    def of(text: str) -> Layout:
-        """The layout of a spec whose blocks have 1, 16, 32, 64 or 128 rows and columns."""
+    def of(text: str, align: int = 1) -> Layout:
+        """The layout of a spec whose blocks have 1, 16, 32, 64 or 128 rows and columns, as written under `align`."""
         spec = QuantSpec.parse(text)
         assert spec.br is not None
         assert spec.bc is not None
         fmt = spec.format
         floor = int(scale_exponents(torch.tensor(spec.eps), spec)) if spec.eps else _NONE
         known = codec.constants(text)
-        return Layout(spec.br, spec.bc, MANTISSA=fmt.mantissa_bits, NAN=fmt.has_nan, FLOOR=floor, COLUMNS=by_columns(spec), **known)
+        return Layout(
+            spec.br,
+            spec.bc,
+            MANTISSA=fmt.mantissa_bits,
+            NAN=fmt.has_nan,
+            FLOOR=floor,
+            COLUMNS=by_columns(spec, align),
+            **known,
+        )
 
 
 def grouping(offsets: Tensor | None, layouts: Sequence[Layout]) -> dict[str, Any]:
@@ -84,14 +92,12 @@ def tile_size(layouts: Sequence[Layout]) -> tuple[int, int]:
     return BM, BN
 
 
-def empty(like: Tensor, text: str, shape: Sequence[int], groups: int | None) -> tuple[Tensor, Tensor]:
-    """Memory for codes and scales of a tensor of `shape`; codes of columns lie by columns on any device."""
+def empty(like: Tensor, text: str, shape: Sequence[int], groups: int | None, align: int = 1) -> tuple[Tensor, Tensor]:
+    """Memory for codes and scales of a tensor of `shape`."""
     spec = QuantSpec.parse(text)
-    if by_columns(spec):
-        codes = empty_by_columns(like, shape, spec.format.storage)
-    else:
-        codes = like.new_empty(spec.format.stored_shape(shape), dtype=spec.format.storage)
-    return codes, like.new_empty(spec.scale_shape(shape, groups), dtype=spec.scale_dtype)
+    return empty_codes(like, spec, shape, align), like.new_empty(
+        spec.scale_shape(shape, groups), dtype=spec.scale_dtype
+    )
 
 
 def line(codes: Tensor, layout: Layout) -> int:
@@ -257,20 +263,15 @@ def value_of(scale, SPEC: tl.constexpr):
 
 
 @triton.jit
-def store_columns(code, codes, row0, last, M, col0, end_column, W, BM: tl.constexpr, BN: tl.constexpr):
-    """Write a tile of codes whose columns are contiguous, W bytes from one to the next, into the matrix at `codes`.
+def store_columns(code, codes, row0, last, col0, end_column, W, BM: tl.constexpr, BN: tl.constexpr):
+    """Write a tile of codes by columns, W bytes from one to the next, into the matrix at `codes`.
 
-    A row that is a multiple of 16 begins 16 bytes, which are written at once; others are written one by one.
+    Its first row and the one behind the last are multiples of 16, as the compiler is told by dividing, so that 16 bytes
+    are written at once. Behind the last row of all, there is memory for as many.
     """
-    row, cut = tl.arange(0, BM)[:, None], (col0 + tl.arange(0, BN) < end_column)[None, :]
-    at = codes + col0.to(tl.int64) * W
-    within_tile = row + tl.arange(0, BN)[None, :] * W
-    if (row0 % 16 == 0) & ((last % 16 == 0) | (last == M)):
-        # Behind the last row of all, there is memory up to a multiple of 16.
-        first, count = row0 // 16 * 16, (last - row0 + 15) // 16 * 16
-        tl.store(at + first + within_tile, code, (row < count) & cut)
-    else:
-        tl.store(at + row0 + within_tile, code, (row < last - row0) & cut)
+    row, column = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
+    inside = (row < (last - row0 + 15) // 16 * 16) & (col0 + column < end_column)
+    tl.store(codes + col0.to(tl.int64) * W + row0 // 16 * 16 + row + column * W, code, inside)
 
 
 @triton.jit
@@ -282,7 +283,7 @@ def store_codes(
     W comes from the host, where it is seen to be a multiple of 16: otherwise bytes would move one by one.
     """
     if SPEC.COLUMNS:
-        store_columns(code, place(codes, batch, 0, N, W), row0, last, M, col0, N, W, BM, BN)
+        store_columns(code, place(codes, batch, 0, N, W), row0, last, col0, N, W, BM, BN)
     elif SPEC.ELEM == "e2m1":
         inside = exists[:, None] & (col0 // 2 + tl.arange(0, BN // 2) < W)[None, :]
         p = place(codes, batch, row0, M, W) + col0 // 2

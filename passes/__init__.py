@@ -24,9 +24,9 @@ from .fuse_casts import FuseCasts
 from .fuse_gather import FuseGather
 from .fuse_plan_permute import FusePlanPermute
 from .inline_pointwise import InlinePointwise
-from .k_major import KMajor
 from .lower_wires import LowerWires
 from .merge_routers import MergeRouters
+from .orient_codes import OrientCodes
 from .orient_wgrad import OrientWgrad
 from .propagate_scales import PropagateScales
 from .quantize import Quantize
@@ -76,7 +76,7 @@ for _factory in (
     FuseCasts,
     LowerWires,
     StoreLowPrecision,
-    KMajor,
+    OrientCodes,
     FuseGather,
     lambda: DeadCode(level="training"),
     InlinePointwise,
@@ -168,9 +168,9 @@ __all__ = [
     "FuseGather",
     "FusePlanPermute",
     "InlinePointwise",
-    "KMajor",
     "LowerWires",
     "MergeRouters",
+    "OrientCodes",
     "OrientWgrad",
     "PropagateScales",
     "Quantize",

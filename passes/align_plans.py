@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from moefx.graph.edit import arguments, find, value
+from moefx.graph.edit import arguments, find, set_arguments, value
 from moefx.manager import Context, Pass
 from moefx.precision.recipe import BF16, Recipe
 
@@ -32,10 +32,8 @@ class AlignPlans(Pass):
 
     def run(self, graph: fx.Graph, ctx: Context) -> None:
         for plan in ctx.at(find(graph, ops.plan, ops.choice_plan)):
-            a = arguments(plan)
-            indices = next(iter(a.values()))
+            indices = next(n for n in plan.all_input_nodes if isinstance(value(n), torch.Tensor))
             align = self.recipe.gpu_align if value(indices).device.type in self.devices else self.recipe.align
-            if a.pop("align") % align:
-                plan.args = (*a.values(), align)
-                plan.kwargs = {}
+            if arguments(plan)["align"] % align:
+                set_arguments(plan, align=align)
                 ctx.matched(plan)

@@ -9,10 +9,10 @@ once, at the end. The scale of a block is the fp32 product of the operands' two,
 product of the blocks' largest values would.
 
 Which tensor-core instruction. Those for fp8 (QGMMA) read both operands with the depth contiguous: x [S, K], and w
-[E, N, K] as a forward product finds it. The `k_major` pass sees to it that dgrad does, too, by codes of the weight that
-are written or copied so. A w that is but a view the other way is decoded: codes become fp16, exactly, on their way
-through registers, and are multiplied by HGMMA at half the rate, with loads as asynchronous as before. Left to itself
-Triton keeps QGMMA for it, but loads it without LDGSTS and scatters it to shared memory byte by byte.
+[E, N, K] as a forward product finds it. The `orient_codes` pass sees to it that dgrad does, too. A w that is only a
+view the other way is decoded: codes become fp16, exactly, on their way through registers, and are multiplied by HGMMA
+at half the rate, with loads as asynchronous as before. Left to itself Triton keeps QGMMA for it, but loads it without
+LDGSTS and scatters it to shared memory byte by byte.
 
 Bytes of y: S K + E N K codes, 1/32 of that for scales (1/32 + 1/4096 with square blocks of w), S N out.
 

@@ -119,7 +119,7 @@ class Recipe:
         steps += ["fuse_casts"] if self.fuse else []
         steps += ["lower_wires"]
         steps += ["store_low_precision"] if self.propagate and self.fuse else []
-        steps += ["k_major"]
+        steps += ["orient_codes"]
         return (*_MODEL, *aligned, *_TRAINING, *steps, "fuse_gather", "dead_code_training")
 
     def replace(self, name: str, about: str = "", **fields: Any) -> Recipe:

@@ -10,7 +10,7 @@ from torch import fx
 
 from moefx import compat
 from moefx.graph.casts import QUANTIZE
-from moefx.graph.edit import arguments, find, inheriting, is_backward, origin, targets, value
+from moefx.graph.edit import arguments, find, inheriting, is_backward, origin, set_arguments, targets, value
 from moefx.graph.products import source
 from moefx.kernels.layout import ALIGN
 from moefx.manager import Context, Pass
@@ -23,7 +23,7 @@ PLANS = targets(ops.plan, ops.choice_plan, ops.plan_permute)
 
 
 @dataclass(frozen=True)
-class KMajor(Pass):
+class OrientCodes(Pass):
     """Codes that are summed over rows are written by columns, and transposed weights are copied once a step.
 
     Casts in blocks along columns, and the weight gradients that read them, are told that rows of experts begin at
@@ -39,7 +39,7 @@ class KMajor(Pass):
 
     level: ClassVar[str] = "training"
     requires: ClassVar[set[str]] = {"quantized"}
-    provides: ClassVar[set[str]] = {"k_major"}
+    provides: ClassVar[set[str]] = {"codes_oriented"}
 
     def run(self, graph: fx.Graph, ctx: Context) -> None:
         for node in ctx.at(find(graph, *WRITERS, ops.scaled_grouped_wgrad)):
@@ -53,7 +53,7 @@ class KMajor(Pass):
             if align % ALIGN:
                 ctx.rejected(node, f"rows of experts begin at multiples of {align}, not of {ALIGN}")
                 continue
-            node.args, node.kwargs = tuple({**a, "align": ALIGN}.values()), {}
+            set_arguments(node, align=ALIGN)
             ctx.matched(node)
         copies: dict[fx.Node, fx.Node] = {}
         for product in ctx.at(find(graph, ops.scaled_grouped_mm, ops.scaled_grouped_mm_quantize)):

@@ -168,9 +168,17 @@ def specimens() -> list[Specimen]:
         Specimen("tight mxfp8 [65536, 2048]", call((65536, 2048), "tight", 128, mx), wide),
         Specimen("back again [65536, 2048]", call((65536, 2048), "tight", 128, (column, row)), wide),
         Specimen(
-            "tile_max by columns [65536, 2048]", call((65536, 2048), "tile_max", 128, align=16), (*wide, "STG.128")
+            "tile_max by columns [65536, 2048]",
+            call((65536, 2048), "tile_max", 128, align=16),
+            (*wide, "STG.128"),
+            ("STG.U8",),
         ),
-        Specimen("tight by columns [65536, 2048]", call((65536, 2048), "tight", 128, align=16), (*wide, "STG.128")),
+        Specimen(
+            "tight by columns [65536, 2048]",
+            call((65536, 2048), "tight", 128, align=16),
+            (*wide, "STG.128"),
+            ("STG.U8",),
+        ),
         Specimen("tight mxfp8 by columns", call((65536, 2048), "tight", 128, mx, align=32), (*wide, "STG.128")),
         Specimen("odd tile_max [1001, 784]", call((1001, 784), "tile_max", 7), wide),
     ]

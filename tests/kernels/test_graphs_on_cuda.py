@@ -14,7 +14,6 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-import moefx
 from moefx.kernels import registry
 from moefx.kernels.layout import lies_by_columns
 from tests import reference as ref

@@ -206,13 +206,13 @@ def cast_columns(
     if y is not None:
         odd, odd_field = _column_codes(y, live, CAST)
         out, field = tl.interleave(out, odd), tl.interleave(field, odd_field)
+    if not CAST.columns:
+        _store_codes(codes, out, first, tl.arange(0, TILE) < end - first, column, end_column, N)
     at = column + tl.arange(0, WIDE)
     mask = used[:, None] & (at < end_column)[None, :]
     tl.store(scales + scale_row[:, None] * N + at[None, :], _stored(field, CAST), mask=mask)
-    if CAST.columns:
+    if CAST.columns:  # behind the scales, or the backward of h as codes spills on sm_90
         store_columns(out, codes, first, end, column, end_column, (S + 15) // 16 * 16, TILE, WIDE)
-    else:
-        _store_codes(codes, out, first, tl.arange(0, TILE) < end - first, column, end_column, N)
 
 
 @triton.jit

@@ -221,7 +221,7 @@ def _glu_backward_quantize(
     N = I if LAYOUT == "plain" else 2 * I
     for half in tl.static_range(1 if LAYOUT == "plain" else 2):
         at = column + half * WIDTH if PAIRS else column
-        tl.debug_barrier()  # or loads for this half begin before the other's codes are out, and spill
+        tl.debug_barrier()  # without it, codes by columns spill on sm_90
         dgate, dup = _gradients(
             da, h, h_scales, w, row, wanted, at, I, WIDTH, DTYPE, ACT, LAYOUT, LIMIT, ALPHA, H
         )  # fmt: skip
@@ -270,17 +270,9 @@ def glu_quantize(
 
 
 def glu_backward_quantize(
-    da: Tensor,
-    h: Tensor,
-    h_scales: Tensor | None,
-    w: Tensor | None,
-    offsets: Tensor | None,
-    kind: str,
-    h_spec: str,
-    specs: Sequence[str],
-    act_specs: Sequence[str],
-    align: int = 1,
-) -> list[Tensor]:
+    da: Tensor, h: Tensor, h_scales: Tensor | None, w: Tensor | None, offsets: Tensor | None, kind: str, h_spec: str,
+    specs: Sequence[str], act_specs: Sequence[str], align: int = 1,
+) -> list[Tensor]:  # fmt: skip
     """`moefx.glu_backward_quantize`: da [S, I], h as for `glu_quantize` in the dtype of da, or its codes with h_scales
     under `h_spec` -> dw [S] like w, codes and scales of dh for each of `specs`, of the activation for `act_specs`.
 
@@ -314,15 +306,13 @@ def specimens() -> list[Specimen]:
     def empty(*shape: int, dtype: torch.dtype = bf16) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    def forward(
-        I: int, E: int, kind: str, specs: list[str], h_specs: list[str], dtype: Any = bf16, align: int = 1
-    ) -> Any:
+    def forward(I: int, E: int, kind: str, specs: Any, h_specs: Any, dtype: Any = bf16, align: int = 1) -> Any:
         width = I if kind.startswith("plain") else 2 * I
         args = empty(S, width, dtype=dtype), empty(S, dtype=torch.float32), empty(E + 1, dtype=torch.int32)
         return lambda: glu_quantize(*args, kind, specs, h_specs, align)
 
     def backward(
-        I: int, E: int, kind: str, specs: list[str], act: list[str], codes: bool, dtype: Any = bf16, align: int = 1
+        I: int, E: int, kind: str, specs: Any, act: Any, codes: bool, dtype: Any = bf16, align: int = 1
     ) -> Any:
         width = I if kind.startswith("plain") else 2 * I
         h = empty(S, width, dtype=torch.float8_e4m3fn if codes else dtype)

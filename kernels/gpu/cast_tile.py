@@ -50,9 +50,8 @@ class Cast(NamedTuple):
         """The constants of `spec`, whose blocks are 1xB or Bx1."""
         s, c = QuantSpec.parse(spec), constants(spec)
         block = (s.br or 1) * (s.bc or 1)
-        return Cast(
-            block, *(c[k] for k in ("ELEM", "EMAX", "BOUND", "LEAST", "EPS", "ZERO_ONE", "BYTES")), by_columns(s, align)
-        )
+        known = (c[k] for k in ("ELEM", "EMAX", "BOUND", "LEAST", "EPS", "ZERO_ONE", "BYTES"))
+        return Cast(block, *known, columns=by_columns(s, align))  # type: ignore[misc]
 
 
 class Outputs(NamedTuple):

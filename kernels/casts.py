@@ -42,7 +42,7 @@ def shifts(codes: Tensor, offsets: Tensor | None, spec: str, to_spec: str) -> bo
     return known and exactness(spec, to_spec).rule in ("R11/R12", "R15", "R16", "R17")
 
 
-def _quantizes(x: Tensor, offsets: Tensor | None, specs: Sequence[str]) -> bool:
+def _quantizes(x: Tensor, offsets: Tensor | None, specs: Sequence[str], align: int = 1) -> bool:
     return x.dtype in WIDE and len(specs) > 0 and all(known(s) and in_tiles(s, offsets) for s in specs)
 
 
@@ -52,4 +52,4 @@ def _dequantizes(codes: Tensor, scales: Any, offsets: Tensor | None, spec: str, 
 
 register_triton("quantize", "quantize:quantize", _quantizes)
 register_triton("dequantize", "dequantize:dequantize", _dequantizes)
-register_triton("convert", "convert:convert", lambda codes, scales, *rest: shifts(codes, *rest))
+register_triton("convert", "convert:convert", lambda codes, scales, *rest: shifts(codes, *rest[:3]))

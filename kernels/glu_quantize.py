@@ -36,7 +36,13 @@ def _half(width: int, kind: str) -> int | None:
 
 
 def _forward(
-    h: Tensor, w: Tensor | None, offsets: Tensor | None, kind: str, specs: Sequence[str], h_specs: Sequence[str]
+    h: Tensor,
+    w: Tensor | None,
+    offsets: Tensor | None,
+    kind: str,
+    specs: Sequence[str],
+    h_specs: Sequence[str],
+    align: int = 1,
 ) -> bool:
     return h.dim() == 2 and wide(h, w) and casts(specs) and casts(h_specs, _half(h.shape[1], kind))
 
@@ -51,6 +57,7 @@ def _backward(
     h_spec: str,
     specs: Sequence[str],
     act_specs: Sequence[str],
+    align: int = 1,
 ) -> bool:
     half = _half(h.shape[1], kind)
     if h_scales is None:

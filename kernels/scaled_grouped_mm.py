@@ -15,6 +15,7 @@ import torch
 
 from moefx.precision.spec import QuantSpec
 
+from .layout import lies_by_columns
 from .registry import WIDE, register_triton
 
 Tensor = torch.Tensor
@@ -71,15 +72,24 @@ def _mm_quantize(
 
 
 def _wgrad(
-    a: Tensor, as_: Tensor, b: Tensor, bs: Tensor, offsets: Tensor, a_spec: str, b_spec: str, dtype: torch.dtype
+    a: Tensor,
+    as_: Tensor,
+    b: Tensor,
+    bs: Tensor,
+    offsets: Tensor,
+    a_spec: str,
+    b_spec: str,
+    dtype: torch.dtype,
+    align: int = 1,
 ) -> bool:
     specs = [QuantSpec.parse(s) for s in (a_spec, b_spec)]
     return _has_fp8(a.device.index) and dtype in WIDE and all(
-        _codes(t, s) and s.br != 1 and _divides(s.br) and (s.bc in (1, None) or s.bc == s.br) and _aligned(t, -1)
+        _codes(t, s) and s.br != 1 and _divides(s.br) and (s.bc in (1, None) or s.bc == s.br)
+        and t.shape[1] % 16 == 0 and (_aligned(t, -1) or lies_by_columns(t))
         for t, s in zip((a, b), specs, strict=True)
     )  # fmt: skip
 
 
 register_triton("scaled_grouped_mm", "scaled_grouped_mm:scaled_grouped_mm", _mm)
 register_triton("scaled_grouped_mm_quantize", "scaled_grouped_mm:scaled_grouped_mm_quantize", _mm_quantize)
-register_triton("scaled_grouped_wgrad", "scaled_grouped_mm:scaled_grouped_wgrad", _wgrad)
+register_triton("scaled_grouped_wgrad", "scaled_grouped_wgrad:scaled_grouped_wgrad", _wgrad)

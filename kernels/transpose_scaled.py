@@ -17,6 +17,7 @@ from moefx.precision.convert import tile_max
 from moefx.precision.spec import QuantSpec
 
 from .casts import shifts
+from .layout import laid_out
 from .registry import register, register_triton
 
 Tensor = torch.Tensor
@@ -49,7 +50,9 @@ def shift_words(words: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     return words - k * _LANES, ok | (k == 0)
 
 
-def _supports(codes: Tensor, scales: Tensor, offsets: Any, spec: str, to_spec: str, rule: str = "tight") -> bool:
+def _supports(
+    codes: Tensor, scales: Tensor, offsets: Any, spec: str, to_spec: str, rule: str = "tight", align: int = 1
+) -> bool:
     a, b = QuantSpec.parse(spec), QuantSpec.parse(to_spec)
     whole = a.bc is not None and a.br == 1 and a.bc % 4 == 0 and codes.dim() == 2 and codes.shape[1] % a.bc == 0
     same = a.elem == b.elem == "e4m3" and a.scale == b.scale == "po2" and a.transposed().block == b.block
@@ -58,7 +61,7 @@ def _supports(codes: Tensor, scales: Tensor, offsets: Any, spec: str, to_spec: s
 
 @register("transpose_scaled", "torch_words", _supports)
 def transpose_scaled_cpu(
-    codes: Tensor, scales: Tensor, offsets: Tensor | None, spec: str, to_spec: str, rule: str = "tight"
+    codes: Tensor, scales: Tensor, offsets: Tensor | None, spec: str, to_spec: str, rule: str = "tight", align: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Codes [S, N] of 1xB blocks as codes of Bx1 blocks, and the largest scale of each tile."""
     raw, new_scales, k_SC = tile_max(codes.view(torch.uint8), scales, spec, to_spec, offsets)
@@ -69,11 +72,11 @@ def transpose_scaled_cpu(
     exact &= k <= 15
     slow = (~exact).nonzero(as_tuple=True)
     out[slow] = shift_codes(words[slow][:, None].view(torch.uint8), k[slow][:, None]).view(torch.int32)[:, 0]
-    return out.view(torch.uint8).view(codes.dtype), new_scales
+    return laid_out(out.view(torch.uint8).view(codes.dtype), to_spec, align), new_scales
 
 
 register_triton(
     "transpose_scaled",
     "transpose_scaled:transpose_scaled",
-    lambda codes, scales, offsets, spec, to_spec, rule="tight": shifts(codes, offsets, spec, to_spec),
+    lambda codes, scales, offsets, spec, to_spec, rule="tight", align=1: shifts(codes, offsets, spec, to_spec),
 )

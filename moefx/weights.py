@@ -26,6 +26,8 @@ Tensor = torch.Tensor
 def hoist_weight_casts(gm: fx.GraphModule, parameters: set[str]) -> fx.GraphModule | None:
     """Move casts of weights out of a graph, which then takes codes and scales as inputs, by the same names.
 
+    With them go transposed copies of codes.
+
     Args:
         gm: forward or backward of a partitioned graph; edited.
         parameters: names of the placeholders that are parameters.
@@ -40,16 +42,18 @@ def hoist_weight_casts(gm: fx.GraphModule, parameters: set[str]) -> fx.GraphModu
         ancestors = _ancestors(q)
         fixed = all(n.name in parameters if n.op == "placeholder" else n.op == "call_function" for n in ancestors)
         if fixed and not any(QuantSpec.parse(s).stochastic for s in arguments(q)["specs"]):
-            moved += [item for item in q.users if item.target is compat.getitem]
-            needed |= ancestors | {q}
+            items = [item for item in q.users if item.target is compat.getitem]
+            copies = [(view, copy) for item in items for view in item.users for copy in _copies(view)]
+            moved += items + [copy for _, copy in copies]
+            needed |= ancestors | {q} | {view for view, _ in copies}
     if not moved:
         return None
     graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
+    made: dict[fx.Node, fx.Node] = {}
     for node in sorted(needed | set(moved), key=order.__getitem__):
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-        copies[node].name = node.name
-    graph.output(tuple(copies[n] for n in moved)).meta["names"] = [n.name for n in moved]
+        made[node] = graph.node_copy(node, made.__getitem__)
+        made[node].name = node.name
+    graph.output(tuple(made[n] for n in moved)).meta["names"] = [n.name for n in moved]
     first = next(n for n in gm.graph.nodes if n.op != "placeholder")
     for node in moved:
         with gm.graph.inserting_before(first):
@@ -63,6 +67,12 @@ def hoist_weight_casts(gm: fx.GraphModule, parameters: set[str]) -> fx.GraphModu
             gm.graph.erase_node(node)
     gm.recompile()
     return fx.GraphModule(gm, graph)
+
+
+def _copies(view: fx.Node) -> list[fx.Node]:
+    """Copies of a node that turns codes around."""
+    turns = view.target is torch.ops.aten.permute.default
+    return [n for n in view.users if n.target is torch.ops.aten.clone.default] if turns else []
 
 
 def _ancestors(node: fx.Node) -> set[fx.Node]:

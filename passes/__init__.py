@@ -26,6 +26,7 @@ from .fuse_plan_permute import FusePlanPermute
 from .inline_pointwise import InlinePointwise
 from .lower_wires import LowerWires
 from .merge_routers import MergeRouters
+from .orient_codes import OrientCodes
 from .orient_wgrad import OrientWgrad
 from .propagate_scales import PropagateScales
 from .quantize import Quantize
@@ -75,6 +76,7 @@ for _factory in (
     FuseCasts,
     LowerWires,
     StoreLowPrecision,
+    OrientCodes,
     FuseGather,
     lambda: DeadCode(level="training"),
     InlinePointwise,
@@ -168,6 +170,7 @@ __all__ = [
     "InlinePointwise",
     "LowerWires",
     "MergeRouters",
+    "OrientCodes",
     "OrientWgrad",
     "PropagateScales",
     "Quantize",

@@ -92,7 +92,8 @@ class Quantize(Pass):
                 E, H, I = (size_hint(s) for s in w.shape)
                 # The rows include those that fill each expert up to `align`; how many pairs there are is known to
                 # within that.
-                pairs = size_hint(x.shape[0]) - E * (self.recipe.align - 1) + self.recipe.align // 2
+                align = self.recipe.gpu_align if x.device.type == "cuda" else self.recipe.align
+                pairs = size_hint(x.shape[0]) - E * (align - 1) + align // 2
                 row = decisions.verdict(decisions.device_name(x.device), self.recipe.specs, pairs, H, I, E)
                 if row is not None and row.speedup < 1:
                     slower[p.path] = row

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,13 @@ def batch(B: int = 2, S: int = 8, seed: int = 1) -> dict[str, Tensor]:
 def optimize(model: nn.Module, inputs: Any = None, **options: Any) -> moefx.OptimizedModule:
     """`moefx.optimize` with eager codegen, on `batch()` unless told otherwise."""
     return moefx.optimize(model, batch() if inputs is None else inputs, **{"codegen": "eager", **options})
+
+
+def as_on_gpu(recipe: str, without: str = "") -> Any:
+    """The passes of a recipe, of which those that look at the device take a CPU for a GPU, but for one."""
+    chain = moefx.pipeline(recipe, codegen="eager")
+    passes = [replace(p, devices=("cpu",)) if hasattr(p, "devices") else p for p in chain.passes if p.name != without]
+    return type(chain)(tuple(passes), chain.given)
 
 
 class Block(nn.Module):

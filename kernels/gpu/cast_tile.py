@@ -19,10 +19,12 @@ import torch
 import triton
 import triton.language as tl
 
+from moefx.kernels.layout import by_columns
 from moefx.precision.spec import QuantSpec
 
 from .codec import as_bytes, constants, encode8, inverse, magnitude_bits, po2_field, scale_value
 from .launch import cdiv
+from .tiles import empty, store_columns
 
 Tensor = torch.Tensor
 ROWS = 128
@@ -40,14 +42,16 @@ class Cast(NamedTuple):
     eps: float
     zero_one: bool
     bytes: bool
+    columns: bool  # codes lie by columns (`kernels.layout`)
 
     @staticmethod
     @lru_cache
-    def of(spec: str) -> Cast:
+    def of(spec: str, align: int = 1) -> Cast:
         """The constants of `spec`, whose blocks are 1xB or Bx1."""
         s, c = QuantSpec.parse(spec), constants(spec)
         block = (s.br or 1) * (s.bc or 1)
-        return Cast(block, *(c[k] for k in ("ELEM", "EMAX", "BOUND", "LEAST", "EPS", "ZERO_ONE", "BYTES")))
+        known = (c[k] for k in ("ELEM", "EMAX", "BOUND", "LEAST", "EPS", "ZERO_ONE", "BYTES"))
+        return Cast(block, *known, columns=by_columns(s, align))  # type: ignore[misc]
 
 
 class Outputs(NamedTuple):
@@ -58,17 +62,16 @@ class Outputs(NamedTuple):
     columns: tuple[Tensor | None, Tensor | None, Cast | None]
 
 
-def outputs(x: Tensor, shape: tuple[int, int], specs: Sequence[str], offsets: Tensor | None) -> Outputs:
+def outputs(x: Tensor, shape: tuple[int, int], specs: Sequence[str], offsets: Tensor | None, align: int) -> Outputs:
     """Memory for a value of `shape` under `specs`, at most one per orientation, on the device of `x`."""
     groups = None if offsets is None else offsets.shape[0] - 1
     returned: list[Tensor] = []
     found: dict[int | None, tuple[Tensor | None, Tensor | None, Cast | None]] = {}
     for text in specs:
         spec = QuantSpec.parse(text)
-        codes = x.new_empty(shape, dtype=spec.format.storage)
-        scales = x.new_empty(spec.scale_shape(shape, groups), dtype=spec.scale_dtype)
+        codes, scales = empty(x, text, shape, groups, align)
         returned += [codes, scales]
-        found[spec.axis] = as_bytes(codes), as_bytes(scales), Cast.of(text)
+        found[spec.axis] = as_bytes(codes), as_bytes(scales), Cast.of(text, align)
     absent = None, None, None
     return Outputs(returned, found.get(-1, absent), found.get(-2, absent))
 
@@ -193,18 +196,22 @@ def _column_codes(x, live, CAST: tl.constexpr):
 
 @triton.jit
 def cast_columns(
-    x, y, codes, scales, first, inside, live, column, end_column, N, scale_row, used, CAST: tl.constexpr
+    x, y, codes, scales, first, end, live, column, end_column, S, N, scale_row, used, CAST: tl.constexpr
 ):  # fmt: skip
-    """As `cast_rows`, in blocks within columns; `scale_row` and `used` are those of `scale_rows`."""
+    """As `cast_rows`, in blocks within columns; rows to be stored end before `end`, and all before S; `scale_row` and
+    `used` are those of `scale_rows`."""
     WIDE: tl.constexpr = x.shape[1] if y is None else 2 * x.shape[1]
     out, field = _column_codes(x, live, CAST)
     if y is not None:
         odd, odd_field = _column_codes(y, live, CAST)
         out, field = tl.interleave(out, odd), tl.interleave(field, odd_field)
-    _store_codes(codes, out, first, inside, column, end_column, N)
+    if not CAST.columns:
+        _store_codes(codes, out, first, tl.arange(0, TILE) < end - first, column, end_column, N)
     at = column + tl.arange(0, WIDE)
     mask = used[:, None] & (at < end_column)[None, :]
     tl.store(scales + scale_row[:, None] * N + at[None, :], _stored(field, CAST), mask=mask)
+    if CAST.columns:  # behind the scales, or the backward of h as codes spills on sm_90
+        store_columns(out, codes, first, end, column, end_column, (S + 15) // 16 * 16, TILE, WIDE)
 
 
 @triton.jit

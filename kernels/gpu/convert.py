@@ -72,7 +72,7 @@ def _convert(
 ):  # fmt: skip
     column, tile, batch = grid_of(tall, tl.cdiv(N, BN))
     col0 = column * BN
-    row0, exists, live, first, segment = tile_rows(offsets, tile, M, E, GROUPED, LIVE, SEGMENTS, BM)
+    row0, exists, live, first, segment, last = tile_rows(offsets, tile, M, E, GROUPED, LIVE, SEGMENTS, BM)
     code = load_codes(codes, batch, row0, live, col0, M, W_a, A, BM, BN)
     scale = load_scales(
         scales, offsets, batch, row0, live, first, segment, col0, M, N, E, R_a, GROUPED, SEGMENTS, A, BM, BN
@@ -102,47 +102,49 @@ def _convert(
     y = encode(tl.where((field == 255) | (new == 255), float("nan"), y), TO)  # which E2M1 has as code 0
     if FROM == TO:
         y = tl.where(special, code, y)
-    store_codes(y, new_codes, batch, row0, exists, col0, M, W_b, B, BM, BN)
+    store_codes(y, new_codes, batch, row0, exists, last, col0, M, N, W_b, B, BM, BN)
 
 
 def shift(
-    codes: Tensor, scales: Tensor, offsets: Tensor | None, spec: str, to_spec: str, tight: bool
+    codes: Tensor, scales: Tensor, offsets: Tensor | None, spec: str, to_spec: str, align: int, tight: bool
 ) -> tuple[Tensor, Tensor]:
     """Codes [..., M, N] and scales of `to_spec` with new scales by the tight rule, or from the largest old ones."""
     codes, scales = codes.contiguous(), scales.contiguous()
     a, b = QuantSpec.parse(spec), QuantSpec.parse(to_spec)
-    layouts = [Layout.of(spec), Layout.of(to_spec)]
+    layouts = [Layout.of(spec), Layout.of(to_spec, align)]
     *front, M, width = codes.shape
     N, E = width * a.format.per_byte, 0 if offsets is None else offsets.shape[0] - 1
-    new, new_scales = tiles.empty(codes, to_spec, (*front, M, N), None if offsets is None else E)
+    new, new_scales = tiles.empty(codes, to_spec, (*front, M, N), None if offsets is None else E, align)
     BM, BN = tiles.tile_size(layouts)
     how = tiles.grouping(offsets, layouts)
     tall = tiles.row_tiles(M, offsets, BM, how["GROUPED"])
     # An element needs more registers here than in `quantize`: its number, its key and both exponents.
     launch(
         _convert, (tall * cdiv(N, BN) * math.prod(front),), as_bytes(codes), as_bytes(scales), offsets, as_bytes(new),
-        as_bytes(new_scales), M, N, width, new.shape[-1], E, scales.shape[-2], new_scales.shape[-2], tall,
+        as_bytes(new_scales), M, N, width, tiles.line(new, layouts[1]), E, scales.shape[-2], new_scales.shape[-2], tall,
         A=layouts[0], B=layouts[1], TIGHT=tight, HEADROOM=headroom(a.format, b.format),
         BM=BM, BN=BN, num_warps=min(16, BM * BN // 512), **how,
     )  # fmt: skip
     return new, new_scales
 
 
-def convert(codes: Tensor, scales: Tensor, offsets: Tensor | None, spec: str, to_spec: str) -> tuple[Tensor, Tensor]:
+def convert(
+    codes: Tensor, scales: Tensor, offsets: Tensor | None, spec: str, to_spec: str, align: int = 1
+) -> tuple[Tensor, Tensor]:
     """As the dialect's `convert`. 4-bit codes that become 8-bit ones take the largest scale, all others tight ones."""
     widens = QuantSpec.parse(spec).format.per_byte > QuantSpec.parse(to_spec).format.per_byte
-    return shift(codes, scales, offsets, spec, to_spec, tight=not widens)
+    return shift(codes, scales, offsets, spec, to_spec, align, tight=not widens)
 
 
 def specimens() -> list[Specimen]:
     """Activations of Qwen3-30B-A3B and DeepSeek-V3, and sizes that divide nothing."""
     fp8, fp8_column, fp4 = "e4m3 1x128 po2/rceil", "e4m3 128x1 po2/rceil", "e2m1 1x32 e8m0/rceil"
 
-    def call(shape: tuple[int, ...], spec: str, to_spec: str, experts: int = 0) -> Callable[[], object]:
+    def call(shape: tuple[int, ...], spec: str, to_spec: str, experts: int = 0, align: int = 1) -> Callable[[], object]:
         def run() -> object:
             x = torch.empty(shape, device="meta")
             offsets = torch.empty(experts + 1, dtype=torch.int32, device="meta") if experts else None
-            return convert(*tiles.empty(x, spec, shape, experts or None), offsets, spec, to_spec)
+            return convert(*tiles.empty(x, spec, shape, experts or None), offsets, spec, to_spec, align)
 
         return run
 
@@ -151,6 +153,9 @@ def specimens() -> list[Specimen]:
         Specimen("fp8 to mxfp4 [65536, 2048]", call((65536, 2048), fp8, fp4, 128), wide[1:], registers=64),
         Specimen("mxfp4 to fp8 rows [65536, 2048]", call((65536, 2048), fp4, fp8, 128), wide, registers=64),
         Specimen("mxfp4 to fp8 columns [65536, 7168]", call((65536, 7168), fp4, fp8_column, 256), wide),
+        Specimen(
+            "mxfp4 to fp8 by columns [65536, 7168]", call((65536, 7168), fp4, fp8_column, 256, 32), (*wide, "STG.128")
+        ),
         Specimen("mxfp8 to fp8 [65536, 2048]", call((65536, 2048), "e4m3 1x32 e8m0/rceil", fp8), wide),
         Specimen("odd [1001, 784]", call((1001, 784), fp4, fp8_column, 7), wide[:1]),
     ]

@@ -32,7 +32,7 @@ def _dequantize(
 ):  # fmt: skip
     column, tile, batch = grid_of(tall, tl.cdiv(N, BN))
     col0 = column * BN
-    row0, exists, live, first, segment = tile_rows(offsets, tile, M, E, GROUPED, LIVE, SEGMENTS, BM)
+    row0, exists, live, first, segment, _ = tile_rows(offsets, tile, M, E, GROUPED, LIVE, SEGMENTS, BM)
     code = load_codes(codes, batch, row0, live, col0, M, W, SPEC, BM, BN)  # 0 in rows of nobody
     scale = load_scales(
         scales, offsets, batch, row0, live, first, segment, col0, M, N, E, R, GROUPED, SEGMENTS, SPEC, BM, BN

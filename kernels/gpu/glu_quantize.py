@@ -44,7 +44,7 @@ Tensor = torch.Tensor
 @triton.jit
 def _cast(
     x, y, row_codes, row_scales, column_codes, column_scales,
-    first, end, live, k, sizes, R, column, end_column, N, ROW: tl.constexpr, COLUMN: tl.constexpr,
+    first, end, live, k, sizes, R, column, end_column, S, N, ROW: tl.constexpr, COLUMN: tl.constexpr,
 ):  # fmt: skip
     """Store what is wanted of `x` (and `y`, its odd columns): codes by ROW, by COLUMN, or both."""
     inside = tl.arange(0, TILE) < end - first
@@ -52,33 +52,33 @@ def _cast(
         cast_rows(x, y, row_codes, row_scales, first, inside, live, column, end_column, N, ROW)
     if COLUMN is not None:
         at, used = scale_rows(first, end, live, k, sizes, R, COLUMN.block)
-        cast_columns(x, y, column_codes, column_scales, first, inside, live, column, end_column, N, at, used, COLUMN)
+        cast_columns(x, y, column_codes, column_scales, first, end, live, column, end_column, S, N, at, used, COLUMN)
 
 
 @triton.jit
 def _cast_pair(
     gate, up, row_codes, row_scales, column_codes, column_scales,
-    first, end, live, k, sizes, R, column, I, LAYOUT: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr,
+    first, end, live, k, sizes, R, column, S, I, LAYOUT: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr,
 ):  # fmt: skip
     """`_cast` of a value that lies as h does."""
     if LAYOUT == "interleaved":
         _cast(
             gate, up, row_codes, row_scales, column_codes, column_scales,
-            first, end, live, k, sizes, R, 2 * column, 2 * I, 2 * I, ROW, COLUMN,
+            first, end, live, k, sizes, R, 2 * column, 2 * I, S, 2 * I, ROW, COLUMN,
         )  # fmt: skip
     elif LAYOUT == "halves":
         _cast(
             gate, None, row_codes, row_scales, column_codes, column_scales,
-            first, end, live, k, sizes, R, column, I, 2 * I, ROW, COLUMN,
+            first, end, live, k, sizes, R, column, I, S, 2 * I, ROW, COLUMN,
         )  # fmt: skip
         _cast(
             up, None, row_codes, row_scales, column_codes, column_scales,
-            first, end, live, k, sizes, R, I + column, 2 * I, 2 * I, ROW, COLUMN,
+            first, end, live, k, sizes, R, I + column, 2 * I, S, 2 * I, ROW, COLUMN,
         )  # fmt: skip
     else:
         _cast(
             gate, None, row_codes, row_scales, column_codes, column_scales,
-            first, end, live, k, sizes, R, column, I, I, ROW, COLUMN,
+            first, end, live, k, sizes, R, column, I, S, I, ROW, COLUMN,
         )  # fmt: skip
 
 
@@ -116,7 +116,7 @@ def _glu_quantize(
     if H_ROW is not None or H_COLUMN is not None:
         _cast_pair(
             gate, up, h_row_codes, h_row_scales, h_column_codes, h_column_scales,
-            first, end, live, k, sizes, h_R, column, I, LAYOUT, H_ROW, H_COLUMN,
+            first, end, live, k, sizes, h_R, column, S, I, LAYOUT, H_ROW, H_COLUMN,
         )  # fmt: skip
     if A_ROW is not None or A_COLUMN is not None:
         a = glu_value(gate, up, ACT, LIMIT, ALPHA)
@@ -124,7 +124,7 @@ def _glu_quantize(
             a *= tl.load(w + first + row, mask=wanted, other=0).to(tl.float32)[:, None]
         _cast(
             a.to(h.dtype.element_ty).to(tl.float32), None, a_row_codes, a_row_scales, a_column_codes, a_column_scales,
-            first, end, live, k, sizes, a_R, column, I, I, A_ROW, A_COLUMN,
+            first, end, live, k, sizes, a_R, column, I, S, I, A_ROW, A_COLUMN,
         )  # fmt: skip
 
 
@@ -212,7 +212,7 @@ def _glu_backward_quantize(
             a = tl.where(live, a.to(DTYPE), 0.0).to(tl.float32)
             _cast(
                 a, None, a_row_codes, a_row_scales, a_column_codes, a_column_scales,
-                first, end, live, k, sizes, a_R, column, I, I, A_ROW, A_COLUMN,
+                first, end, live, k, sizes, a_R, column, I, S, I, A_ROW, A_COLUMN,
             )  # fmt: skip
     # The operands are read again, from the cache, for each half of dh: kept in registers, they would spill. The halves
     # are gate and up or, where these alternate, the left and right of both.
@@ -221,13 +221,14 @@ def _glu_backward_quantize(
     N = I if LAYOUT == "plain" else 2 * I
     for half in tl.static_range(1 if LAYOUT == "plain" else 2):
         at = column + half * WIDTH if PAIRS else column
+        tl.debug_barrier()  # without it, codes by columns spill on sm_90
         dgate, dup = _gradients(
             da, h, h_scales, w, row, wanted, at, I, WIDTH, DTYPE, ACT, LAYOUT, LIMIT, ALPHA, H
         )  # fmt: skip
         _cast(
             dup if half == 1 and not PAIRS else dgate, dup if PAIRS else None,
             d_row_codes, d_row_scales, d_column_codes, d_column_scales, first, end, live, k, sizes, d_R,
-            2 * at if PAIRS else half * I + column, 2 * I if PAIRS else half * I + I, N, D_ROW, D_COLUMN,
+            2 * at if PAIRS else half * I + column, 2 * I if PAIRS else half * I + I, S, N, D_ROW, D_COLUMN,
         )  # fmt: skip
 
 
@@ -246,15 +247,16 @@ def _scale_rows(scales: Tensor | None) -> int:
 
 
 def glu_quantize(
-    h: Tensor, w: Tensor | None, offsets: Tensor | None, kind: str, specs: Sequence[str], h_specs: Sequence[str]
-) -> list[Tensor]:
+    h: Tensor, w: Tensor | None, offsets: Tensor | None, kind: str, specs: Sequence[str], h_specs: Sequence[str],
+    align: int = 1,
+) -> list[Tensor]:  # fmt: skip
     """`moefx.glu_quantize`: h [S, 2I] (I when plain) in fp32, bf16 or fp16, w [S] or None, offsets int [E+1] or None ->
     codes and scales of the activation [S, I] for each of `specs`, then of h for each of `h_specs`.
     """
     c = constants(kind)
     S, width = h.shape
     I = width if c["LAYOUT"] == "plain" else width // 2
-    a, own = outputs(h, (S, I), specs, offsets), outputs(h, (S, width), h_specs, offsets)
+    a, own = outputs(h, (S, I), specs, offsets, align), outputs(h, (S, width), h_specs, offsets, align)
     E = 0 if offsets is None else offsets.shape[0] - 1
     w = None if w is None else w.contiguous()
     launch(
@@ -268,16 +270,9 @@ def glu_quantize(
 
 
 def glu_backward_quantize(
-    da: Tensor,
-    h: Tensor,
-    h_scales: Tensor | None,
-    w: Tensor | None,
-    offsets: Tensor | None,
-    kind: str,
-    h_spec: str,
-    specs: Sequence[str],
-    act_specs: Sequence[str],
-) -> list[Tensor]:
+    da: Tensor, h: Tensor, h_scales: Tensor | None, w: Tensor | None, offsets: Tensor | None, kind: str, h_spec: str,
+    specs: Sequence[str], act_specs: Sequence[str], align: int = 1,
+) -> list[Tensor]:  # fmt: skip
     """`moefx.glu_backward_quantize`: da [S, I], h as for `glu_quantize` in the dtype of da, or its codes with h_scales
     under `h_spec` -> dw [S] like w, codes and scales of dh for each of `specs`, of the activation for `act_specs`.
 
@@ -285,7 +280,7 @@ def glu_backward_quantize(
     """
     c = constants(kind)
     S, I = da.shape
-    d, a = outputs(da, (S, h.shape[1]), specs, offsets), outputs(da, (S, I), act_specs, offsets)
+    d, a = outputs(da, (S, h.shape[1]), specs, offsets, align), outputs(da, (S, I), act_specs, offsets, align)
     n, E = cdiv(I, ROWS), 0 if offsets is None else offsets.shape[0] - 1
     dw = da.new_empty(0) if w is None else w.new_empty(w.shape)
     chunks = None if w is None else da.new_empty((n, S), dtype=torch.float32)
@@ -311,20 +306,24 @@ def specimens() -> list[Specimen]:
     def empty(*shape: int, dtype: torch.dtype = bf16) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    def forward(I: int, E: int, kind: str, specs: list[str], h_specs: list[str], dtype: torch.dtype = bf16) -> Any:
+    def forward(I: int, E: int, kind: str, specs: Any, h_specs: Any, dtype: Any = bf16, align: int = 1) -> Any:
         width = I if kind.startswith("plain") else 2 * I
         args = empty(S, width, dtype=dtype), empty(S, dtype=torch.float32), empty(E + 1, dtype=torch.int32)
-        return lambda: glu_quantize(*args, kind, specs, h_specs)
+        return lambda: glu_quantize(*args, kind, specs, h_specs, align)
 
-    def backward(I: int, E: int, kind: str, specs: list[str], act: list[str], codes: bool, dtype: Any = bf16) -> Any:
+    def backward(
+        I: int, E: int, kind: str, specs: Any, act: Any, codes: bool, dtype: Any = bf16, align: int = 1
+    ) -> Any:
         width = I if kind.startswith("plain") else 2 * I
         h = empty(S, width, dtype=torch.float8_e4m3fn if codes else dtype)
         scales = empty(S, cdiv(width, 128), dtype=torch.float32) if codes else None
         w, offsets = empty(S, dtype=torch.float32), empty(E + 1, dtype=torch.int32)
-        return lambda: glu_backward_quantize(empty(S, I, dtype=dtype), h, scales, w, offsets, kind, row, specs, act)
+        da = empty(S, I, dtype=dtype)
+        return lambda: glu_backward_quantize(da, h, scales, w, offsets, kind, row, specs, act, align)
 
     has = ("LDG.E.128", "F2FP.SATFINITE", "MUFU.EX2")
-    hopper = ("sm_90",)  # on sm_100 the backward of gated kinds spills 24 to 72 bytes
+    turned, mx_column = (*has, "STG.128"), "e4m3 32x1 e8m0/rceil"
+    every, hopper = ("sm_90", "sm_100"), ("sm_90",)  # on sm_100 the backward of gated kinds spills 24 to 72 bytes
     clamp, both = "interleaved clamp(7,1.702)", [row, column]
     return [
         Specimen("forward row I=768", forward(768, 128, "silu", [row], []), has),
@@ -334,6 +333,15 @@ def specimens() -> list[Specimen]:
         Specimen("forward fp32 I=768", forward(768, 128, "silu", both, [], torch.float32), has),
         Specimen("forward clamp, h I=2880", forward(2880, 32, clamp, both, [row]), has),
         Specimen("forward odd I=1040", forward(1040, 60, "silu", both, []), has),
+        *(Specimen(f"{name} by columns", call, turned, lacks=("STG.U8",), targets=targets) for name, call, targets in (
+            ("forward both I=768", forward(768, 128, "silu", both, [], align=16), every),
+            ("forward both, h I=2048", forward(2048, 256, "silu", both, [row], align=16), every),
+            ("forward clamp, h I=2880", forward(2880, 32, clamp, both, [row], align=16), every),
+            ("backward both, act I=768", backward(768, 128, "silu", both, [column], False, align=16), hopper),
+            ("backward of codes, act I=2048", backward(2048, 256, "silu", both, [column], True, align=16), hopper),
+            ("backward clamp I=2880", backward(2880, 32, clamp, both, [column], False, align=16), hopper),
+        )),
+        Specimen("forward mx by columns I=768", forward(768, 128, "silu", [mx, mx_column], [], align=32), turned),
         Specimen("backward both I=768", backward(768, 128, "silu", both, [], False), has, targets=hopper),
         Specimen("backward both, act I=2048", backward(2048, 256, "silu", both, [column], False), has, targets=hopper),
         Specimen(
@@ -344,4 +352,4 @@ def specimens() -> list[Specimen]:
             "backward fp32 I=768", backward(768, 128, "silu", both, [column], False, torch.float32), has, targets=hopper
         ),
         Specimen("backward plain relu2 I=1536", backward(1536, 128, "plain relu2", both, [column], False), has[:2]),
-    ]
+    ]  # fmt: skip

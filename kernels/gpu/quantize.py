@@ -39,7 +39,7 @@ Tensor = torch.Tensor
 
 @triton.jit
 def _emit(
-    x, codes, scales, offsets, batch, tile, row0, exists, live, first, segment, col0, M, N, W, E, R,
+    x, codes, scales, offsets, batch, tile, row0, exists, live, first, segment, last, col0, M, N, W, E, R,
     GROUPED: tl.constexpr, LIVE: tl.constexpr, SEGMENTS: tl.constexpr,
     SPEC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -52,7 +52,7 @@ def _emit(
         code = encode(x * factor, ELEM)
     else:
         code = encode(tl.math.div_rn(x, factor), ELEM)
-    store_codes(code, codes, batch, row0, exists, col0, M, W, SPEC, BM, BN)
+    store_codes(code, codes, batch, row0, exists, last, col0, M, N, W, SPEC, BM, BN)
     store_scales(
         scale, scales, offsets, batch, tile, row0, exists, live, first, segment, col0, M, N, E, R,
         GROUPED, LIVE, SEGMENTS, SPEC, BM, BN,
@@ -67,49 +67,50 @@ def _quantize(
 ):  # fmt: skip
     column, tile, batch = grid_of(tall, tl.cdiv(N, BN))
     col0 = column * BN
-    row0, exists, live, first, segment = tile_rows(offsets, tile, M, E, GROUPED, LIVE, SEGMENTS, BM)
+    row0, exists, live, first, segment, last = tile_rows(offsets, tile, M, E, GROUPED, LIVE, SEGMENTS, BM)
     inside = live[:, None] & (col0 + tl.arange(0, BN) < N)[None, :]
     wide = tl.load(place(x, batch, row0, M, N) + col0 + within(BM, BN, N), inside, other=0.0).to(tl.float32)
     _emit(
-        wide, codes_a, scales_a, offsets, batch, tile, row0, exists, live, first, segment, col0, M, N, W_a, E, R_a,
-        GROUPED, LIVE, SEGMENTS, A, BM, BN,
+        wide, codes_a, scales_a, offsets, batch, tile, row0, exists, live, first, segment, last, col0, M, N, W_a, E,
+        R_a, GROUPED, LIVE, SEGMENTS, A, BM, BN,
     )  # fmt: skip
     if B is not None:
         _emit(
-            wide, codes_b, scales_b, offsets, batch, tile, row0, exists, live, first, segment, col0, M, N, W_b, E, R_b,
-            GROUPED, LIVE, SEGMENTS, B, BM, BN,
+            wide, codes_b, scales_b, offsets, batch, tile, row0, exists, live, first, segment, last, col0, M, N, W_b,
+            E, R_b, GROUPED, LIVE, SEGMENTS, B, BM, BN,
         )  # fmt: skip
 
 
-def quantize(x: Tensor, offsets: Tensor | None, specs: Sequence[str]) -> list[Tensor]:
+def quantize(x: Tensor, offsets: Tensor | None, specs: Sequence[str], align: int = 1) -> list[Tensor]:
     """Codes and scales of `x` under each spec in turn, as the dialect's `quantize`.
 
     Args:
         x: [..., M, N] fp32, bf16 or fp16.
         offsets: int32 [E+1] or None; with offsets `x` is a matrix.
         specs: any number of specs; two share a read of `x`.
+        align: rows of experts begin and end at multiples of it; see `kernels.layout`.
     """
     x, out = x.contiguous(), []
     # Where rows are not aligned, elements are loaded one by one, and two specs need more registers than there are.
     together = 2 if x.shape[-1] % 16 == 0 else 1
     for at in range(0, len(specs), together):
-        out += _pair(x, offsets, specs[at : at + together])
+        out += _pair(x, offsets, specs[at : at + together], align)
     return out
 
 
-def _pair(x: Tensor, offsets: Tensor | None, specs: Sequence[str]) -> list[Tensor]:
+def _pair(x: Tensor, offsets: Tensor | None, specs: Sequence[str], align: int) -> list[Tensor]:
     """Codes and scales under one spec, or two."""
     M, N = x.shape[-2:]
     E = 0 if offsets is None else offsets.shape[0] - 1
-    layouts = [Layout.of(s) for s in specs]
+    layouts = [Layout.of(s, align) for s in specs]
     BM, BN = tiles.tile_size(layouts)
     how = tiles.grouping(offsets, layouts)
     tall, across = tiles.row_tiles(M, offsets, BM, how["GROUPED"]), cdiv(N, BN)
-    out = [t for s in specs for t in tiles.empty(x, s, x.shape, None if offsets is None else E)]
+    out = [t for s in specs for t in tiles.empty(x, s, x.shape, None if offsets is None else E, align)]
     a, b = out[:2], out[-2:]
     launch(
         _quantize, (tall * across * math.prod(x.shape[:-2]),), x, offsets, *map(as_bytes, a + b), M, N,
-        a[0].shape[-1], b[0].shape[-1], E, a[1].shape[-2], b[1].shape[-2], tall,
+        tiles.line(a[0], layouts[0]), tiles.line(b[0], layouts[-1]), E, a[1].shape[-2], b[1].shape[-2], tall,
         A=layouts[0], B=layouts[1] if len(layouts) == 2 else None, BM=BM, BN=BN, num_warps=BM * BN // 1024, **how,
     )  # fmt: skip
     return out
@@ -118,15 +119,17 @@ def _pair(x: Tensor, offsets: Tensor | None, specs: Sequence[str]) -> list[Tenso
 def specimens() -> list[Specimen]:
     """Activations of Qwen3-30B-A3B and DeepSeek-V3, weights, and sizes that divide nothing."""
     row, col, square = (f"e4m3 {block} po2/rceil eps=1e-10" for block in ("1x128", "128x1", "128x128"))
+    mx, mx_col = "e4m3 1x32 e8m0/rceil", "e4m3 32x1 e8m0/rceil"
     full = ("F2FP.SATFINITE", "LDG.128")
+    aligned = (*full, "STG.128")
 
     def call(
-        shape: tuple[int, ...], specs: list[str], experts: int = 0, dtype: torch.dtype = torch.bfloat16
+        shape: tuple[int, ...], specs: list[str], experts: int = 0, dtype: torch.dtype = torch.bfloat16, align: int = 1
     ) -> Callable[[], object]:
         def run() -> object:
             x = torch.empty(shape, dtype=dtype, device="meta")
             offsets = torch.empty(experts + 1, dtype=torch.int32, device="meta") if experts else None
-            return quantize(x, offsets, specs)
+            return quantize(x, offsets, specs, align)
 
         return run
 
@@ -136,10 +139,14 @@ def specimens() -> list[Specimen]:
         Specimen("rows and columns [65536, 2048]", call((65536, 2048), [row, col], 128), has=full),
         Specimen("rows and columns [65536, 7168] fp32", call((65536, 7168), [row, col], 256, torch.float32), has=full),
         Specimen("columns [65536, 2048]", call((65536, 2048), [col], 128), has=full),
+        Specimen("rows, and columns by columns", call((65536, 2048), [row, col], 128, align=16), aligned, ("STG.U8",)),
+        Specimen("mxfp8, columns by columns", call((65536, 2048), [mx, mx_col], 128, align=16), has=aligned),
+        Specimen("weights by columns", call((128, 1536, 2048), [mx_col], align=16), has=aligned),
+        Specimen("odd, by columns", call((1001, 784), [row, col], 7, align=16), aligned, ("STG.U8",)),
         Specimen("weights [128, 1536, 2048]", call((128, 1536, 2048), [square]), full, registers=80),
         Specimen("weights by rows [128, 1536, 2048]", call((128, 1536, 2048), [row, square]), full, registers=80),
         Specimen("e5m2, divided", call((8192, 2048), ["e5m2 1x128 f32/exact"]), has=full),
-        Specimen("mxfp8", call((65536, 2048), ["e4m3 1x32 e8m0/rceil", "e4m3 32x1 e8m0/rceil"], 128), has=full),
+        Specimen("mxfp8", call((65536, 2048), [mx, mx_col], 128), has=full),
         Specimen(
             "mxfp4", call((65536, 2048), ["e2m1 1x32 e8m0/rceil"], 128), has=("LDG.128",), lacks=("F2FP.SATFINITE",)
         ),

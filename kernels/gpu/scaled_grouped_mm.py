@@ -1,7 +1,6 @@
 """Grouped products of quantized operands, and, behind one, codes of its result.
 
     y [S, N]     rows of expert e of x [S, K] times w[e] [N, K] transposed: fprop, and dgrad with w a transposed view
-    g [E, M, N]  per expert, a [rows, M] transposed times b [rows, N]: wgrad, both operands in blocks along rows
 
 Scales are taken out of the sum: a block of the depth (128, or 32 for MX) is one product of codes from zero, which is
 multiplied by both scales and added in fp32. That is what keeps fp8 products usable on sm_90, whose fp8 tensor cores
@@ -9,14 +8,11 @@ add in about 14 bits; and it needs no scale to be a power of two. Scales of whol
 once, at the end. The scale of a block is the fp32 product of the operands' two, so it over- or underflows where a
 product of the blocks' largest values would.
 
-Which tensor-core instruction. Those for fp8 (QGMMA) read both operands with the depth contiguous. So it is with x
-[S, K] and w [E, N, K]. It is not with w a transposed view (the dgrad of a weight stored [E, N, K] as much as the fprop
-of one stored [E, K, N]), nor with both operands of wgrad: there codes become fp16, exactly, on their way through
-registers, and are multiplied by HGMMA at half the rate, with loads as asynchronous as before. Left to itself Triton
-keeps QGMMA for a transposed w, but loads it without LDGSTS and scatters it to shared memory byte by byte. What avoids
-both is memory: a second copy of the codes [E, K, N] of a weight in 128x128 blocks holds the same bytes transposed,
-which its cast could write along (1 byte more per element and step); for wgrad, [M, S] copies of both operands, with
-rows of an expert beginning at multiples of 16.
+Which tensor-core instruction. Those for fp8 (QGMMA) read both operands with the depth contiguous: x [S, K], and w
+[E, N, K] as a forward product finds it. The `orient_codes` pass sees to it that dgrad does, too. A w that is only a
+view the other way is decoded: codes become fp16, exactly, on their way through registers, and are multiplied by HGMMA
+at half the rate, with loads as asynchronous as before. Left to itself Triton keeps QGMMA for it, but loads it without
+LDGSTS and scatters it to shared memory byte by byte.
 
 Bytes of y: S K + E N K codes, 1/32 of that for scales (1/32 + 1/4096 with square blocks of w), S N out.
 
@@ -40,7 +36,7 @@ from . import codec
 from .codec import as_bytes, encode8, f32_scale, inverse, magnitude_bits, po2_field, scale_value
 from .launch import cdiv, launch, processors
 from .sass import Specimen
-from .schedule import blocks_before, in_bands, rows_of, tiles_until
+from .schedule import in_bands, rows_of, tiles_until
 
 Tensor = torch.Tensor
 BAND = 8
@@ -48,7 +44,7 @@ BN = 128
 
 
 @triton.jit
-def _scale(at, mask, BYTES: tl.constexpr):
+def load_scale(at, mask, BYTES: tl.constexpr):
     """Scales as fp32; `BYTES`: exponents of powers of two."""
     if BYTES:
         return scale_value(tl.load(at, mask=mask, other=0).to(tl.int32))
@@ -57,7 +53,7 @@ def _scale(at, mask, BYTES: tl.constexpr):
 
 
 @triton.jit
-def _at(index, SIZE: tl.constexpr):
+def at_block(index, SIZE: tl.constexpr):
     """Block of an index; all are in one where SIZE is 0."""
     if SIZE == 0:
         return index * 0
@@ -90,7 +86,7 @@ def _scaled_grouped_mm(
         if WR == BN:  # one scale for the tile
             ws_cols += n * ws_n
         else:
-            ws_cols, ws_cut = ws_cols + _at(cols, WR) * ws_n, ws_cut & w_cut
+            ws_cols, ws_cut = ws_cols + at_block(cols, WR) * ws_n, ws_cut & w_cut
         acc = tl.zeros((BM, BN), tl.float32)
         for k in range(0, tl.where(expert < E, K, 0), BK):
             ks = k + tl.arange(0, BK)
@@ -103,20 +99,20 @@ def _scaled_grouped_mm(
             else:
                 p = tl.dot(a, b)
             if XC > 0 and WC > 0 and WR == BN:
-                sx = _scale(xs_rows + k // XC * xs_k, x_cut, XS_BYTES)
-                sw = _scale(ws_cols + k // WC * ws_k, ws_cut, WS_BYTES)
+                sx = load_scale(xs_rows + k // XC * xs_k, x_cut, XS_BYTES)
+                sw = load_scale(ws_cols + k // WC * ws_k, ws_cut, WS_BYTES)
                 p = p * (sx * sw)[:, None]
             else:
                 if XC > 0:
-                    p = p * _scale(xs_rows + k // XC * xs_k, x_cut, XS_BYTES)[:, None]
+                    p = p * load_scale(xs_rows + k // XC * xs_k, x_cut, XS_BYTES)[:, None]
                 if WC > 0:
-                    sw = _scale(ws_cols + k // WC * ws_k, ws_cut, WS_BYTES)
+                    sw = load_scale(ws_cols + k // WC * ws_k, ws_cut, WS_BYTES)
                     p = p * (sw if WR == BN else sw[None, :])
             acc += p
         if XC == 0:
-            acc = acc * _scale(xs_rows, x_cut, XS_BYTES)[:, None]
+            acc = acc * load_scale(xs_rows, x_cut, XS_BYTES)[:, None]
         if WC == 0:
-            acc = acc * _scale(ws_cols, ws_cut, WS_BYTES)[None, :]
+            acc = acc * load_scale(ws_cols, ws_cut, WS_BYTES)[None, :]
         kept = live[:, None] & w_cut[None, :]
         at = rows.to(tl.int64)[:, None] * N + cols[None, :]
         out = acc.to(y.dtype.element_ty)
@@ -138,56 +134,13 @@ def _scaled_grouped_mm(
                 tl.store(s_at, tl.where(expert < E, s, least), mask=live)
 
 
-@triton.jit
-def _scaled_grouped_wgrad(
-    a, as_, b, bs, offsets, g, M, N, a_row, b_row, as_row, bs_row,
-    BE: tl.constexpr, BAND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, AR: tl.constexpr,
-    AC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, AS_BYTES: tl.constexpr, BS_BYTES: tl.constexpr,
-):  # fmt: skip
-    m_tiles, n_tiles = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    expert = tl.program_id(0) // (m_tiles * n_tiles)
-    m, n = in_bands(tl.program_id(0) % (m_tiles * n_tiles), m_tiles, n_tiles, BAND)
-    ms, ns = m * BM + tl.arange(0, BM), n * BN + tl.arange(0, BN)
-    m_cut, n_cut = ms < M, ns < N
-    start, end = tl.load(offsets + expert), tl.load(offsets + expert + 1)
-    # Blocks of rows begin anew at each expert; scales of whole columns have one row per expert.
-    a_block = blocks_before(offsets, expert, BE, AR) if AR > 0 else expert
-    b_block = blocks_before(offsets, expert, BE, BR) if BR > 0 else expert
-    as_cols, bs_cols = as_ + _at(ms, AC), bs + _at(ns, BC)
-    acc = tl.zeros((BM, BN), tl.float32)
-    row, count = tl.arange(0, BK), end - start
-    a_at, b_at = a + start.to(tl.int64) * a_row + ms[None, :], b + start.to(tl.int64) * b_row + ns[None, :]
-    a_at, b_at = a_at + row[:, None] * a_row, b_at + row[:, None] * b_row
-    # The fp16 tile of `a` is carried from step to step: a first operand that is neither loaded nor carried is handed to
-    # the tensor cores in registers, for which Triton transposes it byte by byte (300 and more PRMT a step).
-    a_wide = tl.load(a_at, mask=(row < count)[:, None] & m_cut[None, :], other=0.0).to(tl.float16)
-    for r in range(0, count, BK):
-        b_tile = tl.load(b_at, mask=(row < count - r)[:, None] & n_cut[None, :], other=0.0)
-        a_at += BK * a_row
-        b_at += BK * b_row
-        a_next = tl.load(a_at, mask=(row < count - r - BK)[:, None] & m_cut[None, :], other=0.0)
-        p = tl.dot(tl.trans(a_wide), b_tile.to(tl.float16))
-        a_wide = a_next.to(tl.float16)
-        if AR > 0:
-            p = p * _scale(as_cols + (a_block + r // AR).to(tl.int64) * as_row, m_cut, AS_BYTES)[:, None]
-        if BR > 0:
-            p = p * _scale(bs_cols + (b_block + r // BR).to(tl.int64) * bs_row, n_cut, BS_BYTES)[None, :]
-        acc += p
-    if AR == 0:
-        acc = acc * _scale(as_cols + a_block.to(tl.int64) * as_row, m_cut, AS_BYTES)[:, None]
-    if BR == 0:
-        acc = acc * _scale(bs_cols + b_block.to(tl.int64) * bs_row, n_cut, BS_BYTES)[None, :]
-    out = g + (expert.to(tl.int64) * M + ms)[:, None] * N + ns[None, :]
-    tl.store(out, acc.to(g.dtype.element_ty), mask=m_cut[:, None] & n_cut[None, :])
-
-
-def _blocks(spec: str) -> tuple[int, int]:
+def blocks_of(spec: str) -> tuple[int, int]:
     """Rows and columns of a block, 0 for all of them."""
     s = QuantSpec.parse(spec)
     return s.br or 0, s.bc or 0
 
 
-def _depth(*blocks: int) -> int:
+def depth_of(*blocks: int) -> int:
     """Depth of a step: the smallest block along it, and no more than 128."""
     return min(128, *(b for b in (*blocks, 128) if b))
 
@@ -222,8 +175,8 @@ def _mm(
         s = QuantSpec.parse(spec)
         made += [x.new_empty(S, N, dtype=s.format.storage), x.new_empty(S, cdiv(N, BN), dtype=s.scale_dtype)]
         out, least, constants = (as_bytes(made[1]), as_bytes(made[2])), least_scale(s), codec.constants(spec)
-    (XR, XC), (WR, WC) = _blocks(x_spec), _blocks(w_spec)
-    BK, widen, few = _depth(XC, WC), w.stride(2) != 1, S < 192 * E
+    (XR, XC), (WR, WC) = blocks_of(x_spec), blocks_of(w_spec)
+    BK, widen, few = depth_of(XC, WC), w.stride(2) != 1, S < 192 * E
     # A tile of 128 rows wastes 64 per expert, which hurts where experts have few. Scales for every 32 of the depth take
     # registers, which half a tile leaves. Programs per processor: as many as shared memory and registers hold.
     BM = 64 if few or BK < 128 else 128
@@ -240,27 +193,8 @@ def _mm(
     return made
 
 
-def scaled_grouped_wgrad(
-    a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, offsets: Tensor, a_spec: str, b_spec: str,
-    dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """`moefx::scaled_grouped_wgrad`: per expert, codes a [rows, M] transposed times b [rows, N]; zeros of no rows."""
-    E, M, N = offsets.shape[0] - 1, a.shape[1], b.shape[1]
-    g = a.new_empty(E, M, N, dtype=dtype)
-    (AR, AC), (BR, BC) = _blocks(a_spec), _blocks(b_spec)
-    as_, bs = as_bytes(a_scales).contiguous(), as_bytes(b_scales).contiguous()
-    # One program per tile, not a loop over tiles: experts differ in depth, and the device's scheduler evens that out.
-    launch(
-        _scaled_grouped_wgrad, (E * cdiv(M, 128) * cdiv(N, BN),), a, as_, b, bs, offsets, g, M, N,
-        a.stride(0), b.stride(0), as_.stride(0), bs.stride(0), BE=triton.next_power_of_2(E + 1), BAND=BAND,
-        BM=128, BN=BN, BK=_depth(AR, BR), AR=AR, AC=AC, BR=BR, BC=BC, AS_BYTES=as_.dtype == torch.uint8,
-        BS_BYTES=bs.dtype == torch.uint8, num_warps=8, num_stages=4,
-    )  # fmt: skip
-    return g
-
-
-_ROW, _TILE, _COLUMN = (f"e4m3 {block} po2/rceil eps=1e-10" for block in ("1x128", "128x128", "128x1"))
-_MX, _MX_COLUMN = "e4m3 1x32 e8m0/rceil", "e4m3 32x1 e8m0/rceil"
+_ROW, _TILE = (f"e4m3 {block} po2/rceil eps=1e-10" for block in ("1x128", "128x128"))
+_MX = "e4m3 1x32 e8m0/rceil"
 
 
 def specimens() -> list[Specimen]:
@@ -275,7 +209,7 @@ def specimens() -> list[Specimen]:
 
 
 def _specimens(name: str, S: int, H: int, I: int, E: int) -> list[Specimen]:
-    bf16, f32, offsets = torch.bfloat16, torch.float32, torch.empty(E + 1, dtype=torch.int32, device="meta")
+    bf16, offsets = torch.bfloat16, torch.empty(E + 1, dtype=torch.int32, device="meta")
 
     def coded(spec: str, *shape: int, rows: bool = False) -> tuple[Tensor, Tensor]:
         s = QuantSpec.parse(spec)
@@ -285,43 +219,39 @@ def _specimens(name: str, S: int, H: int, I: int, E: int) -> list[Specimen]:
     def fprop(x: str, w: str) -> Any:
         return scaled_grouped_mm(*coded(x, S, H, rows=True), *coded(w, E, 2 * I, H), offsets, x, w, bf16)
 
-    def dgrad(x: str, w: str) -> Any:
+    def dgrad(x: str, w: str, copied: bool = True) -> Any:
         codes, scales = coded(str(QuantSpec.parse(w).transposed()), E, 2 * I, H)
-        return scaled_grouped_mm(*coded(x, S, 2 * I, rows=True), codes.mT, scales.mT, offsets, x, w, bf16)
-
-    def wgrad(a: str, b: str) -> Any:
-        return scaled_grouped_wgrad(*coded(a, S, 2 * I, rows=True), *coded(b, S, H, rows=True), offsets, a, b, f32)
+        turned = coded(w, E, H, 2 * I)[0] if copied else codes.mT  # scales of a copy are a view still
+        return scaled_grouped_mm(*coded(x, S, 2 * I, rows=True), turned, scales.mT, offsets, x, w, bf16)
 
     def coded_fprop() -> Any:
         x, w = coded(_ROW, S, H, rows=True), coded(_TILE, E, 2 * I, H)
         return scaled_grouped_mm_quantize(*x, *w, offsets, _ROW, _TILE, bf16, [_ROW])
 
-    def stored_flipped(x: str, w: str) -> Any:  # dgrad of a weight stored [E, in, out]: the depth is contiguous
-        return scaled_grouped_mm(*coded(x, S, 2 * I, rows=True), *coded(w, E, H, 2 * I), offsets, x, w, bf16)
-
     made: list[tuple[str, Any, str, int]] = [
         ("fprop", lambda: fprop(_ROW, _TILE), "QGMMA", 255),
         ("fprop, codes of it", coded_fprop, "QGMMA", 255),
-        ("dgrad", lambda: dgrad(_ROW, _TILE), "HGMMA", 255),
-        ("wgrad", lambda: wgrad(_COLUMN, _COLUMN), "HGMMA", 255),
+        ("dgrad", lambda: dgrad(_ROW, _TILE), "QGMMA", 255),
+        ("dgrad, decoded", lambda: dgrad(_ROW, _TILE, False), "HGMMA", 255),
     ]
     if name == "Qwen3":
-        tensor, row, column = (f"e4m3 {block} f32/exact" for block in ("tensor", "row", "column"))
+        tensor, row = (f"e4m3 {block} f32/exact" for block in ("tensor", "row"))
         wide = "e5m2 tensor f32/exact"
         made += [
             ("fprop mx", lambda: fprop(_MX, _MX), "QGMMA", 216),
-            ("dgrad mx", lambda: dgrad(_MX, _MX), "HGMMA", 255),
-            ("wgrad mx", lambda: wgrad(_MX_COLUMN, _MX_COLUMN), "HGMMA", 216),
+            ("dgrad mx", lambda: dgrad(_MX, _MX), "QGMMA", 216),
+            ("dgrad mx, decoded", lambda: dgrad(_MX, _MX, False), "HGMMA", 255),
             ("fprop rows", lambda: fprop(row, row), "QGMMA", 220),
-            ("dgrad tensor e5m2", lambda: dgrad(wide, tensor), "HGMMA", 250),
-            ("dgrad tensor e5m2 [in, out]", lambda: stored_flipped(wide, tensor), "QGMMA", 255),
-            ("wgrad columns", lambda: wgrad(column, column), "HGMMA", 200),
+            ("dgrad rows", lambda: dgrad(row, row), "QGMMA", 220),
+            ("dgrad tensor e5m2", lambda: dgrad(wide, tensor), "QGMMA", 255),
+            ("dgrad tensor e5m2, decoded", lambda: dgrad(wide, tensor, False), "HGMMA", 250),
         ]
     # Without a scale in between, the compiler may leave the sum over blocks to the tensor cores; those for fp8, which
     # are too coarse for it, must not get it.
+    other = {"QGMMA": ("HMMA", "HGMMA"), "HGMMA": ("HMMA",)}
     return [
         Specimen(
-            f"{name} {what}", call, has=(op, "LDGSTS", *(("FFMA|FADD",) if op == "QGMMA" else ())), lacks=("HMMA",),
+            f"{name} {what}", call, has=(op, "LDGSTS.128", *(("FFMA|FADD",) if op == "QGMMA" else ())), lacks=other[op],
             registers=registers,
         )
         for what, call, op, registers in made

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from moefx.kernels.layout import by_columns, empty_codes
 from moefx.precision.scaling import scale_exponents
 from moefx.precision.spec import QuantSpec
 
@@ -48,18 +49,27 @@ class Layout:
     MANTISSA: int
     NAN: bool
     FLOOR: int  # what `eps` keeps exponents of scales above, or NONE
+    COLUMNS: bool  # codes lie by columns (`kernels.layout`)
 
     @staticmethod
     @lru_cache
-    def of(text: str) -> Layout:
-        """The layout of a spec whose blocks have 1, 16, 32, 64 or 128 rows and columns."""
+    def of(text: str, align: int = 1) -> Layout:
+        """The layout of a spec whose blocks have 1, 16, 32, 64 or 128 rows and columns, as written under `align`."""
         spec = QuantSpec.parse(text)
         assert spec.br is not None
         assert spec.bc is not None
         fmt = spec.format
         floor = int(scale_exponents(torch.tensor(spec.eps), spec)) if spec.eps else _NONE
         known = codec.constants(text)
-        return Layout(spec.br, spec.bc, MANTISSA=fmt.mantissa_bits, NAN=fmt.has_nan, FLOOR=floor, **known)
+        return Layout(
+            spec.br,
+            spec.bc,
+            MANTISSA=fmt.mantissa_bits,
+            NAN=fmt.has_nan,
+            FLOOR=floor,
+            COLUMNS=by_columns(spec, align),
+            **known,
+        )
 
 
 def grouping(offsets: Tensor | None, layouts: Sequence[Layout]) -> dict[str, Any]:
@@ -82,11 +92,18 @@ def tile_size(layouts: Sequence[Layout]) -> tuple[int, int]:
     return BM, BN
 
 
-def empty(like: Tensor, text: str, shape: Sequence[int], groups: int | None) -> tuple[Tensor, Tensor]:
+def empty(like: Tensor, text: str, shape: Sequence[int], groups: int | None, align: int = 1) -> tuple[Tensor, Tensor]:
     """Memory for codes and scales of a tensor of `shape`."""
     spec = QuantSpec.parse(text)
-    codes = like.new_empty(spec.format.stored_shape(shape), dtype=spec.format.storage)
-    return codes, like.new_empty(spec.scale_shape(shape, groups), dtype=spec.scale_dtype)
+    return empty_codes(like, spec, shape, align), like.new_empty(
+        spec.scale_shape(shape, groups), dtype=spec.scale_dtype
+    )
+
+
+def line(codes: Tensor, layout: Layout) -> int:
+    """Bytes from a row of codes to the next, or, where they lie by columns, from a column to the next."""
+    step: int = codes.stride(-1 if layout.COLUMNS else -2)
+    return step
 
 
 def row_tiles(M: int, offsets: Tensor | None, BM: int, grouped: bool) -> int:
@@ -106,7 +123,7 @@ def _bounds(offsets, M, E, SEGMENTS: tl.constexpr):
 @triton.jit
 def tile_rows(offsets, tile, M, E, GROUPED: tl.constexpr, LIVE: tl.constexpr, SEGMENTS: tl.constexpr, BM: tl.constexpr):
     """Where a tile is: its first row, masks [BM] of the rows that exist and of those that belong to an expert, the
-    first row of its segment, and the segment."""
+    first row of its segment, the segment, and the row behind its last."""
     if GROUPED:
         s, start, end = _bounds(offsets, M, E, SEGMENTS)
         count = (end - start + BM - 1) // BM
@@ -119,13 +136,13 @@ def tile_rows(offsets, tile, M, E, GROUPED: tl.constexpr, LIVE: tl.constexpr, SE
         exists = row0 + tl.arange(0, BM) < last
         live = exists & (segment >= 1) & (segment <= E)
     else:
-        segment, first, row0 = 0, 0, tile * BM
+        segment, first, row0, last = 0, 0, tile * BM, M
         row = row0 + tl.arange(0, BM)
         exists = row < M
         live = exists
         if LIVE:
             live = live & (row >= tl.load(offsets)) & (row < tl.load(offsets + E))
-    return row0, exists, live, first, segment
+    return row0, exists, live, first, segment, last
 
 
 @triton.jit
@@ -246,12 +263,28 @@ def value_of(scale, SPEC: tl.constexpr):
 
 
 @triton.jit
-def store_codes(code, codes, batch, row0, exists, col0, M, W, SPEC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """Write a tile of codes, one in a byte, as `SPEC` keeps them: rows of W bytes.
+def store_columns(code, codes, row0, last, col0, end_column, W, BM: tl.constexpr, BN: tl.constexpr):
+    """Write a tile of codes by columns, W bytes from one to the next, into the matrix at `codes`.
+
+    Its first row and the one behind the last are multiples of 16, as the compiler is told by dividing, so that 16 bytes
+    are written at once. Behind the last row of all, there is memory for as many.
+    """
+    row, column = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
+    inside = (row < (last - row0 + 15) // 16 * 16) & (col0 + column < end_column)
+    tl.store(codes + col0.to(tl.int64) * W + row0 // 16 * 16 + row + column * W, code, inside)
+
+
+@triton.jit
+def store_codes(
+    code, codes, batch, row0, exists, last, col0, M, N, W, SPEC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):
+    """Write a tile of codes, one in a byte, as `SPEC` keeps them: rows (or columns) of W bytes.
 
     W comes from the host, where it is seen to be a multiple of 16: otherwise bytes would move one by one.
     """
-    if SPEC.ELEM == "e2m1":
+    if SPEC.COLUMNS:
+        store_columns(code, place(codes, batch, 0, N, W), row0, last, col0, N, W, BM, BN)
+    elif SPEC.ELEM == "e2m1":
         inside = exists[:, None] & (col0 // 2 + tl.arange(0, BN // 2) < W)[None, :]
         p = place(codes, batch, row0, M, W) + col0 // 2
         tl.store(p + within(BM, BN // 2, W), pack4(code), inside)

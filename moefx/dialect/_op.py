@@ -18,8 +18,8 @@ LIB = torch.library.Library("moefx", "DEF")
 Fn = Callable[..., Any]
 
 
-def _dense(t: torch.Tensor) -> torch.Tensor:
-    # An empty tensor counts as contiguous whatever its strides are, and reductions leave odd ones.
+def dense(t: torch.Tensor) -> torch.Tensor:
+    """The tensor, contiguous. An empty one counts as that whatever its strides are, and reductions leave odd ones."""
     return t.contiguous() if t.numel() else t.new_empty(t.shape)
 
 
@@ -32,11 +32,13 @@ def define(
     check: Fn | None = None,
     backward: Fn | None = None,
     setup: Fn | None = None,
+    codes: bool = False,
 ) -> Fn:
     """Register `moefx::name`. `reference` is the readable definition and the provider of last resort on any device.
 
     `check(*args)` looks at shapes and dtypes and raises before a provider or the fake runs. Every output is contiguous,
-    as fakes say it is: compiled code would misread an output that followed its input's strides. `setup(ctx, inputs,
+    as fakes say it is: compiled code would misread an output that followed its input's strides. An op of `codes` has
+    outputs as its providers lay them out, which is as `kernels.layout` says, in fakes too. `setup(ctx, inputs,
     output)` and `backward(ctx, *grads)` follow `torch.library.register_autograd`; the backward must itself be made of
     dialect and ATen ops, so that a joint graph shows it.
     """
@@ -47,7 +49,9 @@ def define(
         if check is not None:
             check(*args)
         out = registry.dispatch(name, *args)
-        return _dense(out) if isinstance(out, torch.Tensor) else tuple(map(_dense, out))
+        if codes:
+            return out if isinstance(out, torch.Tensor) else tuple(out)
+        return dense(out) if isinstance(out, torch.Tensor) else tuple(map(dense, out))
 
     def checked_fake(*args: Any) -> Any:
         if check is not None:

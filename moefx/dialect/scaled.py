@@ -4,15 +4,16 @@ These ops belong to training graphs, where forward and backward are one graph: n
 asking for one is an error rather than a silent zero. A spec string (`moefx.precision.spec`) says how to read codes; it
 is an argument of the op, so that a printed graph can be read.
 
-    quantize(x [S, N], offsets, specs) -> codes, scales of each spec in turn
+    quantize(x [S, N], offsets, specs, align) -> codes, scales of each spec in turn
     dequantize(codes, scales, offsets, spec, dtype) -> x
     permute_scaled(codes [T, N], scales, token, slot) -> codes [S, N], scales; rows without a token hold code 0
-    transpose_scaled(codes, scales, offsets, spec, to_spec, rule) -> the same values in blocks of the other orientation
-    convert(codes, scales, spec, to_spec) -> the same values in another format
+    transpose_scaled(codes, scales, offsets, spec, to_spec, rule, align) -> the same values in blocks of the other axis
+    convert(codes, scales, offsets, spec, to_spec, align) -> the same values in another format
 
 `offsets` int32 [E+1] keep blocks that span rows inside one expert; weights and blocks within a row need none. Codes
-keep the logical shape [S, N] whatever their blocks are. Two levels of scales are carried as their product, one fp32
-tensor; a scale from earlier steps is refused, because it does not follow from `x`. Exactness: docs/precision.md.
+keep the logical shape [S, N] whatever their blocks are; how they lie in memory follows from `align`
+(`moefx.kernels.layout`). Two levels of scales are carried as their product, one fp32 tensor; a scale from earlier steps
+is refused, because it does not follow from `x`. Exactness: docs/precision.md.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import moefx.kernels.casts
 import moefx.kernels.permute
 import moefx.kernels.transpose_scaled  # noqa: F401  all register their providers before the references
 from moefx.errors import InputError
+from moefx.kernels.layout import check_promise, codes_fake, laid_out
 from moefx.precision.convert import convert as convert_codes
 from moefx.precision.convert import transpose_scaled as turn_codes
 from moefx.precision.quantize import dequantize as dequantize_codes
@@ -33,7 +35,7 @@ from moefx.precision.quantize import fp32_scales
 from moefx.precision.quantize import quantize as quantize_tensor
 from moefx.precision.spec import QuantSpec
 
-from ._op import define
+from ._op import define, dense
 
 Tensor = torch.Tensor
 
@@ -65,12 +67,12 @@ def check_specs(name: str, *specs: str) -> None:
             )
 
 
-def encoded_fake(x: Tensor, specs: Sequence[str], groups: int | None) -> list[Tensor]:
+def encoded_fake(x: Tensor, specs: Sequence[str], groups: int | None, align: int = 1) -> list[Tensor]:
     """Fakes of codes and scales of `x` under each spec."""
     out = []
     for text in specs:
         spec = QuantSpec.parse(text)
-        out.append(x.new_empty(spec.format.stored_shape(x.shape), dtype=spec.format.storage))
+        out.append(codes_fake(x, spec, x.shape, align))
         out.append(x.new_empty(spec.scale_shape(x.shape, groups), dtype=graph_scale_dtype(spec)))
     return out
 
@@ -80,13 +82,14 @@ def graph_scale_dtype(spec: QuantSpec) -> torch.dtype:
     return torch.float32 if spec.two_level else spec.scale_dtype
 
 
-def encode(x: Tensor, specs: Sequence[str], offsets: Tensor | None) -> list[Tensor]:
-    """Codes and scales of `x` under each spec."""
+def encode(x: Tensor, specs: Sequence[str], offsets: Tensor | None, align: int = 1) -> list[Tensor]:
+    """Codes and scales of `x` under each spec, codes laid out as `align` says."""
     out: list[Tensor] = []
     for text in specs:
         codes, scales = quantize_tensor(x, text, offsets=offsets)
         # Two levels of scales are one tensor here, their product: every op takes codes and scales.
-        out += [codes, scales if isinstance(scales, Tensor) else fp32_scales(scales, QuantSpec.parse(text))]
+        scales = scales if isinstance(scales, Tensor) else fp32_scales(scales, QuantSpec.parse(text))
+        out += [laid_out(codes, text, align), dense(scales)]
     return out
 
 
@@ -100,14 +103,20 @@ def groups_of(offsets: Tensor | None) -> int | None:
     return None if offsets is None else offsets.shape[0] - 1
 
 
+def _check_quantize(x: Tensor, offsets: Tensor | None, specs: Sequence[str], align: int = 1) -> None:
+    check_specs("quantize", *specs)
+    check_promise("quantize", offsets, align)
+
+
 quantize = define(
     "quantize",
-    "(Tensor x, Tensor? offsets, str[] specs) -> Tensor[]",
-    reference=lambda x, offsets, specs: encode(x, specs, offsets),
-    fake=lambda x, offsets, specs: encoded_fake(x, specs, groups_of(offsets)),
-    check=lambda x, offsets, specs: check_specs("quantize", *specs),
+    "(Tensor x, Tensor? offsets, str[] specs, int align=1) -> Tensor[]",
+    reference=lambda x, offsets, specs, align=1: encode(x, specs, offsets, align),
+    fake=lambda x, offsets, specs, align=1: encoded_fake(x, specs, groups_of(offsets), align),
+    check=_check_quantize,
     setup=_no_context,
     backward=training_only("quantize"),
+    codes=True,
 )
 
 
@@ -162,46 +171,76 @@ permute_scaled = define(
 )
 
 
-def _own(codes: Tensor, scales: Tensor, new: tuple[Tensor, Any]) -> tuple[Tensor, Tensor]:
-    """`new` in memory of its own: a conversion that changes nothing returns what it was given."""
+def _own(codes: Tensor, scales: Tensor, new: tuple[Tensor, Any], to_spec: str, align: int) -> tuple[Tensor, Tensor]:
+    """`new` as it lies, in memory of its own: a conversion that changes nothing returns what it was given."""
     new_codes, new_scales = new
-    return codes.clone() if new_codes is codes else new_codes, scales.clone() if new_scales is scales else new_scales
+    made = laid_out(new_codes, to_spec, align)
+    if made is codes:
+        made = codes.clone(memory_format=torch.contiguous_format)
+    return made, scales.clone() if new_scales is scales else dense(new_scales)
 
 
 def _transpose_scaled(
-    codes: Tensor, scales: Tensor, offsets: Tensor | None, spec: str, to_spec: str, rule: str = "tight"
+    codes: Tensor, scales: Tensor, offsets: Tensor | None, spec: str, to_spec: str, rule: str = "tight", align: int = 1
 ) -> tuple[Tensor, Tensor]:
-    return _own(codes, scales, turn_codes(codes, scales, spec, to_spec, offsets=offsets, rule=rule))  # type: ignore[arg-type]
+    new = turn_codes(codes, scales, spec, to_spec, offsets=offsets, rule=rule)  # type: ignore[arg-type]
+    return _own(codes, scales, new, to_spec, align)
 
 
 def _turned_fake(
-    codes: Tensor, scales: Tensor, offsets: Tensor | None, spec: str, to_spec: str, rule: str = "tight"
+    codes: Tensor, scales: Tensor, offsets: Tensor | None, spec: str, to_spec: str, rule: str = "tight", align: int = 1
 ) -> tuple[Tensor, Tensor]:
-    new_codes, new_scales = encoded_fake(codes.new_empty(value_shape(codes, spec)), [to_spec], groups_of(offsets))
+    values = codes.new_empty(value_shape(codes, spec))
+    new_codes, new_scales = encoded_fake(values, [to_spec], groups_of(offsets), align)
     return new_codes, new_scales
+
+
+def _check_turn(
+    codes: Tensor, scales: Tensor, offsets: Tensor | None, spec: str, to_spec: str, rule: str = "tight", align: int = 1
+) -> None:
+    check_specs("transpose_scaled", spec, to_spec)
+    check_promise("transpose_scaled", offsets, align)
 
 
 transpose_scaled = define(
     "transpose_scaled",
-    '(Tensor codes, Tensor scales, Tensor? offsets, str spec, str to_spec, str rule="tight") -> (Tensor, Tensor)',
+    '(Tensor codes, Tensor scales, Tensor? offsets, str spec, str to_spec, str rule="tight", int align=1)'
+    " -> (Tensor, Tensor)",
     reference=_transpose_scaled,
     fake=_turned_fake,
-    check=lambda codes, scales, offsets, spec, to_spec, rule="tight": check_specs("transpose_scaled", spec, to_spec),
+    check=_check_turn,
     setup=_no_context,
     backward=training_only("transpose_scaled"),
+    codes=True,
 )
 
 
-def _converted(codes: Tensor, scales: Tensor, offsets: Tensor | None, spec: str, to_spec: str) -> tuple[Tensor, Tensor]:
-    return _own(codes, scales, convert_codes(codes, scales, spec, to_spec, offsets=offsets))
+def _converted(
+    codes: Tensor, scales: Tensor, offsets: Tensor | None, spec: str, to_spec: str, align: int = 1
+) -> tuple[Tensor, Tensor]:
+    return _own(codes, scales, convert_codes(codes, scales, spec, to_spec, offsets=offsets), to_spec, align)
+
+
+def _converted_fake(
+    codes: Tensor, scales: Tensor, offsets: Tensor | None, spec: str, to_spec: str, align: int = 1
+) -> tuple[Tensor, Tensor]:
+    return _turned_fake(codes, scales, offsets, spec, to_spec, align=align)
+
+
+def _check_convert(
+    codes: Tensor, scales: Tensor, offsets: Tensor | None, spec: str, to_spec: str, align: int = 1
+) -> None:
+    check_specs("convert", spec, to_spec)
+    check_promise("convert", offsets, align)
 
 
 convert = define(
     "convert",
-    "(Tensor codes, Tensor scales, Tensor? offsets, str spec, str to_spec) -> (Tensor, Tensor)",
+    "(Tensor codes, Tensor scales, Tensor? offsets, str spec, str to_spec, int align=1) -> (Tensor, Tensor)",
     reference=_converted,
-    fake=_turned_fake,
-    check=lambda codes, scales, offsets, spec, to_spec: check_specs("convert", spec, to_spec),
+    fake=_converted_fake,
+    check=_check_convert,
     setup=_no_context,
     backward=training_only("convert"),
+    codes=True,
 )

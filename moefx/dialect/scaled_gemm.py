@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import moefx.kernels.scaled_grouped_mm  # noqa: F401  registers the GPU provider before the references
+from moefx.kernels.layout import check_promise
 from moefx.precision.quantize import dequantize
 
 from ._op import autocast, define
@@ -56,6 +57,7 @@ def _check_wgrad(a: Tensor, as_: Tensor, b: Tensor, bs: Tensor, offsets: Tensor,
 
     torch._check(a.dim() == 2 and b.dim() == 2, got)
     torch._check(a.shape[0] == b.shape[0], got)
+    check_promise("scaled_grouped_wgrad", offsets, int(more[3]) if len(more) > 3 else 1)  # type: ignore[call-overload]
 
 
 def _mm_quantize(
@@ -93,7 +95,15 @@ scaled_grouped_mm_quantize = define(
 
 
 def _wgrad(
-    a: Tensor, as_: Tensor, b: Tensor, bs: Tensor, offsets: Tensor, a_spec: str, b_spec: str, dtype: torch.dtype
+    a: Tensor,
+    as_: Tensor,
+    b: Tensor,
+    bs: Tensor,
+    offsets: Tensor,
+    a_spec: str,
+    b_spec: str,
+    dtype: torch.dtype,
+    align: int = 1,
 ) -> Tensor:
     a_SM, b_SN = (dequantize(c, s, t, offsets=offsets) for c, s, t in ((a, as_, a_spec), (b, bs, b_spec)))
     g: Tensor = ops.grouped_wgrad(a_SM, b_SN, offsets)
@@ -101,7 +111,15 @@ def _wgrad(
 
 
 def _wgrad_fake(
-    a: Tensor, as_: Tensor, b: Tensor, bs: Tensor, offsets: Tensor, a_spec: str, b_spec: str, dtype: torch.dtype
+    a: Tensor,
+    as_: Tensor,
+    b: Tensor,
+    bs: Tensor,
+    offsets: Tensor,
+    a_spec: str,
+    b_spec: str,
+    dtype: torch.dtype,
+    align: int = 1,
 ) -> Tensor:
     M, N = value_shape(a, a_spec)[-1], value_shape(b, b_spec)[-1]
     return a.new_empty(offsets.shape[0] - 1, M, N, dtype=dtype)
@@ -110,8 +128,8 @@ def _wgrad_fake(
 # g[e] = a[rows of e].T @ b[rows of e]: both operands are contracted over rows.
 scaled_grouped_wgrad = define(
     "scaled_grouped_wgrad",
-    "(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, Tensor offsets, str a_spec, str b_spec, ScalarType dtype)"
-    " -> Tensor",
+    "(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, Tensor offsets, str a_spec, str b_spec, ScalarType dtype,"
+    " int align=1) -> Tensor",
     reference=_wgrad,
     fake=_wgrad_fake,
     check=_check_wgrad,

@@ -1,7 +1,8 @@
 """The activation with its casts: what it reads may be codes, and what it writes is codes.
 
-    glu_quantize(h, w, offsets, kind, specs, h_specs) -> codes, scales of the activation per spec, then of h per h_spec
-    glu_backward_quantize(da, h, h_scales, w, offsets, kind, h_spec, specs, act_specs)
+    glu_quantize(h, w, offsets, kind, specs, h_specs, align)
+        -> codes, scales of the activation per spec, then of h per h_spec
+    glu_backward_quantize(da, h, h_scales, w, offsets, kind, h_spec, specs, act_specs, align)
         -> dw, then codes and scales of dh per spec, then of the recomputed activation per act_spec
 
 Defined as the wide op, rounded to the dtype of `h` (of `da` in the backward), then quantized: fusing changes no bit.
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 import torch
 
 import moefx.kernels.glu_quantize  # noqa: F401  registers the GPU provider before the reference
+from moefx.kernels.layout import check_promise
 from moefx.precision.quantize import dequantize
 
 from ._op import define
@@ -28,16 +30,29 @@ ops = torch.ops.moefx
 
 
 def _forward(
-    h: Tensor, w: Tensor | None, offsets: Tensor | None, kind: str, specs: Sequence[str], h_specs: Sequence[str]
+    h: Tensor,
+    w: Tensor | None,
+    offsets: Tensor | None,
+    kind: str,
+    specs: Sequence[str],
+    h_specs: Sequence[str],
+    align: int = 1,
 ) -> list[Tensor]:
-    return encode(ops.glu(h, w, kind), specs, offsets) + encode(h, h_specs, offsets)
+    return encode(ops.glu(h, w, kind), specs, offsets, align) + encode(h, h_specs, offsets, align)
 
 
 def _forward_fake(
-    h: Tensor, w: Tensor | None, offsets: Tensor | None, kind: str, specs: Sequence[str], h_specs: Sequence[str]
+    h: Tensor,
+    w: Tensor | None,
+    offsets: Tensor | None,
+    kind: str,
+    specs: Sequence[str],
+    h_specs: Sequence[str],
+    align: int = 1,
 ) -> list[Tensor]:
     a = h.new_empty(h.shape[0], _act_width(h.shape[1], kind))
-    return encoded_fake(a, specs, groups_of(offsets)) + encoded_fake(h, h_specs, groups_of(offsets))
+    E = groups_of(offsets)
+    return encoded_fake(a, specs, E, align) + encoded_fake(h, h_specs, E, align)
 
 
 def _act_width(width: int, kind: str) -> int:
@@ -45,20 +60,28 @@ def _act_width(width: int, kind: str) -> int:
 
 
 def _check_forward(
-    h: Tensor, w: Tensor | None, offsets: Tensor | None, kind: str, specs: Sequence[str], h_specs: Sequence[str]
+    h: Tensor,
+    w: Tensor | None,
+    offsets: Tensor | None,
+    kind: str,
+    specs: Sequence[str],
+    h_specs: Sequence[str],
+    align: int = 1,
 ) -> None:
     check_specs("glu_quantize", *specs, *h_specs)
+    check_promise("glu_quantize", offsets, align)
     check_glu(h, w, kind)
 
 
 glu_quantize = define(
     "glu_quantize",
-    "(Tensor h, Tensor? w, Tensor? offsets, str kind, str[] specs, str[] h_specs) -> Tensor[]",
+    "(Tensor h, Tensor? w, Tensor? offsets, str kind, str[] specs, str[] h_specs, int align=1) -> Tensor[]",
     reference=_forward,
     fake=_forward_fake,
     check=_check_forward,
     setup=_no_context,
     backward=training_only("glu_quantize"),
+    codes=True,
 )
 
 
@@ -72,11 +95,12 @@ def _backward(
     h_spec: str,
     specs: Sequence[str],
     act_specs: Sequence[str],
+    align: int = 1,
 ) -> list[Tensor]:
     wide = h if h_scales is None else dequantize(h, h_scales, h_spec, dtype=da.dtype, offsets=offsets)
     dh, dw = ops.glu_backward(da, wide, w, kind)
-    act = encode(ops.glu(wide, w, kind), act_specs, offsets) if act_specs else []
-    return [dw, *encode(dh, specs, offsets), *act]
+    act = encode(ops.glu(wide, w, kind), act_specs, offsets, align) if act_specs else []
+    return [dw, *encode(dh, specs, offsets, align), *act]
 
 
 def _backward_fake(
@@ -89,11 +113,12 @@ def _backward_fake(
     h_spec: str,
     specs: Sequence[str],
     act_specs: Sequence[str],
+    align: int = 1,
 ) -> list[Tensor]:
     shape = h.shape if h_scales is None else value_shape(h, h_spec)
     dh, a, E = da.new_empty(shape), da.new_empty(da.shape), groups_of(offsets)
     dw = da.new_empty(0) if w is None else w.new_empty(w.shape)
-    return [dw, *encoded_fake(dh, specs, E), *encoded_fake(a, act_specs, E)]
+    return [dw, *encoded_fake(dh, specs, E, align), *encoded_fake(a, act_specs, E, align)]
 
 
 def _check_backward(
@@ -106,8 +131,10 @@ def _check_backward(
     h_spec: str,
     specs: Sequence[str],
     act_specs: Sequence[str],
+    align: int = 1,
 ) -> None:
     check_specs("glu_backward_quantize", *specs, *act_specs, *([h_spec] if h_scales is not None else []))
+    check_promise("glu_backward_quantize", offsets, align)
     shape = tuple(h.shape if h_scales is None else value_shape(h, h_spec))
     factor = 2 if GluKind.parse(kind).gated else 1
 
@@ -123,10 +150,11 @@ def _check_backward(
 glu_backward_quantize = define(
     "glu_backward_quantize",
     "(Tensor da, Tensor h, Tensor? h_scales, Tensor? w, Tensor? offsets, str kind, str h_spec, str[] specs,"
-    " str[] act_specs) -> Tensor[]",
+    " str[] act_specs, int align=1) -> Tensor[]",
     reference=_backward,
     fake=_backward_fake,
     check=_check_backward,
     setup=_no_context,
     backward=training_only("glu_backward_quantize"),
+    codes=True,
 )

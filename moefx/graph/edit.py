@@ -132,9 +132,19 @@ def find(graph: fx.Graph, *ops: Callable[..., Any]) -> list[fx.Node]:
     return [n for n in graph.nodes if n.op == "call_function" and n.target in wanted]
 
 
+def _schema(node: fx.Node) -> Any:
+    return node.target._schema if isinstance(node.target, torch._ops.OpOverload) else node.target.default._schema  # type: ignore[union-attr]
+
+
+def set_arguments(node: fx.Node, **changes: Any) -> None:
+    """Give an op node other arguments, by schema name."""
+    bound = arguments(node) | changes
+    node.args, node.kwargs = tuple(bound[a.name] for a in _schema(node).arguments), {}
+
+
 def arguments(node: fx.Node) -> dict[str, Any]:
     """Arguments of an op node by schema name, defaults filled in."""
-    schema = node.target._schema if isinstance(node.target, torch._ops.OpOverload) else node.target.default._schema  # type: ignore[union-attr]
+    schema = _schema(node)
     bound = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
     bound.update({a.name: v for a, v in zip(schema.arguments, node.args, strict=False)})
     bound.update(node.kwargs)

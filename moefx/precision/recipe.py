@@ -12,7 +12,8 @@ fprop and [in, out] in dgrad. Blocks run along the axis that is summed over: col
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,7 +66,7 @@ class Recipe:
         about: one line for `moefx recipes`.
         specs: `[up.|down.]role.usage` -> spec string, for example {"input.fprop": "e4m3 1x128 po2/rceil"}.
         rules: ordered exceptions by module path.
-        align: rows of each expert are padded to a multiple of this, for kernels that need it.
+        align: rows of each expert are padded to a multiple of this, for kernels that need it; see also `gpu_align`.
         accumulate, out: per product (fprop, dgrad, wgrad): accumulation wanted of a kernel, dtype of the result.
         turn: how codes in the other orientation get their scales: "tight", or "tile_max" as in FP8-Flow-MoE.
         amax_history: steps whose largest magnitudes the scales of `delayed` specs follow.
@@ -112,12 +113,13 @@ class Recipe:
     def _pipeline(self) -> tuple[str, ...]:
         if not self.specs:
             return (*_MODEL, "fuse_plan_permute", *_TRAINING, "lower_wires", "fuse_gather", "dead_code_training")
-        aligned = ("align_plans",) if self.align > 1 else ()
+        aligned = ("align_plans",) if self.gpu_align > 1 else ()
         steps = ["quantize"]
         steps += ["propagate_scales", "fold_casts", "transpose_scales"] if self.propagate else []
         steps += ["fuse_casts"] if self.fuse else []
         steps += ["lower_wires"]
         steps += ["store_low_precision"] if self.propagate and self.fuse else []
+        steps += ["orient_codes"]
         return (*_MODEL, *aligned, *_TRAINING, *steps, "fuse_gather", "dead_code_training")
 
     def replace(self, name: str, about: str = "", **fields: Any) -> Recipe:
@@ -142,6 +144,14 @@ class Recipe:
 
         align = check_backend(self, backend)
         return self if align == self.align else self.replace(self.name, self.about, align=align)
+
+    @property
+    def gpu_align(self) -> int:
+        """`align` on a GPU: FP8 codes of weight gradients are read 16 rows at a time (`moefx.kernels.layout`)."""
+        return math.lcm(self.align, 16) if any(self._reads_by_columns()) else self.align
+
+    def _reads_by_columns(self) -> Iterator[bool]:
+        return (QuantSpec.parse(s).sums_rows for key, s in self._every() if key.endswith(".wgrad"))
 
     def for_module(self, path: str) -> Mapping[str, str] | None:
         """The specs that hold in a module: the recipe's, with those of the first rule that matches; None is wide."""

@@ -148,6 +148,11 @@ class QuantSpec:
         return -2 if self.bc == 1 else None
 
     @property
+    def sums_rows(self) -> bool:
+        """Whether codes are made for sums over rows alone. Those that share a byte are not: they share it in a row."""
+        return self.axis == -2 and self.format.per_byte == 1
+
+    @property
     def scale_dtype(self) -> torch.dtype:
         """dtype of the scales of the blocks."""
         return {"e8m0": torch.float8_e8m0fnu, "e4m3+f32": torch.float8_e4m3fn}.get(self.scale, torch.float32)

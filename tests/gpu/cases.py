@@ -57,8 +57,8 @@ def _unpermute(kind: str, T: int, H: int, I: int, E: int, k: int) -> tuple[Any, 
     return rand(len(token), H), token, order, slot, rand(T, k, dtype=torch.float32)
 
 
-def _codes(x: Tensor, spec: str, offsets: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    codes, scales = ops.quantize(x, offsets, [spec])
+def _codes(x: Tensor, spec: str, offsets: Tensor | None = None, align: int = 1) -> tuple[Tensor, Tensor]:
+    codes, scales = ops.quantize(x, offsets, [spec], align)
     return codes, scales
 
 
@@ -85,29 +85,30 @@ def _scaled_mm(kind: str, T: int, H: int, I: int, E: int, k: int) -> tuple[Any, 
 
 def _scaled_wgrad(kind: str, T: int, H: int, I: int, E: int, k: int) -> tuple[Any, ...]:
     token, _, _, offsets = _maps(kind, T, E, k, 16)
-    a, b = (_codes(rand(len(token), n, seed=n), COLUMN, offsets) for n in (2 * I, H))
-    return *a, *b, offsets, COLUMN, COLUMN, torch.float32
+    align = 1 if kind == "skewed" else 16  # decoded, and by columns
+    a, b = (_codes(rand(len(token), n, seed=n), COLUMN, offsets, align) for n in (2 * I, H))
+    return *a, *b, offsets, COLUMN, COLUMN, torch.float32, align
 
 
 def _glu_quantize(kind: str, T: int, H: int, I: int, E: int, k: int) -> tuple[Any, ...]:
     token, _, _, offsets = _maps(kind, T, E, k, 16)
     S = len(token)
-    return rand(S, 2 * I), rand(S, 1, dtype=torch.float32)[:, 0], offsets, "silu", [ROW, COLUMN], []
+    return rand(S, 2 * I), rand(S, 1, dtype=torch.float32)[:, 0], offsets, "silu", [ROW, COLUMN], [], 16
 
 
 def _glu_backward_quantize(kind: str, T: int, H: int, I: int, E: int, k: int) -> tuple[Any, ...]:
     h, w, offsets, *_ = _glu_quantize(kind, T, H, I, E, k)
-    return rand(h.shape[0], I, seed=2), h, None, w, offsets, "silu", "", [ROW, COLUMN], []
+    return rand(h.shape[0], I, seed=2), h, None, w, offsets, "silu", "", [ROW, COLUMN], [], 16
 
 
 def _transpose(kind: str, T: int, H: int, I: int, E: int, k: int, rule: str = "tight") -> tuple[Any, ...]:
     token, _, _, offsets = _maps(kind, T, E, k, 16)
-    return *_codes(rand(len(token), H), ROW), offsets, ROW, COLUMN, rule
+    return *_codes(rand(len(token), H), ROW), offsets, ROW, COLUMN, rule, 16
 
 
 def _quantize(kind: str, T: int, H: int, I: int, E: int, k: int) -> tuple[Any, ...]:
     token, _, _, offsets = _maps(kind, T, E, k, 16)
-    return rand(len(token), H), offsets, [ROW, COLUMN]
+    return rand(len(token), H), offsets, [ROW, COLUMN], 16
 
 
 def _overlap(kind: str, T: int, H: int, I: int, E: int, k: int) -> tuple[Any, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -30,3 +31,17 @@ def poisoned() -> Iterator[None]:
     assert torch.ones(1).new_empty(1).isnan()
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def poisoned_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New memory holds the byte that is NaN in every float format, codes included."""
+    real = torch.Tensor.new_empty
+
+    def new_empty(self: torch.Tensor, *args: Any, **kw: Any) -> torch.Tensor:
+        made = real(self, *args, **kw)
+        if made.numel():
+            made.view(torch.uint8).fill_(0xFF)
+        return made
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)

@@ -1,6 +1,6 @@
 """What would compute each node of a recipe's training graph on a GPU: no op of the fast recipes is left to a reference.
 
-The graphs are those of a bfloat16 model on a CPU, with `fuse_gather` told that the CPU has its kernels; each node's
+The graphs are those of a bfloat16 model on a CPU, with passes told that the CPU has a GPU's kernels; each node's
 operands are then fake tensors on a CUDA device, which need no device.
 """
 
@@ -14,11 +14,11 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-import moefx
 from moefx.kernels import registry
-from moefx.passes import FuseGather
+from moefx.kernels.layout import lies_by_columns
 from tests import reference as ref
 
+ops = torch.ops.moefx
 # Ops without arithmetic worth a kernel, or of which the reference is a few calls of torch.
 PLAIN = {"choice_plan", "grouped_bias", "group_sum", "dispatch", "combine"}
 # What each recipe leaves to references; docs/kernels.md says why.
@@ -40,12 +40,9 @@ def model() -> Any:
     return ref.tiny(hidden_size=256, moe_intermediate_size=128, initializer_range=0.02).bfloat16()
 
 
-def training_graph(model: Any, recipe: str) -> fx.Graph:
-    chain = moefx.pipeline(recipe, codegen="eager")
-    (there,) = [p for p in chain.passes if isinstance(p, FuseGather)]
-    here = FuseGather(devices=("cpu",), dtypes=there.dtypes)
-    chain = chain.remove("fuse_gather").insert(here, before="dead_code_training")
-    opt = ref.optimize(model, recipe=recipe, passes=chain, codegen="eager")
+def training_graph(model: Any, recipe: str, without: str = "") -> fx.Graph:
+    """The graph that is left when the passes of a recipe have run, on a CPU as on a GPU."""
+    opt = ref.optimize(model, recipe=recipe, passes=ref.as_on_gpu(recipe, without), codegen="eager")
     stages = list(opt.graphs)
     last = min(stages.index(s) for s in ("weights", "forward") if s in stages) - 1  # of the training passes
     return opt.graphs[stages[last]].graph
@@ -89,3 +86,28 @@ def test_what_no_kernel_covers_is_seen(model: Any) -> None:
             with val.fake_mode:
                 node.meta["val"] = val.double()
     assert chosen(graph)["glu_backward"] == {"reference"}
+
+
+def depth_is_contiguous(graph: fx.Graph) -> list[bool]:
+    """Of each product of codes, whether both operands have the axis that is summed over contiguous."""
+    found = []
+    for node in graph.nodes:
+        if node.target in (ops.scaled_grouped_mm.default, ops.scaled_grouped_mm_quantize.default):
+            x, w = node.args[0].meta["val"], node.args[2].meta["val"]
+            found.append(x.stride(-1) == w.stride(-1) == 1)
+        elif node.target is ops.scaled_grouped_wgrad.default:
+            pair = node.args[0].meta["val"], node.args[2].meta["val"]
+            found.append(node.args[-1] == 16 and all(map(lies_by_columns, pair)))
+    return found
+
+
+@pytest.mark.parametrize("recipe", ["fp8_flow", "fp8_naive", "fp8_blockwise", "mxfp8", "deepseek_v3", "fp8_rowwise"])
+@pytest.mark.filterwarnings("ignore")
+def test_fp8_tensor_cores_multiply_forward_and_backward(model: Any, recipe: str) -> None:
+    assert depth_is_contiguous(training_graph(model, recipe)) == [True] * 6
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_codes_are_decoded_in_the_backward_where_nothing_orients_them(model: Any) -> None:
+    found = depth_is_contiguous(training_graph(model, "fp8_flow", without="orient_codes"))
+    assert sorted(found) == [False] * 4 + [True] * 2

@@ -10,38 +10,28 @@ from typing import Any
 
 import pytest
 import torch
-import triton.language as tl
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moefx.dialect.scaled_gemm import _mm, _mm_quantize, _wgrad
-from moefx.kernels import registry
+from moefx.dialect.scaled_gemm import _mm, _mm_quantize
 from moefx.kernels.gpu import scaled_grouped_mm as kernels
 from moefx.precision.builtin import BUILT_IN
-from moefx.precision.quantize import dequantize, fp32_scales, quantize
+from moefx.precision.quantize import dequantize, fp32_scales
 from moefx.precision.recipe import lookup
 from moefx.precision.spec import QuantSpec
 
 from .interpreter import assert_same_bits
-
-Tensor = torch.Tensor
-EPS = torch.finfo(torch.float32).eps
-ROW, TILE, COLUMN = (f"e4m3 {block} po2/rceil eps=1e-10" for block in ("1x128", "128x128", "128x1"))
-
-
-def offsets_of(*counts: int) -> Tensor:
-    return torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
-
-
-def numbers(*shape: int, seed: int = 0) -> Tensor:
-    """Normal numbers whose size differs from row to row and from block to block."""
-    gen = torch.Generator().manual_seed(seed)
-    size = torch.randint(-6, 6, (*shape[:-1], -(-shape[-1] // 32)), generator=gen).float().exp2()
-    return torch.randn(*shape, generator=gen) * size.repeat_interleave(32, -1)[..., : shape[-1]]
-
-
-def encoded(spec: str, x: Tensor, offsets: Tensor | None = None) -> tuple[Tensor, Any]:
-    amax = x.abs().max() if QuantSpec.parse(spec).delayed else None
-    return quantize(x, spec, offsets=offsets, amax=amax)
+from .products import (
+    COLUMN,
+    ROW,
+    TILE,
+    Tensor,
+    assert_close,
+    chosen,
+    encoded,
+    integers,
+    numbers,
+    offsets_of,
+    powers,
+)
 
 
 def operands(
@@ -67,14 +57,6 @@ def exact(args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         rows = slice(int(offsets[e]), int(offsets[e + 1]))
         y[0, rows], y[1, rows] = a[rows] @ b[e].T, a[rows].abs() @ b[e].T.abs()
     return y[0], y[1]
-
-
-def assert_close(y: Tensor, want: Tensor, size: Tensor, depth: int) -> None:
-    """Within rounding of fp32 sums; one more rounding where the result is narrower."""
-    narrow = torch.finfo(y.dtype).eps / 2 if y.dtype != torch.float32 else 0.0
-    bound = (depth + 4) * EPS * size + narrow * want.abs() * 1.01
-    assert torch.isfinite(y).all()
-    assert bool(((y.double() - want).abs() <= bound).all())
 
 
 MM = [
@@ -115,15 +97,6 @@ def test_many_rows_take_the_large_tile_and_programs_several_tiles() -> None:
     offsets = offsets_of(300)
     args = operands(300, 128, 272, offsets, ROW, TILE)
     assert_close(kernels.scaled_grouped_mm(*args, torch.float32), *exact(args), depth=128)
-
-
-def integers(*shape: int, seed: int) -> Tensor:
-    gen = torch.Generator().manual_seed(seed)
-    return torch.randint(-4, 5, shape, generator=gen).to(torch.float8_e4m3fn)
-
-
-def powers(*shape: int, seed: int) -> Tensor:
-    return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(seed)).float().exp2()
 
 
 @pytest.mark.parametrize("flipped", [False, True])
@@ -181,34 +154,16 @@ def test_nan_stays_in_its_rows_and_rows_of_nobody_are_zero() -> None:
         assert not y[9:].any()
 
 
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """New memory holds NaN."""
-    real = Tensor.new_empty
-
-    def new_empty(self: Tensor, *args: Any, **kw: Any) -> Tensor:
-        made = real(self, *args, **kw)
-        if made.numel():
-            made.view(torch.uint8).fill_(0xFF)  # NaN in every float format
-        return made
-
-    monkeypatch.setattr(Tensor, "new_empty", new_empty)
-
-
-@pytest.mark.usefixtures("poisoned")
+@pytest.mark.usefixtures("poisoned_bytes")
 @pytest.mark.parametrize(("S", "counts"), [(0, (0, 0)), (1, (0, 1)), (3, (0, 0)), (5, (5,))])
 def test_every_element_is_written(S: int, counts: tuple[int, ...]) -> None:
     offsets = offsets_of(*counts)
     y = kernels.scaled_grouped_mm(*operands(S, 128, 16, offsets, ROW, TILE), torch.bfloat16)
     assert y.shape == (S, 16)
     assert not y.isnan().any()
-    pair = (*encoded(COLUMN, numbers(S, 16), offsets), *encoded(COLUMN, numbers(S, 32, seed=1), offsets))
-    g = kernels.scaled_grouped_wgrad(*pair, offsets, COLUMN, COLUMN, torch.float32)
-    assert not g.isnan().any()
-    assert all(bool(g[e].any()) == (n > 0) for e, n in enumerate(counts))
 
 
-@pytest.mark.usefixtures("poisoned")
+@pytest.mark.usefixtures("poisoned_bytes")
 @pytest.mark.parametrize(
     "spec", [ROW, "e4m3 1x128 e8m0/floor", "e5m2 1x128 f32/exact", "e4m3 1x128 f32/exact zero=one"]
 )
@@ -224,74 +179,9 @@ def test_codes_of_the_result_are_those_of_quantize(spec: str, dtype: torch.dtype
         assert_same_bits(got, want, spec)
 
 
-WGRAD = [
-    (COLUMN, COLUMN),
-    ("e5m2 128x1 f32/exact", "e4m3 128x1 po2/rceil"),
-    ("e4m3 32x1 e8m0/rceil", "e4m3 32x1 e8m0/rceil"),
-    ("e4m3 column f32/exact", COLUMN),
-    ("e5m2 tensor f32/exact", "e4m3 tensor f32/exact"),
-    (TILE, "e4m3 column po2/rceil"),
-]
-
-
-@pytest.mark.parametrize(("a_spec", "b_spec"), WGRAD)
-def test_weight_gradients_are_those_of_the_dequantized_rows(a_spec: str, b_spec: str) -> None:
-    offsets = offsets_of(5, 0, 131, 1)  # blocks begin at 0, 5, 133 and 136
-    a, as_ = encoded(a_spec, numbers(140, 48), offsets)
-    b, bs = encoded(b_spec, numbers(140, 144, seed=1), offsets)
-    g = kernels.scaled_grouped_wgrad(a, as_, b, bs, offsets, a_spec, b_spec, torch.float32)
-    wide = [dequantize(c, s, t, offsets=offsets).double() for c, s, t in ((a, as_, a_spec), (b, bs, b_spec))]
-    for e in range(4):
-        x, y = (t[offsets[e] : offsets[e + 1]] for t in wide)
-        assert_close(g[e], x.T @ y, x.T.abs() @ y.abs(), depth=140)
-
-
-def test_exact_weight_gradients_are_the_references_bits() -> None:
-    offsets = offsets_of(5, 0, 131)
-    a, b = integers(138, 48, seed=0), integers(138, 16, seed=1)
-    a.view(torch.uint8)[136:] = 0x7F  # rows of nobody
-    args = (a, powers(4, 48, seed=2), b, powers(4, 16, seed=3), offsets, COLUMN, COLUMN)
-    for dtype in (torch.float32, torch.bfloat16):
-        assert_same_bits(kernels.scaled_grouped_wgrad(*args, dtype), _wgrad(*args, dtype))
-
-
-def test_blocks_that_begin_at_fixed_rows_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    offsets = offsets_of(5, 131)
-    args = (
-        integers(136, 48, seed=0), powers(3, 48, seed=2), integers(136, 16, seed=1), powers(3, 16, seed=3), offsets,
-        COLUMN, COLUMN, torch.float32,
-    )  # fmt: skip
-    assert_same_bits(kernels.scaled_grouped_wgrad(*args), _wgrad(*args))
-    monkeypatch.setattr(kernels, "blocks_before", lambda at, e, BE, BR: tl.load(at + e) // 128)
-    with pytest.raises(AssertionError):
-        assert_same_bits(kernels.scaled_grouped_wgrad(*args), _wgrad(*args))
-
-
-def chosen(op: str, specs: tuple[str, ...], more: tuple[Any, ...] = (), K: int = 256, flipped: bool = False) -> str:
-    with FakeTensorMode():
-        offsets = torch.empty(5, dtype=torch.int32, device="cuda")
-
-        def of(spec: str, *shape: int) -> tuple[Tensor, Tensor]:
-            s = QuantSpec.parse(spec)
-            groups = 4 if len(shape) == 2 else None
-            scales = torch.empty(s.scale_shape(shape, groups), dtype=s.scale_dtype, device="cuda")
-            return torch.empty(s.format.stored_shape(torch.Size(shape)), dtype=s.format.storage, device="cuda"), scales
-
-        x, w = of(specs[0], 64, K), of(specs[1], *((64,) if "wgrad" in op else (4, 32)), K)
-        if flipped:
-            codes, scales = of(str(QuantSpec.parse(specs[1]).transposed()), 4, K, 32)
-            w = codes.mT, scales.mT
-        return registry.choose(op, *x, *w, offsets, *specs, torch.bfloat16, *more).name
-
-
 @pytest.mark.parametrize(("x_spec", "w_spec", "flipped"), MM)
 def test_triton_multiplies_what_it_can(x_spec: str, w_spec: str, flipped: bool) -> None:
     assert chosen("scaled_grouped_mm", (x_spec, w_spec), flipped=flipped) == "triton"
-
-
-@pytest.mark.parametrize(("a_spec", "b_spec"), WGRAD)
-def test_triton_makes_the_weight_gradients_it_can(a_spec: str, b_spec: str) -> None:
-    assert chosen("scaled_grouped_wgrad", (a_spec, b_spec)) == "triton"
 
 
 @pytest.mark.parametrize("name", sorted(set(BUILT_IN) - {"bf16", "nvfp4"}))
@@ -313,5 +203,3 @@ def test_the_reference_takes_the_rest() -> None:
     assert chosen("scaled_grouped_mm", (ROW, TILE), K=264) == "reference"
     assert chosen("scaled_grouped_mm", ("e2m1 1x32 e8m0/rceil", TILE)) == "reference"
     assert chosen("scaled_grouped_mm", (COLUMN, TILE)) == "reference"
-    assert chosen("scaled_grouped_wgrad", (ROW, COLUMN)) == "reference"
-    assert chosen("scaled_grouped_wgrad", (COLUMN, COLUMN), K=24) == "reference"

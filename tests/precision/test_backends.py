@@ -34,7 +34,8 @@ def test_recipes_and_backends(name: str) -> None:
 
 
 def test_alignment_becomes_a_pass() -> None:
-    assert "align_plans" not in BUILT_IN["fp8_flow"].passes
+    assert "align_plans" not in BUILT_IN["bf16"].passes
+    assert "align_plans" not in BUILT_IN["fp8_tensorwise"].replace("t", align=1).passes
     assert "align_plans" in BUILT_IN["fp8_flow"].for_backend("te_sm90").passes
 
 

@@ -179,6 +179,10 @@ class OptimizedModule(nn.Module):
         new.load_precision_state(self.precision_state())
         return new
 
+    def __copy__(self) -> nn.Module:
+        """Another module over the same original."""
+        return _rebuild(self.original, self._options, self.precision_state())
+
     def __reduce__(self) -> Any:
         """Pickle the original and the options; graphs are compiled again when next called."""
         return (_rebuild, (without_recorders(self.original), self._options, self.precision_state()))

@@ -311,6 +311,8 @@ def plot(rows: list[dict[str, str]]) -> None:
     figure, axes = plt.subplots(1, len(seeds), figsize=(5 * len(seeds) + 1.6, 4), squeeze=False, sharey=True)
     for axis, seed in zip(axes[0], seeds, strict=True):
         for arm, marker in zip(shown, "os^vDPX", strict=True):
+            if (seed, arm, STEPS) not in found:
+                continue  # a seed of a few arms only
             gaps = [found[seed, arm, t] - found[seed, "learned", t] for t in EVALUATED]
             axis.plot(EVALUATED, gaps, marker=marker, label=arm)
         axis.axhline(0, color="black", linewidth=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import fx
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from moefx.graph.effects import is_effect, is_random, modes, mutated, name_of, view_source, writers
 from tests.passes.subject import H, Made, T, model_graph, nodes, rand, training_graph
@@ -250,10 +252,12 @@ def test_modes_under_no_grad() -> None:
 
 
 def test_regions_stay() -> None:
-    """A higher-order node may hide effects in its own graph."""
+    """A higher-order node may hide effects in its own graph: here a region that decides itself what it saves."""
+
+    policy = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
 
     def fn(x: Tensor) -> Any:
-        return torch.utils.checkpoint.checkpoint(lambda y: F.dropout(y, 0.5, True), x, use_reentrant=False)
+        return checkpoint(lambda y: F.dropout(y, 0.5, True), x, use_reentrant=False, context_fn=policy)
 
     graph = captured(fn)
     found = [n for n in graph.nodes if isinstance(n.target, torch._ops.HigherOrderOperator)]

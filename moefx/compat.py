@@ -274,8 +274,11 @@ def partition(gm: fx.GraphModule, fwd_outputs: int, *, recompute: bool) -> tuple
     inputs = [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")]
     fake_mode = detect_fake_mode(inputs)
     context = tracing(TracingContext(fake_mode)) if fake_mode is not None else contextlib.nullcontext()
-    # With the random stream of eager PyTorch, states of generators cross as tensors, on every device.
-    with context, torch.no_grad(), disable_autocast(), torch._inductor.config.patch(fallback_random=True):
+    # Draws of checkpointed regions are repeated from the generator's state, which crosses as a tensor on every device
+    # with the random stream of eager PyTorch. Other draws are saved.
+    repeated = any("recompute" in n.meta and "moefx_checkpoint" in (n.meta.get("custom") or {}) for n in gm.graph.nodes)
+    stream = torch._inductor.config.patch(fallback_random=True) if repeated else contextlib.nullcontext()
+    with context, torch.no_grad(), disable_autocast(), stream:
         fw, bw = fn(gm, inputs, num_fwd_outputs=fwd_outputs, static_lifetime_input_indices=[])
     if fake_mode is not None:
         _settle_random_states(fw, bw, fake_mode)

@@ -18,7 +18,7 @@ Tensor = torch.Tensor
 LEAST_ROWS = 256
 
 
-def _supports(x: Tensor, *_: float) -> bool:
+def _supports(x: Tensor, *_: object) -> bool:
     followed = torch.is_grad_enabled() and x.requires_grad
     m, n = x.shape[-2:]
     return x.dtype in (torch.bfloat16, torch.float16) and m >= LEAST_ROWS and m % 16 == n % 16 == 0 and not followed
@@ -29,22 +29,22 @@ registry.register_triton("quadratic", "symmetric:quadratic", _supports)
 
 
 @registry.register("gram", "reference", lambda *_: True)
-def _gram(x_BMN: Tensor) -> Tensor:
-    return torch.bmm(x_BMN, x_BMN.mT)
+def _gram(x_BMN: Tensor, out: Tensor | None = None) -> Tensor:
+    return torch.bmm(x_BMN, x_BMN.mT, out=out)
 
 
 @registry.register("quadratic", "reference", lambda *_: True)
-def _quadratic(a_BMM: Tensor, b: float, c: float) -> Tensor:
-    return torch.baddbmm(a_BMM, a_BMM, a_BMM, beta=b, alpha=c)
+def _quadratic(a_BMM: Tensor, b: float, c: float, out: Tensor | None = None) -> Tensor:
+    return torch.baddbmm(a_BMM, a_BMM, a_BMM, beta=b, alpha=c, out=out)
 
 
-def gram(x_BMN: Tensor) -> Tensor:
-    """x x^T [B, m, m] in the dtype of x, summed in fp32 (float64 for float64)."""
-    out: Tensor = registry.dispatch("gram", x_BMN)
-    return out
+def gram(x_BMN: Tensor, out: Tensor | None = None) -> Tensor:
+    """x x^T [B, m, m] in the dtype of x, summed in fp32 (float64 for float64); in `out`, contiguous, if given."""
+    found: Tensor = registry.dispatch("gram", x_BMN, out)
+    return found
 
 
-def quadratic(a_BMM: Tensor, b: float, c: float) -> Tensor:
-    """b a + c a a [B, m, m] of symmetric matrices, in the dtype of a."""
-    out: Tensor = registry.dispatch("quadratic", a_BMM, b, c)
-    return out
+def quadratic(a_BMM: Tensor, b: float, c: float, out: Tensor | None = None) -> Tensor:
+    """b a + c a a [B, m, m] of symmetric matrices, in the dtype of a; `out` as of `gram`."""
+    found: Tensor = registry.dispatch("quadratic", a_BMM, b, c, out)
+    return found

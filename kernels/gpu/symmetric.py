@@ -60,11 +60,11 @@ def _symmetric(
     tl.store(out + mirrored, tl.trans(block), mask=above)
 
 
-def _product(x: Tensor, y: Tensor | None, alpha: float, beta: float) -> Tensor:
+def _product(x: Tensor, y: Tensor | None, alpha: float, beta: float, out: Tensor | None) -> Tensor:
     B, M, N = x.shape
     if 1 not in x.stride()[1:]:
         x = x.contiguous()
-    out = torch.empty((B, M, M), dtype=x.dtype, device=x.device)
+    out = torch.empty((B, M, M), dtype=x.dtype, device=x.device) if out is None else out
     t = cdiv(M, 128)
     launch(
         _symmetric, (t * (t + 1) // 2, B), x, out if y is None else y, out, M, N, *x.stride(), alpha, beta,
@@ -73,15 +73,15 @@ def _product(x: Tensor, y: Tensor | None, alpha: float, beta: float) -> Tensor:
     return out
 
 
-def gram(x_BMN: Tensor) -> Tensor:
-    """x x^T of x [B, m, n] bf16 or fp16, in its dtype, equal to its transpose."""
-    return _product(x_BMN, None, 1.0, 0.0)
+def gram(x_BMN: Tensor, out: Tensor | None = None) -> Tensor:
+    """x x^T of x [B, m, n] bf16 or fp16, in its dtype, equal to its transpose; in `out`, contiguous, if given."""
+    return _product(x_BMN, None, 1.0, 0.0, out)
 
 
-def quadratic(a_BMM: Tensor, b: float, c: float) -> Tensor:
-    """b a + c a a of symmetric a [B, m, m] bf16 or fp16, in its dtype, equal to its transpose."""
+def quadratic(a_BMM: Tensor, b: float, c: float, out: Tensor | None = None) -> Tensor:
+    """b a + c a a of symmetric a [B, m, m] bf16 or fp16, in its dtype, equal to its transpose; in `out` as `gram`."""
     a = a_BMM.contiguous()
-    return _product(a, a, c, b)
+    return _product(a, a, c, b, out)
 
 
 def specimens() -> list[Specimen]:

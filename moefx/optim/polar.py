@@ -85,18 +85,18 @@ def polar(
     x = x.to(compute_dtype or wide)
     tall = x.shape[-2] > x.shape[-1]
     x = matrices(x.mT if tall else x)
-    spare, gram, poly = _workspace(x)
+    spare, gram_at, poly_at = _workspace(x)
     skip = int(tight and kind == "polar_express")
     for number, (a, b, c) in enumerate(coefficients(kind, steps + skip)[skip:]):
-        gram = outer(x, gram)
+        gram = outer(x, gram_at)
         if tight and number == 0:
             bound = torch.linalg.vector_norm(gram.to(wide), dim=(-2, -1), keepdim=True)  # of the squares
             factor = (_AFTER_FIRST / _SAFETY if skip else 1) ** 2 / torch.where(bound > 0, bound, 1)
             x, gram = x * factor.sqrt().to(x.dtype), gram * factor.to(x.dtype)
         if halved(x):
-            poly = outer(gram, poly).mul_(c).add_(gram, alpha=b)
+            poly = outer(gram, poly_at).mul_(c).add_(gram, alpha=b)
         else:
-            poly = _quadratic(gram, b, c, poly)
+            poly = symmetric.quadratic(gram, b, c, poly_at)
         x, spare = torch.baddbmm(x, poly, x, beta=a, out=spare), None if spare is None else x
     x = x.mT if tall else x
     return x.to(wide).unflatten(0, x_BMN.shape[:-2]) if x_BMN.ndim > 2 else x[0].to(wide)
@@ -113,12 +113,6 @@ def _workspace(x_BMN: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | No
     return torch.empty_like(x_BMN), gram, torch.empty_like(gram)
 
 
-def _quadratic(gram_BMM: Tensor, b: float, c: float, out: Tensor | None) -> Tensor:
-    if out is None:
-        return symmetric.quadratic(gram_BMM, b, c)
-    return torch.baddbmm(gram_BMM, gram_BMM, gram_BMM, beta=b, alpha=c, out=out)
-
-
 def halved(x_BMN: Tensor) -> bool:
     """Whether x x^T is worth computing by halves.
 
@@ -130,9 +124,7 @@ def halved(x_BMN: Tensor) -> bool:
 
 def outer(x_BMN: Tensor, out: Tensor | None = None) -> Tensor:
     """x x^T [B, m, m]. It is symmetric: where that pays, one off-diagonal block is the transpose of the other."""
-    if halved(x_BMN):
-        return _outer(x_BMN, out)
-    return symmetric.gram(x_BMN) if out is None else torch.bmm(x_BMN, x_BMN.mT, out=out)
+    return _outer(x_BMN, out) if halved(x_BMN) else symmetric.gram(x_BMN, out)
 
 
 def _outer(x_BMN: Tensor, out: Tensor | None = None) -> Tensor:

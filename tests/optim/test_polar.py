@@ -199,3 +199,9 @@ def test_rank_and_slices() -> None:
     assert [(s.start, s.stop) for s in slices(5, 10, 25)] == [(0, 2), (2, 4), (4, 5)]
     assert len(slices(3, 10, 1)) == 3
     assert matrices(torch.zeros(2, 3, 4, 5)).shape == (6, 4, 5)
+
+
+def test_where_autograd_follows_no_memory_is_written_twice() -> None:
+    """Products with memory to fill refuse tensors that need gradients."""
+    x = torch.randn(2, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    assert torch.equal(polar(x, 4), polar(x.detach(), 4))

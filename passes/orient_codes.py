@@ -12,7 +12,7 @@ from moefx import compat
 from moefx.graph.casts import QUANTIZE
 from moefx.graph.edit import arguments, find, inheriting, is_backward, origin, set_arguments, targets, value
 from moefx.graph.products import source
-from moefx.kernels.layout import ALIGN
+from moefx.kernels.layout import ALIGN, by_columns
 from moefx.manager import Context, Pass
 from moefx.precision.spec import QuantSpec
 
@@ -93,7 +93,7 @@ def _written_by_columns(codes: fx.Node) -> bool:
     if q is None or q.target not in QUANTIZE:
         return False
     a = arguments(q)
-    return a["align"] % ALIGN == 0 and QuantSpec.parse(a["specs"][codes.args[1] // 2]).sums_rows  # type: ignore[operator]
+    return by_columns(a["specs"][codes.args[1] // 2], a["align"])  # type: ignore[operator]
 
 
 def _copy(graph: fx.Graph, codes: fx.Node) -> fx.Node:

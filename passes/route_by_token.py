@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from moefx import compat
-from moefx.dialect.route import RouteSpec, write_scores, write_weights
+from moefx.dialect.route import RouteSpec, write_gates, write_scores, write_weights
 from moefx.errors import PassError
 from moefx.graph.edit import arguments, find, module_path, origin, outputs, same_sizes, source_line, value
 from moefx.graph.effects import erase_unread, name_of
@@ -232,13 +232,12 @@ class _Source:
         call = self.at(None)
 
         def normalised(t: fx.Node) -> fx.Node:
-            if not self.ready and self.options.normalise == "softmax":
-                t = call(torch.softmax, call("to", t, torch.float32), -1)
-            else:
-                t = call("to", t, torch.float32)
-                t = t if self.ready else call(torch.sigmoid, t)
-                if not self.ready or self.k > layer.k:
-                    t = call(torch.div, t, call(torch.sum, t, -1, keepdim=True))
+            if not self.ready:
+                w: fx.Node = write_gates(call, t, self.options.normalise, factor)
+                return w
+            t = call("to", t, torch.float32)
+            if self.k > layer.k:
+                t = call(torch.div, t, call(torch.sum, t, -1, keepdim=True))
             return t if factor == 1 else call(torch.mul, t, factor)
 
         return self._shaped(f"gates {factor}", self.logits, layer, n, value(layer.w), normalised)

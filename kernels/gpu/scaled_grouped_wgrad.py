@@ -56,6 +56,17 @@ def _scales_at(scales, offsets, expert, columns, row, BE: tl.constexpr, R: tl.co
 
 
 @triton.jit
+def _scaled(p, as_at, bs_at, r, as_row, bs_row, m_cut, n_cut,
+            AR: tl.constexpr, BR: tl.constexpr, AS_BYTES: tl.constexpr, BS_BYTES: tl.constexpr):  # fmt: skip
+    """The product of a step that begins `r` rows into the expert, times the scales of its blocks."""
+    if AR > 0:
+        p = p * load_scale(as_at + r // AR * as_row, m_cut, AS_BYTES)[:, None]
+    if BR > 0:
+        p = p * load_scale(bs_at + r // BR * bs_row, n_cut, BS_BYTES)[None, :]
+    return p
+
+
+@triton.jit
 def _store(acc, as_, bs, expert, ms, ns, g, M, N,
            AR: tl.constexpr, BR: tl.constexpr, AS_BYTES: tl.constexpr, BS_BYTES: tl.constexpr):  # fmt: skip
     m_cut, n_cut = ms < M, ns < N
@@ -92,11 +103,7 @@ def _turned_wgrad(
         a_tile = tl.load(a + r + a_at, mask=m_cut[:, None] & use[None, :], other=0.0)
         b_tile = tl.load(b + r + b_at, mask=use[:, None] & n_cut[None, :], other=0.0)
         p = tl.dot(a_tile, b_tile)
-        if AR > 0:
-            p = p * load_scale(as_at + r // AR * as_row, m_cut, AS_BYTES)[:, None]
-        if BR > 0:
-            p = p * load_scale(bs_at + r // BR * bs_row, n_cut, BS_BYTES)[None, :]
-        acc += p
+        acc += _scaled(p, as_at, bs_at, r, as_row, bs_row, m_cut, n_cut, AR, BR, AS_BYTES, BS_BYTES)
     _store(acc, as_at, bs_at, expert, ms, ns, g, M, N, AR, BR, AS_BYTES, BS_BYTES)
 
 
@@ -125,11 +132,7 @@ def _scaled_grouped_wgrad(
         a_next = tl.load(a_at, mask=(row < count - r - BK)[:, None] & m_cut[None, :], other=0.0)
         p = tl.dot(tl.trans(a_wide), b_tile.to(tl.float16))
         a_wide = a_next.to(tl.float16)
-        if AR > 0:
-            p = p * load_scale(as_at + r // AR * as_row, m_cut, AS_BYTES)[:, None]
-        if BR > 0:
-            p = p * load_scale(bs_at + r // BR * bs_row, n_cut, BS_BYTES)[None, :]
-        acc += p
+        acc += _scaled(p, as_at, bs_at, r, as_row, bs_row, m_cut, n_cut, AR, BR, AS_BYTES, BS_BYTES)
     _store(acc, as_at, bs_at, expert, ms, ns, g, M, N, AR, BR, AS_BYTES, BS_BYTES)
 
 

@@ -234,6 +234,17 @@ def write_weights(call: Call, s: RouteSpec, w: Any, idx: Any, scale: Any) -> Any
     return w if s.out is None else call("to", w, DTYPES[s.out])
 
 
+def write_gates(call: Call, chosen: Any, normalise: str, factor: float) -> Any:
+    """fp32 weights [.., k] from the logits of a router of token ids at the chosen experts; see `moefx.Routing`."""
+    w = call("to", chosen, torch.float32)
+    if normalise == "softmax":
+        w = call(torch.softmax, w, -1)
+    else:
+        w = call(torch.sigmoid, w)
+        w = call(torch.div, w, call(torch.sum, w, -1, keepdim=True))
+    return w if factor == 1 else call(torch.mul, w, factor)
+
+
 def write_start(call: Call, s: RouteSpec, scores: Any, values: Any, idx: Any, dtype: torch.dtype) -> Any:
     """What the weights start from, [.., k]: the top-k's own values where that is possible, else the scores at idx."""
     if s.bias or (s.groups is not None and not s.masked):

@@ -51,13 +51,16 @@ scaled_grouped_mm = define(
 autocast("scaled_grouped_mm", lambda args, dtype: args)
 
 
-def _check_wgrad(a: Tensor, as_: Tensor, b: Tensor, bs: Tensor, offsets: Tensor, *more: object) -> None:
+def _check_wgrad(
+    a: Tensor, as_: Tensor, b: Tensor, bs: Tensor, offsets: Tensor, a_spec: str, b_spec: str, dtype: torch.dtype,
+    align: int = 1,
+) -> None:  # fmt: skip
     def got() -> str:
         return f"scaled_grouped_wgrad: a [S, M] is {tuple(a.shape)}, b [S, N] is {tuple(b.shape)}"
 
     torch._check(a.dim() == 2 and b.dim() == 2, got)
     torch._check(a.shape[0] == b.shape[0], got)
-    check_promise("scaled_grouped_wgrad", offsets, int(more[3]) if len(more) > 3 else 1)  # type: ignore[call-overload]
+    check_promise("scaled_grouped_wgrad", offsets, align)
 
 
 def _mm_quantize(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from moefx.dialect.route import RouteSpec, eager, write_scores, write_weights
+from moefx.dialect.route import RouteSpec, eager, write_gates, write_scores, write_weights
 
 from .edit import arguments, module_path, same_sizes, value
 from .effects import name_of
@@ -76,10 +76,7 @@ class RoutedLayer:
             start = torch.gather(write_scores(eager, self.spec, logits, logits.dtype), -1, idx)
             w: Tensor = write_weights(eager, self.spec, start, idx, scale)
             return w.to(self.dtype)
-        w = torch.softmax(chosen.float(), -1) if normalise == "softmax" else torch.sigmoid(chosen.float())
-        if normalise != "softmax":
-            w = w / w.sum(-1, keepdim=True)
-        w = (w if self.factor == 1 else w * self.factor).to(self.dtype)
+        w = write_gates(eager, chosen, normalise, self.factor).to(self.dtype)
         return w if scale is None else w * scale[idx]
 
 

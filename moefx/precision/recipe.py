@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -148,10 +148,8 @@ class Recipe:
     @property
     def gpu_align(self) -> int:
         """`align` on a GPU: FP8 codes of weight gradients are read 16 rows at a time (`moefx.kernels.layout`)."""
-        return math.lcm(self.align, 16) if any(self._reads_by_columns()) else self.align
-
-    def _reads_by_columns(self) -> Iterator[bool]:
-        return (QuantSpec.parse(s).sums_rows for key, s in self._every() if key.endswith(".wgrad"))
+        by_columns = any(QuantSpec.parse(s).sums_rows for key, s in self._every() if key.endswith(".wgrad"))
+        return math.lcm(self.align, 16) if by_columns else self.align
 
     def for_module(self, path: str) -> Mapping[str, str] | None:
         """The specs that hold in a module: the recipe's, with those of the first rule that matches; None is wide."""

@@ -141,7 +141,7 @@ def capture(
     with _no_cache(model), _no_hooks(model), compat.no_fake(), compat.dynamic_dims(tensors, axes):
         try:
             gm = compat.capture_forward(model, args, kwargs)
-        except compat.CAPTURE_ERRORS as e:
+        except compat.capture_errors() as e:
             raise _explained(e, model) from e
     inline_checkpointed(gm)
     # Transformers' output recorder is put back by the forward itself; `buffer += 1` rebinds the same tensor.

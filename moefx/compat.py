@@ -1,7 +1,8 @@
 """The one door to torch's private compiler API: Dynamo capture, the AOT joint export, partitioners, Inductor.
 
 Nothing else in moefx imports `torch._dynamo`, `torch._functorch`, `torch._inductor`, `torch._guards` or
-`torch._subclasses`, so a torch upgrade is a change to this file. Run with torch 2.11.0 and 2.13.0.
+`torch._subclasses`, so a torch upgrade is a change to this file. Run with torch 2.11.0 and 2.13.0. The compiler is
+imported where it is first used: it takes as long as torch itself, and the optimizers do without it.
 """
 
 from __future__ import annotations
@@ -18,17 +19,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch._dynamo
-import torch._functorch.config
-import torch._inductor.config
 from torch import fx
-from torch._dynamo.exc import TorchDynamoException
-from torch._dynamo.functional_export import dynamo_graph_capture_for_export
-from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
-from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -46,8 +39,6 @@ HOOKS = (
 )
 # Held while a graph is made: Dynamo, AOT and the registries of transformers keep their state per process.
 compiling = threading.RLock()
-# Questions about sizes that only values tell mostly come wrapped in Dynamo's errors, but not from `tensor.tolist()`.
-CAPTURE_ERRORS: tuple[type[Exception], ...] = (TorchDynamoException, GuardOnDataDependentSymNode)
 _SIDE_EFFECTS = re.compile(r"side effects happened in the model.forward.*?(\[.*\])", re.DOTALL)
 
 
@@ -55,12 +46,23 @@ _SIDE_EFFECTS = re.compile(r"side effects happened in the model.forward.*?(\[.*\
 # ---------------------------------------------------------------------------------------------------
 
 
+def capture_errors() -> tuple[type[Exception], ...]:
+    """What Dynamo raises of a forward that it cannot capture."""
+    from torch._dynamo.exc import TorchDynamoException
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    # Questions about sizes that only values tell mostly come wrapped in Dynamo's errors, not from `tensor.tolist()`.
+    return TorchDynamoException, GuardOnDataDependentSymNode
+
+
 def capture_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
     """Dynamo's whole-graph capture of `module(*args, **kwargs)`: torch-level nodes, original parameter names.
 
     `meta["side_effects"]` lists the Python objects that the forward changes; a graph does not repeat that.
-    Dynamo's own errors come through (`CAPTURE_ERRORS`); the caller words them for users.
+    Dynamo's own errors come through (`capture_errors`); the caller words them for users.
     """
+    from torch._dynamo.functional_export import dynamo_graph_capture_for_export
+
     settings = torch._dynamo.config.patch(
         # Data-dependent sizes (nonzero, where) become unbacked symbols instead of graph breaks.
         capture_dynamic_output_shape_ops=True,
@@ -170,15 +172,16 @@ def export_graph(
     gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], *, grad: bool, inductor: bool
 ) -> ExportedGraph:
     """AOT export of a captured graph: forward and backward together (`grad`), or the forward alone."""
+    from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+
     fake_mode = gm.meta["fake_mode"]
     table = None
-    patches: dict[str, Any] = {"fallback_random": True}  # same random stream as eager PyTorch
     with contextlib.ExitStack() as stack:
         context = TracingContext(fake_mode)
         # Dynamo's symbols for the same tensors; fresh ones would have no source that a guard could name.
         context.tensor_to_context = gm.meta["tracing_context"].tensor_to_context
         stack.enter_context(tracing(context))
-        stack.enter_context(torch._inductor.config.patch(patches))
+        stack.enter_context(random_of_eager())
         stack.enter_context(torch.set_grad_enabled(grad))
         if inductor:
             from torch._inductor.decomposition import select_decomp_table
@@ -270,6 +273,8 @@ def partition(gm: fx.GraphModule, fwd_outputs: int, *, recompute: bool) -> tuple
 
     Only worth it when a code generator fuses the recomputed pointwise work; plain execution would pay for it.
     """
+    from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
+
     fn = min_cut_rematerialization_partition if recompute else default_partition
     inputs = [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")]
     fake_mode = detect_fake_mode(inputs)
@@ -277,7 +282,7 @@ def partition(gm: fx.GraphModule, fwd_outputs: int, *, recompute: bool) -> tuple
     # Draws of checkpointed regions are repeated from the generator's state, which crosses as a tensor on every device
     # with the random stream of eager PyTorch. Other draws are saved.
     repeated = any("recompute" in n.meta and "moefx_checkpoint" in (n.meta.get("custom") or {}) for n in gm.graph.nodes)
-    stream = torch._inductor.config.patch(fallback_random=True) if repeated else contextlib.nullcontext()
+    stream = random_of_eager() if repeated else contextlib.nullcontext()
     with context, torch.no_grad(), disable_autocast(), stream:
         fw, bw = fn(gm, inputs, num_fwd_outputs=fwd_outputs, static_lifetime_input_indices=[])
     if fake_mode is not None:
@@ -337,7 +342,7 @@ def inductor_compile(
     out.meta["user_visible_output_idxs"] = [i for i, a in enumerate(out.args[0]) if isinstance(a, fx.Node)]  # type: ignore[arg-type]
     fake_mode = detect_fake_mode(inputs)
     context = tracing(TracingContext(fake_mode)) if fake_mode is not None else contextlib.nullcontext()
-    with context, torch.no_grad(), disable_autocast(), torch._inductor.config.patch(fallback_random=True):
+    with context, torch.no_grad(), disable_autocast(), random_of_eager():
         compiled = compile_fx_inner(gm, inputs, is_backward=backward, is_inference=inference)
     return compiled
 
@@ -348,6 +353,21 @@ def boxed(gm: fx.GraphModule) -> Callable[[list[Any]], Sequence[Any]]:
     gm.recompile()
     run: Callable[[list[Any]], Sequence[Any]] = gm.forward
     return run
+
+
+def random_of_eager() -> contextlib.AbstractContextManager[None]:
+    """Draw the random stream of eager PyTorch in what Inductor compiles."""
+    import torch._inductor.config as inductor
+
+    patched: contextlib.AbstractContextManager[None] = inductor.patch(fallback_random=True)
+    return patched
+
+
+def surely(condition: Any) -> bool:
+    """Whether a condition on sizes is true for all values of their symbols. Adds no guard."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
 
 
 @contextlib.contextmanager

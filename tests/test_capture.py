@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo import functional_export
 
 import moefx
 from moefx import compat
@@ -184,8 +185,8 @@ def test_other_warnings_of_a_capture_come_through(monkeypatch: pytest.MonkeyPatc
         warnings.warn("from the tracer", UserWarning, stacklevel=1)
         return real(*args)
 
-    real = compat.dynamo_graph_capture_for_export
-    monkeypatch.setattr(compat, "dynamo_graph_capture_for_export", with_warning)
+    real = functional_export.dynamo_graph_capture_for_export
+    monkeypatch.setattr(functional_export, "dynamo_graph_capture_for_export", with_warning)
     with pytest.warns(UserWarning, match="from the tracer"):
         compat.capture_forward(Warns(), (torch.ones(3),), {})
 

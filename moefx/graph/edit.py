@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from moefx import compat
 
@@ -181,7 +180,7 @@ def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
     """Whether two shapes or strides are equal for all values of their symbols. Adds no guard, as `==` would."""
     if all(type(x) is int for x in (*a, *b)):
         return tuple(a) == tuple(b)
-    return len(a) == len(b) and all(statically_known_true(x == y) for x, y in zip(a, b, strict=True))
+    return len(a) == len(b) and all(compat.surely(x == y) for x, y in zip(a, b, strict=True))
 
 
 def same_value(a: Any, b: Any, *, strides: bool = False) -> bool:

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+from ..profile import often
 from . import oracles
 from .calls import calls, each_call, each_differentiable
 from .oracles import DTYPES, Tensor, equal, ops, randn, tensors
@@ -29,7 +30,7 @@ def described(outputs: Any) -> list[tuple[Any, ...]]:
 
 
 @each_call
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", often([*DTYPES, torch.float64], [torch.float32, torch.bfloat16]), ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_meta_device(case: str, dtype: torch.dtype, name: str) -> None:
     call = calls(oracles.CASES[case], dtype)[name]

@@ -11,6 +11,7 @@ from torch import nn
 
 import moefx
 
+from ..profile import often
 from . import loops
 from .compare import Step, eval_step, gradient_error, relative, rng_faults, structure_faults, train_step
 
@@ -91,7 +92,7 @@ def test_evaluation_equals_the_original(case: Any) -> None:
     model.train()
 
 
-@pytest.mark.parametrize("name", loops.NAMES)
+@pytest.mark.parametrize("name", often(loops.NAMES, ("switch", "nllb_moe", "dbrx")))
 def test_padded_batch_equals_the_original(name: str) -> None:
     entry = loops.get(name)
     model, inputs = loops.build(entry), loops.batch(entry, padded=True)
@@ -103,7 +104,7 @@ def test_padded_batch_equals_the_original(name: str) -> None:
     assert faults(train_step(model, without), want) != []  # the mask matters
 
 
-@pytest.mark.parametrize("name", loops.NAMES)
+@pytest.mark.parametrize("name", often(loops.NAMES, ("switch", "dbrx")))
 def test_bf16_trains(name: str) -> None:
     entry = loops.get(name)
     model, inputs = loops.build(entry, dtype=torch.bfloat16), loops.batch(entry)

@@ -20,6 +20,7 @@ from torch import nn
 import moefx
 from moefx.models.moe_lm import MoELM
 
+from ..profile import often
 from . import loops, zoo
 
 pytest.importorskip("transformers")
@@ -119,7 +120,13 @@ def check_steps(opt: moefx.OptimizedModule, out: Any, given: dict[str, Tensor]) 
             assert gap(logits, opt.original(**inputs).logits[:, -1]) > 1e-2, i
 
 
-@pytest.mark.parametrize(("name", "gates"), [*((n, "router") for n in FAMILIES), *((n, "layer") for n in BY_LAYER)])
+@pytest.mark.parametrize(
+    ("name", "gates"),
+    often(
+        [*((n, "router") for n in FAMILIES), *((n, "layer") for n in BY_LAYER)],
+        (("qwen3_moe", "router"), ("deepseek_v3", "router"), ("gpt_oss", "router"), ("dbrx", "layer")),
+    ),
+)
 def test_every_step_has_the_logits_of_the_routed_graph(name: str, gates: str) -> None:
     model, grouter = built(name)
     opt = optimized(model, moefx.Routing(grouter, gates=gates))

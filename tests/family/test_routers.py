@@ -11,6 +11,7 @@ import moefx
 from moefx.passes import ExpandRouters, RaiseRouters
 from tests.passes.subject import Subject, as_subject, captured_graph, nodes, rewrite, run, same_results
 
+from ..profile import often
 from . import zoo
 
 pytest.importorskip("transformers")
@@ -51,8 +52,14 @@ def specs(graph: torch.fx.Graph) -> list[str]:
     return [str(n.args[3]) for n in nodes(graph, "route")]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    often(
+        [(n, d) for d in (torch.float32, torch.bfloat16) for n in SPECS],
+        [*((n, torch.float32) for n in SPECS), *((n, torch.bfloat16) for n in ("mixtral", "deepseek_v3", "gpt_oss"))],
+    ),
+    ids=str,
+)
 def test_routers_are_raised_and_come_back(name: str, dtype: torch.dtype) -> None:
     subject = captured(name, dtype=dtype)
     done = rewrite(RaiseRouters(), subject)

@@ -179,28 +179,31 @@ def initial_basis(count: int, n: int, columns: int, dtype: torch.dtype, device: 
     return basis.to(device, dtype).expand(count, -1, -1).clone()
 
 
-def improve_basis(m_BMN: Tensor, basis_BNK: Tensor, iterations: int) -> Tensor:
+def improve_basis(m_BMN: Tensor, basis_BNK: Tensor, iterations: int, ordered: bool = True) -> Tensor:
     """Subspace iterations towards the top right singular vectors of m, strongest column first.
 
     Source: orthogonal iteration on m^T m. A small multiple of the old basis is kept, which changes no eigenvector but
     keeps columns alive that a rank-deficient m would send to zero. Columns are ordered by their response ||m v_j|| at
-    the begin of an iteration: one product with m less than afterwards.
+    the begin of an iteration: one product with m less than afterwards. Not `ordered`, they stay where they are: where
+    all of them are used, only their span matters.
     """
     keep = m_BMN.shape[-1] * torch.finfo(m_BMN.dtype).eps
     for _ in range(iterations):
-        response = _unit(m_BMN @ basis_BNK)
-        order = response.square().sum(-2).argsort(dim=-1, descending=True, stable=True)[:, None, :]
-        basis_BNK = basis_BNK.gather(-1, order.expand_as(basis_BNK))
-        turned = _unit((response.gather(-1, order.expand_as(response)).mT @ m_BMN).mT)
-        found, ok = orthonormal(turned + keep * basis_BNK)
+        response_BKM = _unit(basis_BNK.mT @ m_BMN.mT)
+        if ordered:
+            order = response_BKM.square().sum(-1).argsort(dim=-1, descending=True, stable=True)[:, None, :]
+            basis_BNK = basis_BNK.gather(-1, order.expand_as(basis_BNK))
+            response_BKM = response_BKM.gather(1, order.mT.expand_as(response_BKM))
+        turned_BKN = _unit(response_BKM @ m_BMN)
+        found, ok = orthonormal(torch.add(turned_BKN.mT, basis_BNK, alpha=keep))
         basis_BNK = torch.where(ok[:, None, None], found, basis_BNK)
     return basis_BNK
 
 
 def _unit(x_BMK: Tensor) -> Tensor:
-    """Every matrix over its largest entry: squares of tiny numbers would be zero."""
+    """Every matrix over its largest entry, in place: squares of tiny numbers would be zero."""
     top = x_BMK.abs().amax((-2, -1), keepdim=True)
-    return x_BMK / torch.where(top > 0, top, 1)
+    return x_BMK.div_(top.clamp_min_(torch.finfo(x_BMK.dtype).tiny))
 
 
 class Controlled(NamedTuple):

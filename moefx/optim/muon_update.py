@@ -55,12 +55,15 @@ def new_weights(
     lr, decay = float(group["lr"]) * on_B11, float(group["weight_decay"])
     steps, kind, low = polar_steps(group), group["polar"], DTYPES[group["polar_dtype"]]
     lite: LiteConfig | None = group["lite"]
-    o = polar(mixed, steps, kind, low)
-
     if lite is None or values is None or (values.neutral and lite.mode == "fast"):
-        return combine(w, o, None, None, 1.0, lr, decay, scale), {}
+        return combine(w, polar(mixed, steps, kind, low), None, None, 1.0, lr, decay, scale), {}
 
     rank = lite.rank(*mixed.shape[-2:])
+    if lite.mode == "fast" and not values.uniform:
+        # First, while a cache still holds the momentum.
+        basis, iterations = side["basis"], 1 if bool(group["projected"]) else COLD_ITERATIONS
+        basis = improve_basis(mixed, basis, iterations, ordered=rank < basis.shape[-1])
+    o = polar(mixed, steps, kind, low)
     if lite.mode == "parity":
         # The controller moves in every step, also while the schedules still leave the update as it is.
         found = controlled_projector(mixed, o, side["ratio"], rank, steps, low)
@@ -79,7 +82,6 @@ def new_weights(
     sharp, flat = directions(o, mixed, grad, group, values)
     if values.uniform:
         return combine(w, sharp, None, None, 1.0, lr, decay, scale), {}
-    basis = improve_basis(mixed, side["basis"], 1 if bool(group["projected"]) else COLD_ITERATIONS)
     return combine(w, sharp, flat, basis[..., :rank], values.chi, lr, decay, scale), {"basis": basis}
 
 

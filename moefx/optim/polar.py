@@ -92,7 +92,9 @@ def polar(
         if tight and number == 0:
             bound = torch.linalg.vector_norm(gram.to(wide), dim=(-2, -1), keepdim=True)  # of the squares
             factor = (_AFTER_FIRST / _SAFETY if skip else 1) ** 2 / torch.where(bound > 0, bound, 1)
-            x, gram = x * factor.sqrt().to(x.dtype), gram * factor.to(x.dtype)
+            here = spare is not None
+            x = torch.mul(x, factor.sqrt().to(x.dtype), out=x if here else None)
+            gram = torch.mul(gram, factor.to(x.dtype), out=gram if here else None)
         if halved(x):
             poly = outer(gram, poly_at).mul_(c).add_(gram, alpha=b)
         else:
@@ -149,7 +151,7 @@ def orthonormal(y_BNK: Tensor) -> tuple[Tensor, Tensor]:
     if y_BNK.device.type != "cpu":
         return cholesky_qr(y_BNK)
     q = torch.linalg.qr(y_BNK)[0]
-    return q, torch.isfinite(q).all(-1).all(-1)
+    return q, torch.linalg.vector_norm(q, dim=(-2, -1)).isfinite()
 
 
 def cholesky_qr(y_BNK: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,8 @@
     python benchmarks/optim_cost.py [--quick]
 
 Both sides of a ratio take turns in one process and see the same gradients; a ratio is that of the medians of `REPEATS`
-turns after one that is left out. Results: benchmarks/results/optim_cost.csv.
+turns after one that is left out. Results: benchmarks/results/optim_cost.csv, by the instructions of the CPU: the rows of
+others stay.
 
   loop        64 equal matrices, one polar factor after the other, over all in batches
   torch       `torch.optim.Muon`, one step of all matrices, over Muon with the same polynomial and number of steps;
@@ -34,6 +35,11 @@ Step = Callable[[], Any]
 FULL, BOOST = LiteConfig(2.0, -0.25, 1.0), LiteConfig(2.0, 0.0, 0.0)
 # As torch.optim.Muon: the same polynomial and scale.
 LIKE_TORCH: dict[str, Any] = {"polar": "quintic", "polar_steps": 5, "scale": "original"}
+
+
+def cpu() -> str:
+    """The instructions that matrix products use here: vectors, and those of bfloat16 if there are any."""
+    return torch.backends.cpu.get_cpu_capability() + (" bf16" if torch.cpu._is_avx512_bf16_supported() else "")
 
 
 def stepper(cls: type[torch.optim.Optimizer], shapes: Sequence[Shape], **options: Any) -> Step:
@@ -73,7 +79,7 @@ def cases(quick: bool) -> list[dict[str, Any]]:
         shown = " x ".join(map(str, shape))
         met = a / b >= float(target[3:]) if target.startswith(">=") else a / b <= float(target[3:])
         rows.append({
-            "what": what, "matrices": count, "shape": shown, "numerator_s": f"{a:.5f}", "denominator_s": f"{b:.5f}",
+            "cpu": cpu(), "what": what, "matrices": count, "shape": shown, "numerator_s": f"{a:.5f}", "denominator_s": f"{b:.5f}",
             "ratio": f"{a / b:.2f}", "target": target, "met": "yes" if met else "no",
         })  # fmt: skip
         print(rows[-1], flush=True)
@@ -101,7 +107,7 @@ def cases(quick: bool) -> list[dict[str, Any]]:
             share = extra / state_bytes(None, shape)
             if what == "lite":
                 rows.append({
-                    "what": "state", "matrices": shape[0], "shape": " x ".join(map(str, shape[1:])),
+                    "cpu": cpu(), "what": "state", "matrices": shape[0], "shape": " x ".join(map(str, shape[1:])),
                     "ratio": f"{share:.3f}", "target": "<= 0.1", "met": "yes" if share <= 0.1 else "no",
                 })  # fmt: skip
                 print(rows[-1], flush=True)
@@ -116,10 +122,12 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = cases(quick)
     if not quick:
+        with RESULTS.open(newline="") as f:
+            others = [row for row in csv.DictReader(f) if row["cpu"] != cpu()]
         with RESULTS.open("w", newline="") as f:
             writer = csv.DictWriter(f, list(rows[0]))
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(others + rows)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python benchmarks/optim_cost.py [--quick]
 
 Both sides of a ratio take turns in one process and see the same gradients; a ratio is that of the medians of `REPEATS`
-turns after one that is left out. Results: benchmarks/results/optim_cost.csv, by the instructions of the CPU: the rows of
-others stay.
+turns after one that is left out. Results: benchmarks/results/optim_cost.csv; rows of CPUs with other
+instructions stay.
 
   loop        64 equal matrices, one polar factor after the other, over all in batches
   torch       `torch.optim.Muon`, one step of all matrices, over Muon with the same polynomial and number of steps;
@@ -79,7 +79,8 @@ def cases(quick: bool) -> list[dict[str, Any]]:
         shown = " x ".join(map(str, shape))
         met = a / b >= float(target[3:]) if target.startswith(">=") else a / b <= float(target[3:])
         rows.append({
-            "cpu": cpu(), "what": what, "matrices": count, "shape": shown, "numerator_s": f"{a:.5f}", "denominator_s": f"{b:.5f}",
+            "cpu": cpu(), "what": what, "matrices": count, "shape": shown,
+            "numerator_s": f"{a:.5f}", "denominator_s": f"{b:.5f}",
             "ratio": f"{a / b:.2f}", "target": target, "met": "yes" if met else "no",
         })  # fmt: skip
         print(rows[-1], flush=True)

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moefx.errors import InputError, MissingPackageError, nearest
+from moefx.errors import InputError, nearest
+from moefx.packages import optional
 from moefx.routing import FutureTokensWarning
 
 from .grouter_blocks import make_blocks, rotated
@@ -293,10 +294,4 @@ def _padded(groups: tuple[tuple[int, ...], ...] | None, experts: int) -> Tensor 
 
 
 def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as e:
-        raise MissingPackageError(
-            "safetensors is needed to save and load a Grouter", why=str(e), todo="pip install 'moefx[routing]'"
-        ) from e
-    return safetensors.torch
+    return optional("safetensors.torch", "to save and load a Grouter")

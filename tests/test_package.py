@@ -48,7 +48,7 @@ LAYERS = (
     ("moefx.optim",),
     ("moefx.kernels",),
     ("moefx.precision",),
-    ("moefx.compat",),
+    ("moefx.compat", "moefx.packages"),
     ("moefx.errors",),
 )
 DEPTH = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}

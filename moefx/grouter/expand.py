@@ -13,8 +13,8 @@ import numpy.typing as npt
 import torch
 
 from ..errors import InputError
+from ..packages import optional
 from .affinity import Floats
-from .packages import optional
 from .surgery import require_unfolded, with_score
 from .windows import Tokens, masks, sample_windows
 

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import InputError
+from ..packages import optional
 from .affinity import Floats, Ints
-from .packages import optional
 from .traffic import (
     check_routing,
     max_over_mean,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from ..errors import InputError, MissingPackageError, first_line
+from ..errors import InputError, first_line
+from ..packages import optional
 from ..train.checkpoint import MANIFEST, MODEL, latest, safetensors
 from ..train.data import BYTES, TAIL, TokenDataset, open_dataset
 from ..train.models import load_model
@@ -40,12 +40,7 @@ def load_teacher(folder: str | Path, model: str = "default") -> nn.Module:
             why="it has neither a config.json nor the checkpoints of a run",
             todo="name a local transformers model, or the --out folder of `moefx train`; nothing is downloaded",
         )
-    try:
-        auto = importlib.import_module("transformers").AutoModelForCausalLM
-    except ImportError as e:
-        raise MissingPackageError(
-            "transformers is needed to load this teacher", why=str(e), todo="pip install 'moefx[hf]'"
-        ) from e
+    auto = optional("transformers", "to load this teacher", "hf").AutoModelForCausalLM
     try:
         teacher: nn.Module = auto.from_pretrained(path, local_files_only=True)
     except Exception as e:  # every architecture has its own ways to fail

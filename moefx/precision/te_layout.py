@@ -26,7 +26,6 @@ matter: with exact scales TE multiplies by fl32(448 / amax), we divide by fl32(a
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple, overload
@@ -34,7 +33,8 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch.nn.functional import pad
 
-from moefx.errors import InputError, MissingPackageError
+from moefx.errors import InputError
+from moefx.packages import optional
 
 from .blocks import Blocks, Rows
 from .quantize import check_scales
@@ -228,13 +228,9 @@ def to_te_tensor(
         len(set(shapes)) != 1
     ):
         raise InputError("give the rowwise, the columnwise or both layouts of one matrix", why=f"{layouts} of {shapes}")
-    try:
-        module = importlib.import_module("transformer_engine.pytorch.tensor.float8_blockwise_tensor")
-        dtypes = importlib.import_module("transformer_engine_torch").DType
-    except (ImportError, OSError) as error:  # OSError: its shared libraries
-        raise MissingPackageError(
-            "transformer_engine is needed for its tensors", why=str(error), todo="pip install 'moefx[te]'"
-        ) from error
+    purpose = "for its tensors"
+    module = optional("transformer_engine.pytorch.tensor.float8_blockwise_tensor", purpose, "te")
+    dtypes = optional("transformer_engine_torch", purpose, "te").DType
     quantizer = module.Float8BlockQuantizer(
         dtypes.kFloat8E4M3 if spec.elem == "e4m3" else dtypes.kFloat8E5M2,
         rowwise=row is not None,

@@ -9,7 +9,6 @@ written to its end.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import os
 import re
@@ -23,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..errors import MissingPackageError, MoefxError
+from ..errors import MoefxError
 from ..module import OptimizedModule
+from ..packages import optional
 from .rng import get_rng_state, set_rng_state
 from .state import collect, kind_of
 
@@ -301,9 +301,4 @@ def _flush(path: Path) -> None:
 
 def safetensors() -> Any:
     """The `safetensors.torch` module. Raises MissingPackageError when it is not installed."""
-    try:
-        return importlib.import_module("safetensors.torch")
-    except ImportError as error:
-        raise MissingPackageError(
-            "safetensors is needed for checkpoints", why=str(error), todo="pip install 'moefx[train]'"
-        ) from error
+    return optional("safetensors.torch", "for checkpoints", "train")

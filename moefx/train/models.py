@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError, MissingPackageError, nearest
+from ..packages import optional
 from . import checkpoint
 from .data import BYTES
 
@@ -111,14 +112,7 @@ def vocab_size_of(model: nn.Module) -> int | None:
 
 
 def _transformers() -> Any:
-    try:
-        return importlib.import_module("transformers")
-    except ImportError as error:
-        raise MissingPackageError(
-            "transformers is needed to build this model",
-            why=str(error),
-            todo="pip install 'moefx[hf]', or give a module:factory",
-        ) from error
+    return optional("transformers", "to build this model", "hf", "give a module:factory")
 
 
 def _read_config(path: Path) -> Any:

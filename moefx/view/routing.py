@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moefx.errors import InputError, MissingPackageError
+from moefx.errors import InputError
+from moefx.packages import optional
 
 Matrix = npt.NDArray[np.float64]
 WRITTEN_UP_TO = 16  # experts; with more, cells are too small for numbers
@@ -231,13 +232,8 @@ def _ticks(axis: Any, count: int, names: Sequence[str] | None = None, most: int 
 
 def matplotlib() -> Any:
     """The module matplotlib.pyplot. Raises MissingPackageError when it is not installed."""
-    try:
-        importlib.import_module("matplotlib").use("agg", force=False)
-        return importlib.import_module("matplotlib.pyplot")
-    except ImportError as error:
-        raise MissingPackageError(
-            "matplotlib is needed to draw routing", why=str(error), todo="pip install 'moefx[routing]'"
-        ) from error
+    optional("matplotlib", "to draw routing").use("agg", force=False)
+    return optional("matplotlib.pyplot", "to draw routing")
 
 
 def _png(figure: Any) -> bytes:

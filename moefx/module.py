@@ -28,11 +28,10 @@ from .precision_metrics import Meter
 from .program import Program
 from .raising.replay import Assembly
 from .routing import INSIDE
+from .signature import Structure, context_key, leaf_key
 from .weights import KeptCodes
 
 Tensor = torch.Tensor
-# Config entries that no forward depends on: captures run without a cache, and `save_pretrained` notes the other ones.
-_NOT_COMPUTED_WITH = frozenset({"use_cache", "dtype", "architectures", "_name_or_path", "transformers_version"})
 _OWN = frozenset({
     "_history", "_indices", "_original", "_options", "_compile", "_variants", "_structure", "_report", "_refs",
     "_extras", "_counts", "_kept",
@@ -377,7 +376,7 @@ class OptimizedModule(nn.Module):
 
     def _key(self, leaves: list[Any], spec: Any, *, exact: bool) -> Any:
         """The signature of a call; not `exact` leaves sizes out, for variants with symbolic sizes."""
-        return (spec, *(_leaf_key(v, exact=exact) for v in leaves), self._structure.mode(), _context_key())
+        return (spec, *(leaf_key(v, exact=exact) for v in leaves), self._structure.mode(), context_key())
 
     def _find_dynamic(self, leaves: list[Any], spec: Any) -> Variant | None:
         dynamic = {id(v): v for v in self._variants.values() if v.guard is not None}
@@ -403,63 +402,6 @@ def _rebuild(original: nn.Module, options: Any, state: Mapping[str, Any]) -> nn.
     opt = reoptimize(original, options)
     opt.load_precision_state(state)
     return opt
-
-
-class Structure:
-    """What a compiled graph assumed about the module tree, cheap to check at every call.
-
-    Replaced submodules, modes and hooks of single submodules, `requires_grad`, dtype, device and layout of every
-    parameter and buffer, which of them are tied, and the plain values of the configs are watched. Python attributes of
-    modules are not: after changing one, call `optimize` again.
-    """
-
-    def __init__(self, *models: nn.Module) -> None:
-        self.modules = [m for model in models for m in model.modules()]
-        self.children = [(m._modules, n, c) for m in self.modules for n, c in m._modules.items()]
-        self.sizes = [(m._modules, len(m._modules)) for m in self.modules]
-        self.tensors = [(d, n) for m in self.modules for d in (m._parameters, m._buffers) for n in d]
-        # The root's own hooks run around the compiled forward, at every call.
-        self.hooks = [getattr(m, h) for m in self.modules[1:] for h in compat.HOOKS]
-        configs = [getattr(m, "config", None) for m in self.modules]
-        self.configs = list({id(c): c.__dict__ for c in configs if hasattr(c, "__dict__")}.values())
-
-    def holds(self) -> bool:
-        """Whether the module tree is still made of the same modules."""
-        return all(d.get(n) is c for d, n, c in self.children) and all(len(d) == n for d, n in self.sizes)
-
-    def mode(self) -> Any:
-        """Hashable state that graphs are specialised to."""
-        first: dict[int, int] = {}
-        tensors = tuple(
-            None if t is None else (first.setdefault(id(t), i), t.requires_grad, t.dtype, t.shape, t.stride(), t.device)
-            for i, t in enumerate(d.get(n) for d, n in self.tensors)
-        )
-        config = tuple(
-            (k, v)
-            for c in self.configs
-            for k, v in c.items()
-            if type(v) in (bool, int, float, str, type(None)) and k not in _NOT_COMPUTED_WITH
-        )
-        hooks = tuple((i, *d) for i, d in enumerate(self.hooks) if d)
-        return (tensors, tuple(m.training for m in self.modules), hooks, config)
-
-
-def _leaf_key(v: Any, *, exact: bool) -> Any:
-    if isinstance(v, Tensor):
-        sizes = (v.shape, v.stride()) if exact else v.dim()
-        return (sizes, v.dtype, v.device, v.requires_grad)
-    if isinstance(v, bool | int | float | str | torch.dtype | torch.device | type(None)):
-        return (type(v), v)
-    raise InputError(
-        f"an argument of type {type(v).__name__} reached an optimized model",
-        why="graphs take tensors and plain constants",
-        todo="call opt.original(...) for caches and other objects (opt.generate(...) does so by itself)",
-    )
-
-
-def _context_key() -> Any:
-    casts = tuple((d, torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d))
-    return (torch.is_grad_enabled(), casts)
 
 
 def _reference(model: nn.Module, slot: compat.Slot) -> Any:

@@ -27,7 +27,7 @@ LAYERS = (
     ("moefx.models",),
     (
         *("moefx.optimize", "moefx.backend", "moefx.module", "moefx.decoding", "moefx.program", "moefx.weights"),
-        *("moefx.precision_metrics", "moefx.pickled"),
+        *("moefx.precision_metrics", "moefx.pickled", "moefx.signature"),
     ),
     ("moefx.passes",),
     (

@@ -382,7 +382,9 @@ def layouts_unchanged(tensors: Sequence[Tensor]) -> Callable[[Sequence[Tensor]],
 
     What it is true of is so; a surrounding mode, as autocast, may make it false. It takes 0.05 us a tensor.
     """
-    sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+    # A list for each tensor, whatever the stub says.
+    sizes: Any = [list(t.shape) for t in tensors]
+    strides: Any = [list(t.stride()) for t in tensors]
     guards = torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
     return lambda now: bool(guards.check(*now))
 

@@ -9,6 +9,7 @@ the same windows. Results: benchmarks/results/routing_effect.csv (one row per me
 
   learned          the layers' own routers, load-balancing loss 1e-2, z-loss 1e-3
   sp_cp, sp_cp_10  the same with the specialization and the coupling loss besides, at their defaults and ten times that
+  lb, lb_sp_cp     load balance 1e-2 alone, and with the two losses at their defaults: the published set, no z-loss
   matched          `learned` with wider experts: as many multiplications per token as `grouter` with its network
   grouter, raw     routing and gates by the causal Grouter, tuned or not
   layer_gates      indices by the tuned Grouter, gates by the layers' own routers (no balance loss)
@@ -59,9 +60,16 @@ ARMS = (
     "sp_cp",
     "random_unit",
     "sp_cp_10",
+    "lb",
+    "lb_sp_cp",
 )
-LEARNED = ("learned", "learned_8", "matched", "sp_cp", "sp_cp_10")
-LOSSES = {"sp_cp": "lb,z,sp,cp,metrics", "sp_cp_10": "lb,z,sp=2e-2,cp=1e-2,metrics"}
+LEARNED = ("learned", "learned_8", "matched", "sp_cp", "sp_cp_10", "lb", "lb_sp_cp")
+LOSSES = {
+    "sp_cp": "lb,z,sp,cp,metrics",
+    "sp_cp_10": "lb,z,sp=2e-2,cp=1e-2,metrics",
+    "lb": "lb,metrics",
+    "lb_sp_cp": "lb,sp,cp,metrics",
+}
 
 
 @lru_cache

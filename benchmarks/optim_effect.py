@@ -164,6 +164,9 @@ def plot(rows: list[dict[str, str]]) -> None:
                 print(*key, arm, f"{min(points.values()):.4f}")
         title = f"{key[0]}, {int(key[1]) * SEQ} tokens a step, {key[2]} steps"
         axis.set(title=title, xlabel="learning rate", ylabel="validation loss, nats per byte", xscale="log")
+        ticks = [2e-3 * 2**i for i in range(6)]
+        axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
+        axis.minorticks_off()
         axis.legend()
     figure.tight_layout()
     figure.savefig(RESULTS / "optim_effect.png", dpi=120)

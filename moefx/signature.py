@@ -92,7 +92,7 @@ class _Tensors:
         return cls(tensors, [t.requires_grad for t in there], compat.layouts_unchanged(there), _Key(key))
 
     def same(self, tensors: Sequence[Tensor | None]) -> bool:
-        """Whether these are the same objects, and like they were. `key` says it too; this is twenty times faster."""
+        """Whether these are the same objects, and like they were. `key` says it too, more slowly."""
         if not all(map(operator.is_, tensors, self.tensors)):
             return False
         there = [t for t in tensors if t is not None]

@@ -39,6 +39,7 @@ from tests.passes.subject import (
     rewrite,
     training_graph,
 )
+from tests.profile import nightly
 
 Tensor = torch.Tensor
 
@@ -642,7 +643,7 @@ def test_all_default_passes_are_what_they_say(name: str) -> None:
     assert {n.meta["moefx_passes"][-1] for n in everywhere} == changed - {"dead_code", "dead_code_training"}
 
 
-@pytest.mark.parametrize("codegen", ["eager", pytest.param("inductor", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("codegen", ["eager", nightly("inductor")])
 def test_a_training_pass_of_ones_own_trains(codegen: str) -> None:
     """Its node, made without any meta, gets through either partitioner; the gradients are the original's."""
     pytest.importorskip("transformers")

@@ -62,21 +62,23 @@ def nothing(m: nn.Module) -> None:
     pass
 
 
-EDITS = (tie, replace, freeze, cast, turn, cut, remove_bias, evaluate, hook, nothing)
-AROUND: tuple[Callable[[], contextlib.AbstractContextManager[object]], ...] = (
+Edit = Callable[[nn.Module], None]
+Around = Callable[[], contextlib.AbstractContextManager[object]]
+EDITS: tuple[Edit, ...] = (tie, replace, freeze, cast, turn, cut, remove_bias, evaluate, hook, nothing)
+AROUND: tuple[Around, ...] = (
     contextlib.nullcontext, torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16),
 )  # fmt: skip
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(EDITS), st.sampled_from(AROUND)), max_size=8))
-def test_a_remembered_key_is_the_key_of_what_is_there(steps: list[tuple[Callable[[nn.Module], None], object]]) -> None:
+def test_a_remembered_key_is_the_key_of_what_is_there(steps: list[tuple[Edit, Around]]) -> None:
     changed = model()
     remembering = Structure(changed)
     before = remembering.mode()
     for edit, around in steps:
         edit(changed)
-        with around():  # type: ignore[operator]
+        with around():
             now, fresh = remembering.mode(), Structure(changed).mode()
         assert now == fresh
         assert hash(now) == hash(fresh)

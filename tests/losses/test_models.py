@@ -12,6 +12,7 @@ import moefx
 from moefx import losses as L
 from moefx.losses.metrics import SCORED, SHAPES
 from tests.family import zoo
+from tests.profile import nightly
 
 from . import hooked, loops
 
@@ -61,10 +62,7 @@ def expected(
         ("qwen3_moe", True),
         ("deepseek_v3", False),
         ("gpt_oss", False),
-        *(
-            pytest.param(n, p, marks=pytest.mark.nightly)
-            for n, p in (("qwen3_moe", False), ("deepseek_v3", True), ("gpt_oss", True))
-        ),
+        *(nightly(n, p) for n, p in (("qwen3_moe", False), ("deepseek_v3", True), ("gpt_oss", True))),
     ],
 )
 def test_gradients_of_all_parameters(name: str, padded: bool) -> None:
@@ -107,7 +105,7 @@ def test_what_specialization_reaches() -> None:
     }
 
 
-@pytest.mark.parametrize("recipe", [pytest.param("bf16", marks=pytest.mark.nightly), "fp8_flow"])
+@pytest.mark.parametrize("recipe", [nightly("bf16"), "fp8_flow"])
 def test_bf16_and_a_recipe_with_casts(recipe: str) -> None:
     name = "qwen3_moe"
     overrides = {} if recipe == "bf16" else {"hidden_size": 128, "moe_intermediate_size": 128, "head_dim": 16}

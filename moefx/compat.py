@@ -187,7 +187,8 @@ def export_graph(
             from torch._inductor.decomposition import select_decomp_table
 
             table = select_decomp_table()
-        joint = aot_export_joint_with_descriptors(stack, gm, args, kwargs, decompositions=table)
+        with _tensors_kept(gm):
+            joint = aot_export_joint_with_descriptors(stack, gm, args, kwargs, decompositions=table)
     out = joint.graph_module
     out.graph.set_codegen(fx.graph.CodeGen())
     placeholders = out.graph.find_nodes(op="placeholder")
@@ -228,6 +229,21 @@ def export_graph(
         {i: o.output_type.name for i, o in odd.items()},
         {i: kept.index(int(b)) for i, b in same.items()},
     )
+
+
+@contextlib.contextmanager
+def _tensors_kept(module: torch.nn.Module) -> Iterator[None]:
+    """Put every module's own parameters and buffers back.
+
+    While AOT traces, they are replaced. What torch 2.13 puts back is wrong for a module that is registered under two
+    names: the second name is restored last, and what was found under it was the first one's replacement.
+    """
+    before = [(held, dict(held)) for m in module.modules() for held in (m._parameters, m._buffers)]
+    try:
+        yield
+    finally:
+        for held, tensors in before:
+            held.update(tensors)
 
 
 def _slot(desc: Any) -> Slot:

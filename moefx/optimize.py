@@ -183,7 +183,7 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
             check_symbolic(captured)
             if o.recipe.amax_history:
                 attach(joint, o.recipe.amax_history)
-    assemblies = {name: made for b in blocks for name, made in b.assemblies.items()}
+    assemblies = _assemblies(model, blocks)
     _label_inputs(joint.graph, _joint_names(joint, args, kwargs))
     report.graphs.keep("joint", joint.gm, copy_plain(joint.graph))
 
@@ -309,6 +309,20 @@ def _parameters(joint: Joint) -> set[str]:
     """Names of the placeholders that are parameters."""
     placeholders = joint.graph.find_nodes(op="placeholder")
     return {n.name for s, n in zip(joint.inputs, placeholders, strict=True) if s.kind == "param"}
+
+
+def _assemblies(model: nn.Module, blocks: list[Block]) -> Assemblies:
+    """Tensors made of several parameters, under every name that a graph may know them by.
+
+    A block may be registered in several places (layers that share it); the capture picks one of them.
+    """
+    raised_blocks = {id(model.get_submodule(b.path)): b for b in blocks if b.assemblies}
+    return {
+        f"{place}.{name}".lstrip("."): (b.path, assembly)
+        for place, module in model.named_modules(remove_duplicate=False)
+        if (b := raised_blocks.get(id(module))) is not None
+        for name, assembly in b.assemblies.items()
+    }
 
 
 def _joint_values(

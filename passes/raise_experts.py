@@ -56,10 +56,9 @@ class Block:
         return {k: v for k, v in vars(self).items() if k != "raising"}
 
     @property
-    def assemblies(self) -> dict[str, tuple[str, Assembly]]:
-        """Dotted names of tensors that a capture of the raised block reads -> (path of the block, how made)."""
-        made = self.raising.assemblies if self.raising else {}
-        return {f"{self.path}.{name}".lstrip("."): (self.path, a) for name, a in made.items()}
+    def assemblies(self) -> dict[str, Assembly]:
+        """Parameters that the raised block has during a capture -> how each is made of its own."""
+        return self.raising.assemblies if self.raising else {}
 
 
 def find_blocks(model: nn.Module) -> list[Block]:

@@ -32,6 +32,9 @@ from .signature import Structure, context_key, leaf_key
 from .weights import KeptCodes
 
 Tensor = torch.Tensor
+# What is the original's own, besides hooks of calls. A parent that loads asks for the hooks of loading.
+REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_state_dict_hooks",
+              "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")  # fmt: skip
 _OWN = frozenset({
     "_history", "_indices", "_original", "_options", "_compile", "_variants", "_structure", "_report", "_refs",
     "_extras", "_counts", "_kept",
@@ -72,7 +75,7 @@ class OptimizedModule(nn.Module):
         own["_history"], own["_indices"] = AmaxHistory(options.recipe.amax_history), {}
         super().__init__()
         del own["_is_full_backward_hook"]
-        for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", *compat.HOOKS):
+        for registry in (*REGISTRIES, *compat.HOOKS):
             own[registry] = original.__dict__[registry]
 
     # --- the original shows through
@@ -128,6 +131,8 @@ class OptimizedModule(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if "_original" not in self.__dict__:
+                raise
             found = getattr(self.__dict__["_original"], name)
         if name.startswith("generate") and self._options.routing is not None:
             from .decoding import routed_method
@@ -152,6 +157,17 @@ class OptimizedModule(nn.Module):
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Load into the original."""
         return self.original.load_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """What a module around this one calls: the original's own way, with its hooks and its extra state."""
+        self.original._load_from_state_dict(*args, **kwargs)
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        raise InputError(
+            "an optimized module cannot be replicated by nn.DataParallel",
+            why="its graphs read the parameters of the one model that they were compiled for",
+            todo="one process per device: DistributedDataParallel(moefx.optimize(model, ...))",
+        )
 
     def train(self, mode: bool = True) -> OptimizedModule:
         """Set the original's mode; train and eval have graphs of their own."""

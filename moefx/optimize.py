@@ -108,7 +108,7 @@ def optimize(
         raise InputError(
             f"the model is wrapped in {type(model).__name__}",
             why="its forward communicates and copies, which is no part of a graph",
-            todo=f"optimize what is inside, and wrap that: {type(model).__name__}(moefx.optimize(model.module, ...))",
+            todo="optimize what is inside, and wrap that: DistributedDataParallel(moefx.optimize(model.module, ...))",
         )
     if codegen not in CODEGENS:
         raise InputError(f"unknown codegen {codegen!r}", todo=nearest(str(codegen), CODEGENS))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -121,8 +122,13 @@ def routed(model: nn.Module, routing: Routing | None) -> Iterator[None]:
         return
     cls = type(model)
     names = tuple(inspect.signature(routing.router.forward).parameters)
-    positional = list(inspect.signature(cls.forward).parameters)[1:]
-    extra, ids = routing.extra, routing.ids
+    # A forward of the instance hides the class's: that of a raised block, or one that was assigned to it.
+    hiding = model.__dict__.get("forward")
+    bound = types.MethodType(cls.forward, model) if hiding is None else hiding
+    # As a method: a capture takes parameters for constants that are not reached through `self`.
+    method = bound.__func__ if getattr(bound, "__self__", None) is model else None
+    signature = inspect.signature(bound)
+    positional, extra, ids = list(signature.parameters), routing.extra, routing.ids
     biased = isinstance(getattr(routing.router, "selection_bias", None), Tensor)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -131,10 +137,12 @@ def routed(model: nn.Module, routing: Routing | None) -> Iterator[None]:
         out = router(**_read(named, names, ids))
         given = list(out) if isinstance(out, tuple) else [out, router.selection_bias] if biased else [out]
         token_route([t.detach() for t in given])
-        return cls.forward(self, *args, **{k: v for k, v in kwargs.items() if k not in extra})
+        kwargs = {k: v for k, v in kwargs.items() if k not in extra}
+        return bound(*args, **kwargs) if method is None else method(self, *args, **kwargs)
 
-    body = {"forward": forward, "moefx_signature": _with_keywords(inspect.signature(cls.forward), extra)}
+    body = {"forward": forward, "moefx_signature": _with_keywords(signature, extra)}
     model._modules[INSIDE] = routing.router
+    model.__dict__.pop("forward", None)
     model.__class__ = type(
         cls.__name__, (cls,), {**body, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
     )
@@ -143,6 +151,8 @@ def routed(model: nn.Module, routing: Routing | None) -> Iterator[None]:
     finally:
         model.__class__ = cls
         del model._modules[INSIDE]
+        if hiding is not None:
+            model.__dict__["forward"] = hiding
 
 
 def _read(named: dict[str, Any], names: Iterable[str], ids: str) -> dict[str, Tensor]:
@@ -156,8 +166,8 @@ def _read(named: dict[str, Any], names: Iterable[str], ids: str) -> dict[str, Te
 
 
 def _with_keywords(own: inspect.Signature, extra: tuple[str, ...]) -> inspect.Signature:
-    """A forward's signature, without its self, with keyword arguments that it does not have."""
-    parameters = list(own.parameters.values())[1:]
+    """A forward's signature with keyword arguments that it does not have."""
+    parameters = list(own.parameters.values())
     keywords = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in extra]
     at = len(parameters) - bool(parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
     return own.replace(parameters=[*parameters[:at], *keywords, *parameters[at:]])

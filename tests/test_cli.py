@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+
+from moefx.cli import main
 
 FAST = ["--seq", "16", "--batch", "1"]
 
@@ -53,12 +56,22 @@ def test_inspect_prints_the_report_for_people() -> None:
         (("train", "--compare", "some"), "all"),
     ],
 )
-def test_errors_name_the_culprit_and_exit_with_2(args: tuple[str, ...], named: str, tmp_path: Path) -> None:
-    run = moefx(*args, cwd=tmp_path)
-    assert run.returncode == 2, run.stdout + run.stderr
-    assert named in run.stderr
-    assert "what to do:" in run.stderr
-    assert "Traceback" not in run.stderr
+def test_errors_name_the_culprit_and_exit_with_2(
+    args: tuple[str, ...],
+    named: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["moefx", *args])
+    with warnings.catch_warnings(), pytest.raises(SystemExit) as exit:
+        main()
+    said = capsys.readouterr().err
+    assert exit.value.code == 2, said
+    assert named in said
+    assert "what to do:" in said
+    assert "Traceback" not in said
 
 
 def test_errors_are_json_too(tmp_path: Path) -> None:

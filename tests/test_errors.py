@@ -130,7 +130,7 @@ CASES: dict[str, Case] = {
     "a model in a wrapper": (
         lambda: call(torch.nn.DataParallel(ref.Block()), ref.hidden()),
         moefx.InputError,
-        ["the model is wrapped in DataParallel", "DataParallel(moefx.optimize(model.module, ...))"],
+        ["the model is wrapped in DataParallel", "DistributedDataParallel(moefx.optimize(model.module, ...))"],
     ),
     "a model that fails by itself": (
         lambda: call(Fails(), ref.hidden()),

@@ -79,6 +79,39 @@ def test_load_state_dict(opt: moefx.OptimizedModule) -> None:
         target.load_state_dict({n: t for n, t in state.items() if n != "lm_head.weight"})
 
 
+def test_a_module_around_it_loads_with_the_originals_hooks_and_extra_state() -> None:
+    class Extra(ref.Block):
+        got: Any = None
+
+        def get_extra_state(self) -> Any:
+            return {"steps": 7}
+
+        def set_extra_state(self, state: Any) -> None:
+            self.got = state
+
+    def rename(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        for key in [k for k in state if "old." in k]:
+            state[key.replace("old.", "")] = state.pop(key)
+
+    model, said = Extra(), []
+    opt = moefx.optimize(model, (ref.hidden(),), codegen="eager")
+    opt.register_load_state_dict_pre_hook(rename)
+    opt.register_load_state_dict_post_hook(lambda *_: said.append("loaded"))
+    state = nn.ModuleDict({"m": opt}).state_dict()
+    assert state["m._extra_state"] == {"steps": 7}
+    state = {k.replace("m.", "m.old.", 1) if isinstance(v, torch.Tensor) else k: v for k, v in state.items()}
+    nn.ModuleDict({"m": opt}).load_state_dict(state)
+    assert model.got == {"steps": 7}
+    assert said == ["loaded"]
+    model.load_state_dict({k.replace("m.", "", 1): v for k, v in state.items()})  # hooks are the original's, too
+    assert said == ["loaded"] * 2
+
+
+def test_replicas_on_other_devices_are_refused(opt: moefx.OptimizedModule) -> None:
+    with pytest.raises(moefx.InputError, match="DistributedDataParallel"):
+        opt._replicate_for_data_parallel()
+
+
 def test_registering_on_either_side_is_seen_on_both() -> None:
     opt = ref.optimize(ref.Block(), (ref.hidden(),))
     opt.register_buffer("extra", torch.ones(2))

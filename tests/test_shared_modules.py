@@ -1,4 +1,4 @@
-"""Modules that are registered in several places: layers that share a router, a table, their experts, or all they have."""
+"""Modules registered in several places: layers that share a router, a table, their experts, or all they have."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import moefx
 
-from ..profile import often
+from ..profile import nightly, often
 from . import loops
 from .compare import Step, eval_step, gradient_error, relative, rng_faults, structure_faults, train_step
 
@@ -120,9 +120,9 @@ def test_bf16_trains(name: str) -> None:
     ("name", "overrides"),
     [
         ("switch", {"router_jitter_noise": 0.1}),
-        ("nllb_moe", {"second_expert_policy": "random"}),
+        nightly("nllb_moe", {"second_expert_policy": "random"}),
         ("nllb_moe", {"batch_prioritized_routing": True}),
-        ("nllb_moe", {"normalize_router_prob_before_dropping": True}),
+        nightly("nllb_moe", {"normalize_router_prob_before_dropping": True}),
     ],
 )
 def test_noise_and_priorities_are_the_originals(name: str, overrides: dict[str, Any]) -> None:

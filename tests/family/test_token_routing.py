@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 import moefx
-from moefx.models.moe_lm import MoELM
+from moefx.models.moe_lm import IDIOMS, MoELM
 from moefx.routing import FutureTokensWarning
 
+from ..profile import often
 from . import zoo
 
 pytest.importorskip("transformers")
@@ -95,7 +96,7 @@ def close(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float = 1e
 # -- the rewrite is right, whatever the router is --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", often(FAMILIES, ("qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe", "jamba")))
 def test_a_models_own_routing_given_from_outside_changes_nothing(name: str) -> None:
     model, inputs = plain(name)
     with recorded(experts_of(model, name), detach=True) as found:
@@ -130,8 +131,13 @@ def tiny(name: str = "qwen3_moe") -> tuple[nn.Module, dict[str, Tensor], Table]:
     return model, inputs, Table(model.config.vocab_size, int(experts_of(model, name)[0].gate_up_proj.shape[0]))
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "granitemoe", "deepseek_v3"])
-@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+@pytest.mark.parametrize(
+    ("name", "codegen"),
+    often(
+        [(n, c) for n in ("qwen3_moe", "granitemoe", "deepseek_v3") for c in ("eager", "inductor")],
+        (("qwen3_moe", "inductor"), ("deepseek_v3", "eager")),
+    ),
+)
 def test_one_choice_and_one_plan_serve_all_layers(name: str, codegen: str) -> None:
     model, inputs, table = tiny(name)
     if codegen == "inductor" and name != "qwen3_moe":
@@ -271,6 +277,41 @@ def _batch_major(self: Any, input_ids: Tensor) -> Tensor:
     h = h + h.cumsum(1) / 8
     out = self.moe(h)
     return self.head(h + (out[0] if isinstance(out, tuple) else out))
+
+
+class BlockAsModel(IDIOMS["A2"]):  # type: ignore[misc,name-defined]
+    """A language model that is its own MoE block: once raised, the instance has a forward of its own."""
+
+    def __init__(self, vocab: int, hidden: int) -> None:
+        super().__init__(hidden, 8, 4, 2)
+        self.embedding, self.head = nn.Embedding(vocab, hidden), nn.Linear(hidden, vocab)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        h = self.embedding(input_ids)
+        return self.head(h + super().forward(h))
+
+
+def test_a_block_that_is_the_model_is_routed() -> None:
+    torch.manual_seed(0)
+    model, ids, table = BlockAsModel(30, 16), torch.randint(0, 30, (2, 6)), Table(30, 4)
+    opt = moefx.optimize(model, {"input_ids": ids}, router=table, codegen="eager")
+    h = model.embedding(ids)
+    gates, idx = table(ids).topk(2)
+    every = torch.stack([expert(h) for expert in model.experts], -2)
+    chosen = every.gather(-2, idx[..., None].expand(*idx.shape, h.shape[-1]))
+    want = model.head(h + (gates.softmax(-1)[..., None] * chosen).sum(-2))
+    torch.testing.assert_close(opt(input_ids=ids), want, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(model(ids), want, rtol=1e-2)  # the model itself has its own router still
+
+
+def test_a_forward_that_was_assigned_is_routed() -> None:
+    model, plain_one = (MoELM(30, 16, 8, 1, 2, 4, 2, "A2", seed=0) for _ in range(2))
+    ids, table, own = torch.randint(0, 30, (2, 6)), Table(30, 4), model.forward
+    model.forward = lambda input_ids: own(input_ids)
+    assigned = model.__dict__["forward"]
+    opt, want = (moefx.optimize(m, {"input_ids": ids}, router=table, codegen="eager") for m in (model, plain_one))
+    assert torch.equal(opt(input_ids=ids)["logits"], want(input_ids=ids)["logits"])
+    assert model.__dict__["forward"] is assigned
 
 
 # -- modes, shapes, errors -------------------------------------------------------------------------------------------

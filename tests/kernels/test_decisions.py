@@ -11,6 +11,7 @@ from moefx.kernels import decisions
 from moefx.kernels.decisions import Row, read, table, verdict
 from moefx.precision.recipe import get_recipe
 from tests import reference as ref
+from tests.profile import often
 
 # The layer of `ref.tiny()` with `ref.batch()`: 16 tokens.
 HERE = {"T": 16, "H": 32, "I": 24, "E": 4, "k": 2}
@@ -40,7 +41,10 @@ def test_a_slower_module_stays_wide_and_the_report_says_why(monkeypatch: pytest.
     ref.assert_same(ref.step(opt, ref.batch(), lambda o: o.loss), ref.step(opt.original, ref.batch(), lambda o: o.loss))
 
 
-@pytest.mark.parametrize("case", ["faster", "forced", "other device", "other recipe", "other size"])
+CASES = ["faster", "forced", "other device", "other recipe", "other size"]
+
+
+@pytest.mark.parametrize("case", often(CASES, ["faster", "forced"]))
 def test_otherwise_it_is_quantized(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     rows = {
         "faster": FAST,

@@ -13,6 +13,7 @@ import moefx.dialect  # noqa: F401  registers the ops
 from moefx.errors import InputError
 from moefx.kernels.gpu import convert, glu_quantize, quantize, transpose_scaled
 from moefx.kernels.layout import by_columns, lies_by_columns, strides_by_columns
+from tests.profile import often
 
 from .casts import COLUMN, MX, MX_COLUMN, MXFP4, ROW, check, coded, offsets, values
 from .interpreter import assert_same_bits
@@ -61,6 +62,15 @@ CASES: dict[str, Callable[[], Case]] = {
     "glu_backward_quantize": lambda: _glu_backward([ROW, COLUMN], [COLUMN]),
     "glu_backward_quantize interleaved": lambda: _glu_backward([COLUMN, ROW], [COLUMN], "interleaved clamp(7,1.702)"),
 }  # fmt: skip
+EACH_RUN = (
+    "quantize",
+    "quantize mx",
+    "tight",
+    "tile_max, odd width",
+    "convert",
+    "glu_quantize",
+    "glu_backward_quantize",
+)
 
 
 def fake(t: Any, mode: FakeTensorMode) -> Any:
@@ -72,7 +82,7 @@ def codes(outputs: Any) -> list[Tensor]:
     return [t for t in outputs if t.dim() >= 2 and t.element_size() == 1 and t.stride(-2) == 1 and t.shape[-1] > 1]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", often(CASES, EACH_RUN))
 def test_written_by_columns(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     launcher, op, args = CASES[name]()
     want = op(*args)

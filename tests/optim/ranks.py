@@ -30,7 +30,7 @@ def launch(world: int, folder: Path, names: list[str]) -> dict[str, str]:
                 )
             )
     try:
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 600  # ends what hangs; a busy machine takes minutes
         while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
             time.sleep(0.05)
     finally:

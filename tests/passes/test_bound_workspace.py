@@ -12,6 +12,7 @@ from moefx.passes import BoundWorkspace, DropNoops, ExpandExperts, FoldCombine, 
 from moefx.precision.recipe import get_recipe
 from tests import reference as ref
 from tests.passes.subject import Made, Subject, count, experts, nodes, rand, rewrite, route, training_graph, weights
+from tests.profile import often
 
 Tensor = torch.Tensor
 WIDTH, T, I, E = 512, 12, 16, 4
@@ -64,7 +65,7 @@ def test_any_bound_gives_the_same_results(subject: Subject, columns: int) -> Non
     rewrite(BoundWorkspace(mib=rows_of(subject) * 4 * columns * MIB), subject)  # compares outputs and gradients
 
 
-@pytest.mark.parametrize("recipe", ["bf16", "fp8_flow", "fp8_rowwise"])
+@pytest.mark.parametrize("recipe", often(["bf16", "fp8_flow", "fp8_rowwise"], ["fp8_flow"]))
 def test_in_a_pipeline(recipe: str) -> None:
     model = ref.tiny(hidden_size=256, moe_intermediate_size=128, initializer_range=0.02)
     plain = ref.optimize(model, recipe=recipe, codegen="eager")

@@ -16,6 +16,7 @@ import moefx
 from moefx.precision.recipe import get_recipe
 from tests import reference as ref
 from tests.family import zoo
+from tests.profile import often
 
 Tensor = torch.Tensor
 PASSES = Path(moefx.passes.__file__).parent  # type: ignore[attr-defined]
@@ -52,16 +53,16 @@ def one_layer(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
     return zoo.build(entry, num_hidden_layers=1, **FAMILIES[name]), zoo.batch(entry)
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
-def family(request: pytest.FixtureRequest) -> Any:
-    """One MoE layer of a family with widths that all blocks divide."""
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    often(
+        [(n, r) for n in FAMILIES for r in COUNTS],
+        [*(("qwen3_moe", r) for r in COUNTS), ("deepseek_v3", "fp8_flow"), ("deepseek_v3", "mxfp4_hopper")],
+    ),
+)
+def test_casts_of_a_layer(name: str, recipe: str) -> None:
     pytest.importorskip("transformers")
-    return one_layer(request.param)
-
-
-@pytest.mark.parametrize("recipe", list(COUNTS))
-def test_casts_of_a_layer(family: Any, recipe: str) -> None:
-    model, batch = family
+    model, batch = one_layer(name)
     opt = optimized(model, batch, recipe)
     c = opt.report.to_dict()["casts"]
     assert (c["before"], c["after"], c["weights_after"], c["fused"], c["transposes"]) == COUNTS[recipe]
@@ -259,7 +260,7 @@ def test_the_papers_rule_of_turning_is_an_option(layer: Layer, inputs: dict[str,
     assert torch.equal(tight["x"], loose["x"])  # only weight gradients read turned codes
 
 
-@pytest.mark.parametrize("recipe", ["fp8_flow", "mxfp4_hopper", "fp8_delayed"])
+@pytest.mark.parametrize("recipe", often(["fp8_flow", "mxfp4_hopper", "fp8_delayed"], ["fp8_flow"]))
 def test_symbolic_sizes(recipe: str) -> None:
     """One variant for batches of all sizes, with the numbers that a static one gives."""
     pytest.importorskip("transformers")

@@ -238,12 +238,13 @@ def _tensors_kept(module: torch.nn.Module) -> Iterator[None]:
     While AOT traces, they are replaced. What torch 2.13 puts back is wrong for a module that is registered under two
     names: the second name is restored last, and what was found under it was the first one's replacement.
     """
-    before = [(held, dict(held)) for m in module.modules() for held in (m._parameters, m._buffers)]
+    registries: list[dict[str, Any]] = [r for m in module.modules() for r in (m._parameters, m._buffers)]
+    before = [dict(r) for r in registries]
     try:
         yield
     finally:
-        for held, tensors in before:
-            held.update(tensors)
+        for registry, tensors in zip(registries, before, strict=True):
+            registry.update(tensors)
 
 
 def _slot(desc: Any) -> Slot:

@@ -283,13 +283,19 @@ def test_inference(opt: moefx.OptimizedModule, mode: Any) -> None:
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-def test_grouped_products_with_rows_and_experts_missing() -> None:
+@pytest.mark.parametrize(("dtype", "K", "N"), [(torch.float32, 4, 6), (torch.float32, 8, 12), (torch.float64, 8, 12)])
+def test_grouped_products_with_rows_and_experts_missing(dtype: torch.dtype, K: int, N: int) -> None:
+    """By the library (8 x 12 in float32) and by our own loop."""
     from moefx.kernels.grouped_mm import grouped_mm_cpu, grouped_wgrad_cpu
 
     offsets = torch.tensor([0, 0, 3, 3, 5], dtype=torch.int32)
-    x, w = torch.randn(7, 4), torch.randn(4, 6, 4)
-    y, g = grouped_mm_cpu(x, w, offsets), grouped_wgrad_cpu(x, dy := torch.randn(7, 6), offsets)
-    torch.testing.assert_close(y, torch.cat([x[:3] @ w[1].t(), x[3:5] @ w[3].t(), torch.zeros(2, 6)]))
-    none = torch.zeros(4, 6)
+    x, w, dy = torch.randn(7, K, dtype=dtype), torch.randn(4, N, K, dtype=dtype), torch.randn(7, N, dtype=dtype)
+    y, g = grouped_mm_cpu(x, w, offsets), grouped_wgrad_cpu(x, dy, offsets)
+    torch.testing.assert_close(y, torch.cat([x[:3] @ w[1].t(), x[3:5] @ w[3].t(), x.new_zeros(2, N)]))
+    none = x.new_zeros(K, N)
     torch.testing.assert_close(g, torch.stack([none, x[:3].t() @ dy[:3], none, x[3:5].t() @ dy[3:5]]))
-    assert grouped_mm_cpu(x[:0], w, torch.zeros(5, dtype=torch.int32)).shape == (0, 6)
+    assert grouped_mm_cpu(x[:0], w, torch.zeros(5, dtype=torch.int32)).shape == (0, N)
+    turned = w.transpose(1, 2).contiguous().transpose(1, 2)
+    torch.testing.assert_close(grouped_mm_cpu(x, turned, offsets), y)
+    assert y.is_contiguous()
+    assert g.is_contiguous()

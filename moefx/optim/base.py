@@ -45,6 +45,8 @@ class Algorithm(NamedTuple):
     check: Callable[[Tensor, str, Group], None]  # raises InputError for a parameter it cannot update
     state: Callable[[Tensor, Group], State]  # everything it will ever keep, made at once
     update: Callable[[list[Item], Group, int], None]  # one step of all parameters that have a gradient
+    # How many matrices of a gradient are finite but count as not finite, because their squares overflow.
+    overflowing: Callable[[Tensor], Tensor] | None = None
 
 
 class GroupedOptimizer(Optimizer):
@@ -172,7 +174,8 @@ class GroupedOptimizer(Optimizer):
         """One update of every parameter that has a gradient.
 
         A gradient with NaN or infinity either is skipped and counted (`nonfinite="skip"`; per matrix for Muon and
-        SOAP, so that one expert does not stop the others), without waiting for the device, or raises.
+        SOAP, so that one expert does not stop the others), without waiting for the device, or raises. For SOAP, whose
+        state is made of squares, a matrix is not finite either if the square of its norm overflows.
 
         Raises:
             InputError: a sparse gradient, or with `nonfinite="raise"` one that is not finite; nothing was
@@ -185,7 +188,7 @@ class GroupedOptimizer(Optimizer):
         for group in self.param_groups:
             for index, p in enumerate(group["params"]):
                 if p.grad is not None:
-                    self._check_gradient(p.grad, group, index)
+                    self._check_gradient(p, group, index)
         for number, group in enumerate(self.param_groups):
             step = int(group["step"])
             items = [x for index, p in self._graded(group) for x in self._items(p, group, number, index, step)]
@@ -218,8 +221,8 @@ class GroupedOptimizer(Optimizer):
         state = self.state[p]
         return {k.removesuffix(suffix): v for k, v in state.items() if k.endswith(suffix)} if suffix else dict(state)
 
-    def _check_gradient(self, grad: Tensor, group: Group, index: int) -> None:
-        where = self._name(group, index)
+    def _check_gradient(self, p: Any, group: Group, index: int) -> None:
+        where, grad = self._name(group, index), p.grad
         if grad.layout != torch.strided:
             raise InputError("a gradient is sparse", where=where, todo="build the embedding with sparse=False")
         if group["nonfinite"] != "raise":
@@ -232,6 +235,18 @@ class GroupedOptimizer(Optimizer):
                 why=f"{int(count)} of {grad.numel()} entries are NaN or infinite",
                 todo='lower the learning rate, clip, or pass nonfinite="skip" to leave such updates out',
             )
+        overflowing = self.algorithms[group["algorithm"]].overflowing
+        if overflowing is None:
+            return
+        for _, block in parts(grad_of(p), group):
+            (count,) = agreed([overflowing(local(block))], [place_of(block)])
+            if int(count):
+                raise InputError(
+                    "a gradient is too large",
+                    where=where,
+                    why=f"the squares of {int(count)} of its matrices overflow",
+                    todo='scale the loss, clip, or pass nonfinite="skip" to leave such updates out',
+                )
 
     def skipped(self) -> dict[str, int]:
         """How many updates of which parameter were left out because the gradient was not finite (waits for them).

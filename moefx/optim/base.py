@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -177,6 +178,8 @@ class GroupedOptimizer(Optimizer):
         SOAP, so that one expert does not stop the others), without waiting for the device, or raises. For SOAP, whose
         state is made of squares, a matrix is not finite either if the square of its norm overflows.
 
+        Inside of `torch.autocast` the closure runs under it, and the update as it does outside.
+
         Raises:
             InputError: a sparse gradient, or with `nonfinite="raise"` one that is not finite; nothing was
                 changed then.
@@ -185,18 +188,19 @@ class GroupedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for index, p in enumerate(group["params"]):
-                if p.grad is not None:
-                    self._check_gradient(p, group, index)
-        for number, group in enumerate(self.param_groups):
-            step = int(group["step"])
-            items = [x for index, p in self._graded(group) for x in self._items(p, group, number, index, step)]
-            self.algorithms[group["algorithm"]].update(items, group, step)
-            for _, p in self._graded(group):
-                if "master" in self.state[p]:
-                    local(p).copy_(local(self.state[p]["master"]))
-            group["step"] += 1
+        with without_autocast(self.param_groups):
+            for group in self.param_groups:
+                for index, p in enumerate(group["params"]):
+                    if p.grad is not None:
+                        self._check_gradient(p, group, index)
+            for number, group in enumerate(self.param_groups):
+                step = int(group["step"])
+                items = [x for index, p in self._graded(group) for x in self._items(p, group, number, index, step)]
+                self.algorithms[group["algorithm"]].update(items, group, step)
+                for _, p in self._graded(group):
+                    if "master" in self.state[p]:
+                        local(p).copy_(local(self.state[p]["master"]))
+                group["step"] += 1
         return loss
 
     def _graded(self, group: Group) -> list[tuple[int, Tensor]]:
@@ -292,6 +296,16 @@ class GroupedOptimizer(Optimizer):
             for key in ("step", "projected"):
                 if key in here:
                     here[key] = here[key].to("cpu", copy=True)
+
+
+@contextmanager
+def without_autocast(groups: list[Group]) -> Iterator[None]:
+    """Products keep the dtypes of their factors: an update in which autocast takes some of them loses digits or fails."""
+    with ExitStack() as off:
+        for kind in {p.device.type for group in groups for p in group["params"]}:
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                off.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def parts(x: Tensor, group: Group) -> list[tuple[str, Tensor]]:

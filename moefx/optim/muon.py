@@ -8,7 +8,7 @@ import torch
 
 from ..errors import InputError, nearest
 from .adamw import ADAMW
-from .base import Algorithm, Group, GroupedOptimizer, Item, State, need_matrices, parts, usable
+from .base import Algorithm, Group, GroupedOptimizer, Item, State, need_matrices, parts, usable, without_autocast
 from .diagnostics import diagnose
 from .distributed import Place, check_copies, check_placements, is_dtensor, per_matrix
 from .exchange import Cuts, Tensors, run
@@ -334,7 +334,8 @@ class Muon(GroupedOptimizer):
                     )
                 for suffix, grad in parts(p.grad, group):
                     flip, state = flipped(group, grad.shape), self._state_of(p, suffix)
-                    metrics, rows = diagnose(grad, state, group, values, flip, before.get((p, suffix)))
+                    with without_autocast([group]):
+                        metrics, rows = diagnose(grad, state, group, values, flip, before.get((p, suffix)))
                     if rows is not None:
                         before[p, suffix] = rows
                     found[self._name(group, index) + suffix] = metrics

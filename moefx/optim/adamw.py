@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..errors import InputError
 from .base import Algorithm, Group, GroupedOptimizer, Item, State
 from .distributed import agreed
 from .lite import LiteConfig
@@ -17,9 +16,7 @@ _EDGE = 1e-5  # closer to 0 or 1 than this, a sharp share means none or all
 
 
 def _check(p: Tensor, where: str, group: Group) -> None:
-    b1, b2 = group["betas"]
-    if not (0 <= b1 < 1 and 0 <= b2 < 1):
-        raise InputError(f"betas={group['betas']} are no averages", where=where, todo="give 0 to below 1")
+    """Any shape will do."""
 
 
 def _state(p: Tensor, group: Group) -> State:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from ..errors import InputError, nearest
 from .distributed import Place, agreed, as_laid_out, check_placements, grad_of, is_dtensor, local, place_of
 from .lite import LiteConfig
+from .options import check_options
 from .polar import largest
 from .resume import HOST_COUNTERS, checked, describe_lite
 from .roles import LITE_ROLES, ROLES
@@ -61,8 +62,6 @@ class GroupedOptimizer(Optimizer):
     own: ClassVar[str]
 
     def __init__(self, params: Any, defaults: Group, lite: LiteConfig | None, nonfinite: str) -> None:
-        if nonfinite not in ("skip", "raise"):
-            raise InputError(f"nonfinite={nonfinite!r} is unknown", todo=nearest(nonfinite, ("skip", "raise")))
         if lite is not None and not isinstance(lite, LiteConfig):
             raise InputError(f"lite is a {type(lite).__name__}", todo="pass a LiteConfig or None")
         if isinstance(params, (Tensor, set, frozenset, dict)):
@@ -79,7 +78,9 @@ class GroupedOptimizer(Optimizer):
 
         Raises:
             InputError: an unknown algorithm, role or layout; a parameter that is in another group, complex, or of a
-                shape that the algorithm cannot update or split; a negative learning rate or weight decay.
+                shape that the algorithm cannot update or split; an option that is out of range or not there.
+
+        Whatever is raised, the group is not added.
         """
         group = self._completed(param_group)
         try:
@@ -91,17 +92,23 @@ class GroupedOptimizer(Optimizer):
         group = self.param_groups[-1]
         try:
             self._check(group)
-        except InputError:
+            for p in group["params"]:
+                self.state[p] = self._initial(p, group)
+        except BaseException:  # memory may run out, too; half a group would fail in the next step
             del self.param_groups[-1]
+            for p in group["params"]:
+                self.state.pop(p, None)
             raise
-        algorithm = self.algorithms[group["algorithm"]]
-        for p in group["params"]:
-            self.state[p] = {}
-            for suffix, block in parts(p.detach(), group):
-                made = {"skipped": torch.zeros((), dtype=torch.int64, device=p.device), **algorithm.state(block, group)}
-                self.state[p].update({key + suffix: value for key, value in made.items()})
-            if group["rounding"] == "master" and rounds(p):
-                self.state[p]["master"] = p.detach().to(torch.float32)
+
+    def _initial(self, p: Tensor, group: Group) -> State:
+        """The state of a parameter before its first step."""
+        algorithm, state = self.algorithms[group["algorithm"]], {}
+        for suffix, block in parts(p.detach(), group):
+            made = {"skipped": torch.zeros((), dtype=torch.int64, device=p.device), **algorithm.state(block, group)}
+            state.update({key + suffix: value for key, value in made.items()})
+        if group["rounding"] == "master" and rounds(p):
+            state["master"] = p.detach().to(torch.float32)
+        return state
 
     def _completed(self, given: Group) -> Group:
         """The group with its algorithm and LITE settled, after the checks that torch would answer in other words."""
@@ -140,14 +147,7 @@ class GroupedOptimizer(Optimizer):
         return group
 
     def _check(self, group: Group) -> None:
-        for key in ("lr", "weight_decay"):
-            if isinstance(group[key], str) or group[key] is None:
-                raise InputError(f"{key}={group[key]!r} is no number", todo="give 0 or more")
-            if not float(group[key]) >= 0:
-                raise InputError(f"{key}={float(group[key])} is negative or no number", todo="give 0 or more")
-        if group["layout"] not in ("out_in", "in_out"):
-            known = nearest(str(group["layout"]), ("out_in", "in_out"))
-            raise InputError(f"there is no layout {group['layout']!r}", todo=known)
+        check_options(group, f"group {len(self.param_groups) - 1}")
         names = group.get("names")
         if names is not None and len(names) != len(group["params"]):
             raise InputError(
@@ -300,7 +300,7 @@ class GroupedOptimizer(Optimizer):
 
 @contextmanager
 def without_autocast(groups: list[Group]) -> Iterator[None]:
-    """Products keep the dtypes of their factors: an update in which autocast takes some of them loses digits or fails."""
+    """Products keep the dtypes of their factors: with some of them in autocast's, an update loses digits or fails."""
     with ExitStack() as off:
         for kind in {p.device.type for group in groups for p in group["params"]}:
             if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):

@@ -14,6 +14,7 @@ from .distributed import Place, check_copies, check_placements, is_dtensor, per_
 from .exchange import Cuts, Tensors, run
 from .lite import LiteConfig, LiteValues, initial_basis
 from .muon_update import DTYPES, SCALES, lr_scale, nesterov, new_weights, polar_steps
+from .options import check_choice, check_count, check_number
 from .polar import coefficients, matrices, slices
 from .rounding import store, working_dtype
 
@@ -46,14 +47,13 @@ def flipped(group: Group, shape: torch.Size) -> bool:
 
 def _check(p: Tensor, where: str, group: Group) -> None:
     need_matrices(p, where, group)
-    if group["scale"] not in SCALES:
-        known = nearest(str(group["scale"]), SCALES)
-        raise InputError(f"there is no scale {group['scale']!r}", where=where, todo=known)
+    check_choice("scale", group["scale"], SCALES, where)
     if group["polar_dtype"] not in DTYPES:
         known = nearest(str(group["polar_dtype"]), [d for d in DTYPES if d])
         raise InputError(f"there is no polar_dtype {group['polar_dtype']!r}", where=where, todo=known)
-    if not 0 <= group["momentum"] < 1:
-        raise InputError(f"momentum={group['momentum']} is no average", where=where, todo="give 0 to below 1")
+    check_number("momentum", group["momentum"], where, below=1)
+    if group["polar_steps"] is not None:
+        check_count("polar_steps", group["polar_steps"], where, "give 1 or more, or None for 8 (6 in parity mode)")
     if group["replicas"] not in REPLICAS:
         known = nearest(str(group["replicas"]), REPLICAS)
         raise InputError(f"there is no way {group['replicas']!r} to step replicas", where=where, todo=known)

@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..errors import InputError
 from .adamw import ADAMW
 from .base import Algorithm, Group, GroupedOptimizer, Item, State, need_matrices, usable
 from .distributed import check_placements, per_matrix
 from .lite import LiteConfig, LiteValues
+from .options import check_count, check_number
 from .polar import matrices
 from .rounding import store, working_dtype
 
@@ -26,11 +26,9 @@ _SIDES = ("left", "right")
 def _check(p: Tensor, where: str, group: Group) -> None:
     need_matrices(p, where, group)
     check_placements(p, where, matrices=True, cut=False)
-    b1, b2 = group["betas"]
-    if not (0 <= b1 < 1 and 0 <= b2 < 1):
-        raise InputError(f"betas={group['betas']} are no averages", where=where, todo="give 0 to below 1")
-    if group["frequency"] < 1:
-        raise InputError(f"frequency={group['frequency']} steps", where=where, todo="give 1 or more")
+    check_count("frequency", group["frequency"], where)
+    if group["shampoo_beta"] is not None:
+        check_number("shampoo_beta", group["shampoo_beta"], where, below=1)
 
 
 def _state(p: Tensor, group: Group) -> State:

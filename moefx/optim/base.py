@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar, NamedTuple
@@ -277,25 +279,33 @@ class GroupedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from `state_dict`: every tensor keeps its own dtype, so that the next step is the one that it was.
 
-        A state that was saved with other ranks, or one, is laid out as the parameters are here.
+        A state that was saved with other ranks, or one, is laid out as the parameters are here. Hooks run as torch's
+        documentation says: what the ones before make of the state is what is checked and loaded.
 
         Raises:
             InputError: groups, parameters, their names or shapes, algorithms, layouts or LITE settings are others than
                 here; nothing was changed then.
         """
-        saved_groups = checked(state_dict, self.param_groups, self.state)
-        mine = {p: dict(self.state[p]) for p in self.state}
-        super().load_state_dict({**state_dict, "param_groups": saved_groups})
-        # torch casts state to the parameter's dtype and moves counters; the saved bits are wanted, in the layout here.
-        for saved, here in zip(saved_groups, self.param_groups, strict=True):
+        state_dict = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            adapted = before(self, state_dict)
+            state_dict = state_dict if adapted is None else adapted
+        # Not by torch's own method, which casts state to the parameter's dtype and moves counters, and runs the hooks
+        # between: the saved bits are wanted, in the layout here.
+        state: defaultdict[Tensor, State] = defaultdict(dict)
+        groups: list[Group] = []
+        for saved, here in zip(checked(state_dict, self.param_groups, self.state), self.param_groups, strict=True):
             for index, p in zip(saved["params"], here["params"], strict=True):
                 for key, value in state_dict["state"][index].items():
                     device = "cpu" if key.partition(".")[0] in HOST_COUNTERS else p.device
-                    kept = mine[p][key]
-                    self.state[p][key] = as_laid_out(value, kept).to(device, kept.dtype)
-            for key in ("step", "projected"):
-                if key in here:
-                    here[key] = here[key].to("cpu", copy=True)
+                    kept = self.state[p][key]
+                    state[p][key] = as_laid_out(value, kept).to(device, kept.dtype)
+            group = {key: copy.deepcopy(value) for key, value in saved.items() if key != "params"}
+            group.update({key: group[key].to("cpu") for key in ("step", "projected") if key in group})
+            groups.append({**group, "params": here["params"]})
+        self.__setstate__({"state": state, "param_groups": groups})
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
 
 @contextmanager

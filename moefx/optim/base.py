@@ -166,7 +166,7 @@ class GroupedOptimizer(Optimizer):
             for _, block in parts(p.detach(), group):
                 self.algorithms[group["algorithm"]].check(block, where, group)
         # Not torch's `step` for parameters: LITE's schedules belong to the group. On the CPU, where reading is free.
-        group.setdefault("step", torch.zeros((), dtype=torch.int64))
+        group.setdefault("step", torch.zeros((), dtype=torch.int64, device="cpu"))
 
     def _name(self, group: Group, index: int) -> str:
         names = group.get("names") or group.get("param_names")

@@ -185,7 +185,9 @@ class LiteConfig:
 
 def initial_basis(count: int, n: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Orthonormal columns [count, n, columns], the same in every process and independent of the global seed."""
-    drawn = torch.randn(n, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    # On the CPU whatever the default device is, as its generator is.
+    generator = torch.Generator("cpu").manual_seed(0)
+    drawn = torch.randn(n, columns, generator=generator, dtype=torch.float64, device="cpu")
     basis: Tensor = torch.linalg.qr(drawn)[0]
     return basis.to(device, dtype).expand(count, -1, -1).clone()
 

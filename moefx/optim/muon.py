@@ -80,12 +80,15 @@ def _state(p: Tensor, group: Group) -> State:
         columns = min(lite.rank(m, n) + lite.spare, min(m, n))
         state["basis"] = per_matrix(p, initial_basis(1, n, columns, dtype, p.device).expand(count, -1, -1), rows=True)
     # Whether the last step improved the basis; on the CPU, where reading it is free.
-    group.setdefault("projected", torch.zeros((), dtype=torch.bool))
+    group.setdefault("projected", torch.zeros((), dtype=torch.bool, device="cpu"))
     return state
 
 
 def _update(items: list[Item], group: Group, step: int) -> None:
     """Same-shape matrices of all parameters go through the polar factor together, at most `chunk_bytes` at a time."""
+    if "max_momentum" in group:
+        # OneCycleLR and CyclicLR leave this mark. They cycle `betas` wherever an optimizer has them, for AdamW groups.
+        group["momentum"] = group["betas"][0]
     lite: LiteConfig | None = group["lite"]
     values = None if lite is None else lite.values(step)
     buckets: dict[Any, list[_Piece]] = {}
@@ -231,7 +234,8 @@ class Muon(GroupedOptimizer):
         lr: learning rate of all algorithms.
         lite: None for plain Muon. Groups of role router, head, bias or other stay plain unless they say `lite=True`.
         weight_decay: decoupled; LITE amplifies it by chi in flat directions.
-        momentum, nesterov: of the gradient average.
+        momentum, nesterov: of the gradient average. What OneCycleLR and CyclicLR cycle, besides the betas of AdamW
+            groups.
         scale: "rms", "spectral", "original" or "none"; see `muon_update.lr_scale`.
         polar, polar_steps: "polar_express" or "quintic", and how many steps; None is 8, and 6 in parity mode.
         polar_dtype: of the polynomial's products: None (float32), "bfloat16", "float32", "float64".

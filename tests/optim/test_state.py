@@ -200,58 +200,6 @@ def test_schedulers_and_closures_work() -> None:
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.02 / 5)
 
 
-@pytest.mark.parametrize("kind", [*MADE, "adamw", "muon-half", "muon-master"])
-def test_under_autocast_everything_is_as_outside_bitwise(kind: str) -> None:
-    def made(groups: Any) -> torch.optim.Optimizer:
-        if kind == "adamw":
-            return AdamW([{**g, "algorithm": "adamw"} for g in groups], lite=RAMPED)
-        if kind in ("muon-half", "muon-master"):
-            return MuonLITE(groups, polar_dtype="bfloat16", rounding="master", lite=LiteConfig(damping="shared"))
-        return MADE[kind](groups)
-
-    results = []
-    for amp in (False, True):
-        params, groups = problem(torch.bfloat16 if kind == "muon-master" else torch.float32)
-        found: dict[str, Any] = {}
-        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-            optimizer = made(groups)
-            train(params, optimizer, range(8))
-            if isinstance(optimizer, Muon):
-                found = optimizer.diagnostics()
-            assert torch.is_autocast_enabled("cpu") == amp
-        metrics = [x for one in found.values() for x in one.values()]
-        results.append([*params, *(x for p in params for x in optimizer.state[p].values()), *metrics])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-def test_halved_products_are_not_for_autocast_either() -> None:
-    # From 512 rows on, polar factors are written block by block into float32.
-    results = []
-    for amp in (False, True):
-        p = nn.Parameter(torch.zeros(512, 520))
-        p.grad = torch.randn(512, 520, generator=torch.Generator().manual_seed(0))
-        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-            Muon([p], lr=0.02, polar_steps=1).step()
-        results.append(p.detach())
-    assert torch.equal(*results)
-
-
-def test_a_closure_keeps_the_autocast() -> None:
-    params, groups = problem()
-    optimizer, seen = MADE["muon-lite"](groups), []
-
-    def closure() -> Tensor:
-        product = params[0] @ params[1].mT
-        seen.append(product.dtype)
-        product.float().square().mean().backward()
-        return product
-
-    with torch.autocast("cpu", torch.bfloat16):
-        assert optimizer.step(closure).dtype == torch.bfloat16
-    optimizer.step(closure)
-    assert seen == [torch.bfloat16, torch.float32]
-
-
 @pytest.mark.parametrize(
     ("change", "match"),
     [

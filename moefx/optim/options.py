@@ -52,7 +52,7 @@ def check_number(what: str, value: Any, where: str, below: float = math.inf) -> 
 def check_count(what: str, value: Any, where: str | None = None, todo: str = "give 1 or more", least: int = 1) -> None:
     """Raise unless `value` is an integer of at least `least`."""
     if not isinstance(value, Integral) or int(value) < least:
-        raise InputError(f"{what}={value!r} is no such number", where, todo=todo)
+        raise InputError(f"{what}={value!r} is no count", where, todo=todo)
 
 
 def check_choice(what: str, value: Any, known: Sequence[str], where: str) -> None:

@@ -73,7 +73,8 @@ def _too_large(grad_EMN: Tensor) -> Tensor:
     is infinite spoils the whole basis.
     """
     norm = torch.linalg.vector_norm(grad_EMN, dim=(-2, -1))
-    return norm > 0.5 * torch.finfo(norm.dtype).max ** 0.5  # also where the norm itself has overflown
+    large: Tensor = norm > 0.5 * torch.finfo(norm.dtype).max ** 0.5  # also where the norm itself has overflown
+    return large
 
 
 def _overflowing(grad: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ def matrix() -> list[nn.Parameter]:
         (lambda: Soap(matrix(), weight_decay=float("nan")), "weight_decay=nan"),
         (lambda: Muon(matrix(), momentum=None), "momentum=None is no number"),
         (lambda: Muon(matrix(), polar_steps=0), r"polar_steps=0(.|\n)*None for 8"),
-        (lambda: Muon(matrix(), polar_steps=2.5), "polar_steps=2.5"),
+        (lambda: Muon(matrix(), polar_steps=2.5), "polar_steps=2.5 is no count"),
         (lambda: Muon(matrix(), betas=(0.9,)), "two numbers"),
         (lambda: Muon(matrix(), betas=0.9), "two numbers"),
         (lambda: AdamW(matrix(), betas=("0.9", 0.95)), "two numbers"),

@@ -68,11 +68,11 @@ def optimizer_of(net: nn.Module, arm: str, recipe: str, momentum: float) -> torc
         config = LiteConfig.cosine(warmup=WARMUP, total=STEPS, chi_diagonal=1.0)
     elif lite:
         config = LiteConfig.wsd(warmup=WARMUP, total=STEPS)
-    groups = param_groups(net, algorithm=kind, verbose=False)
+    groups = param_groups(net, algorithm=kind, weight_decay=0.1, verbose=False)
     if kind == "adamw":
         return AdamW(groups, betas=(momentum, 0.95))
     if kind == "soap":
-        return Soap(groups, lite=config, betas=(momentum, 0.95), weight_decay=0.1)
+        return Soap(groups, lite=config, betas=(momentum, 0.95))
     return Muon(groups, lite=config, momentum=momentum)
 
 

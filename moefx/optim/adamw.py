@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..errors import InputError
 from .base import Algorithm, Group, GroupedOptimizer, Item, State
 from .distributed import agreed
 from .lite import LiteConfig
@@ -17,9 +16,7 @@ _EDGE = 1e-5  # closer to 0 or 1 than this, a sharp share means none or all
 
 
 def _check(p: Tensor, where: str, group: Group) -> None:
-    b1, b2 = group["betas"]
-    if not (0 <= b1 < 1 and 0 <= b2 < 1):
-        raise InputError(f"betas={group['betas']} are no averages", where=where, todo="give 0 to below 1")
+    """Any shape will do."""
 
 
 def _state(p: Tensor, group: Group) -> State:
@@ -78,14 +75,20 @@ def _batches(items: list[Item]) -> list[slice]:
 
 
 def _average(items: list[Item], finite: list[Tensor], group: Group) -> None:
-    """Both moments follow the gradients, but for those that are not finite: their factors are 0."""
+    """Both moments follow the gradients, but for those that are not finite: their factors are 0.
+
+    A square may overflow. The second moment, computed as torch does, is infinite from there on and the element stays,
+    where the difference of an interpolation would be infinity minus infinity.
+    """
     (b1, b2), dtype = group["betas"], working_dtype(items[0].weights)
     on = torch.stack(finite).to(dtype)
+    keep = (1 - torch.stack(finite).double() * (1 - b2)).to(dtype)  # b2, or 1 where nothing may change
     grads = [x.grad.to(dtype).nan_to_num(0.0, 0.0, 0.0) for x in items]
     torch._foreach_mul_(grads, list(on.unbind()))
     torch._foreach_lerp_([x.state["exp_avg"] for x in items], grads, list((on * (1 - b1)).unbind()))
-    torch._foreach_mul_(grads, grads)
-    torch._foreach_lerp_([x.state["exp_avg_sq"] for x in items], grads, list((on * (1 - b2)).unbind()))
+    squares = [x.state["exp_avg_sq"] for x in items]
+    torch._foreach_mul_(squares, list(keep.unbind()))
+    torch._foreach_addcmul_(squares, grads, grads, value=1 - b2)
     torch._foreach_add_([x.state["updates"] for x in items], finite)
     torch._foreach_add_([x.state["skipped"] for x in items], [~ok for ok in finite])
 
@@ -127,7 +130,9 @@ def flat_shares(items: list[Item], share: float, move: list[Tensor]) -> list[Ten
     if share < _EDGE:
         return [torch.ones((), dtype=x.state["exp_avg"].dtype, device=x.weights.device) for x in items]
     states, places = [x.state for x in items], [x.place for x in items]
-    sums = agreed([state["exp_avg_sq"].sum() for state in states], places)
+    # Without what overflowed: an infinite second moment is sharp beside any mean, but would make a mean of no use.
+    sums = agreed([state["exp_avg_sq"].nan_to_num(posinf=0.0).sum() for state in states], places)
+    sums = [total.clamp(max=torch.finfo(total.dtype).max) for total in sums]
     means = [total / max(place.shape.numel(), 1) for total, place in zip(sums, places, strict=True)]
     scaled = [s["exp_avg_sq"] / torch.where(mean > 0, mean, 1) for s, mean in zip(states, means, strict=True)]
     above = agreed(
@@ -157,7 +162,8 @@ ADAMW = Algorithm(_check, _state, _update)
 class AdamW(GroupedOptimizer):
     """AdamW (torch's formula) for any shape, with diagonal LITE where `lite` is given.
 
-    The released code divides by the uncorrected sqrt(v) + eps; here, as in torch, eps joins the corrected one.
+    The released code divides by the uncorrected sqrt(v) + eps; here, as in torch, eps joins the corrected one. As in
+    torch, an element whose squared gradient overflowed once (8e19 with these betas in float32) stays for good: clip.
 
     Args:
         params: parameters or groups; a group of role router, head, bias or other stays plain unless it says

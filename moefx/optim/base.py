@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -12,6 +15,7 @@ from torch.optim import Optimizer
 from ..errors import InputError, nearest
 from .distributed import Place, agreed, as_laid_out, check_placements, grad_of, is_dtensor, local, place_of
 from .lite import LiteConfig
+from .options import check_options
 from .polar import largest
 from .resume import HOST_COUNTERS, checked, describe_lite
 from .roles import LITE_ROLES, ROLES
@@ -45,6 +49,8 @@ class Algorithm(NamedTuple):
     check: Callable[[Tensor, str, Group], None]  # raises InputError for a parameter it cannot update
     state: Callable[[Tensor, Group], State]  # everything it will ever keep, made at once
     update: Callable[[list[Item], Group, int], None]  # one step of all parameters that have a gradient
+    # How many matrices of a gradient are finite but count as not finite, because their squares overflow.
+    overflowing: Callable[[Tensor], Tensor] | None = None
 
 
 class GroupedOptimizer(Optimizer):
@@ -58,8 +64,6 @@ class GroupedOptimizer(Optimizer):
     own: ClassVar[str]
 
     def __init__(self, params: Any, defaults: Group, lite: LiteConfig | None, nonfinite: str) -> None:
-        if nonfinite not in ("skip", "raise"):
-            raise InputError(f"nonfinite={nonfinite!r} is unknown", todo=nearest(nonfinite, ("skip", "raise")))
         if lite is not None and not isinstance(lite, LiteConfig):
             raise InputError(f"lite is a {type(lite).__name__}", todo="pass a LiteConfig or None")
         if isinstance(params, (Tensor, set, frozenset, dict)):
@@ -76,7 +80,9 @@ class GroupedOptimizer(Optimizer):
 
         Raises:
             InputError: an unknown algorithm, role or layout; a parameter that is in another group, complex, or of a
-                shape that the algorithm cannot update or split; a negative learning rate or weight decay.
+                shape that the algorithm cannot update or split; an option that is out of range or not there.
+
+        Whatever is raised, the group is not added.
         """
         group = self._completed(param_group)
         try:
@@ -88,17 +94,23 @@ class GroupedOptimizer(Optimizer):
         group = self.param_groups[-1]
         try:
             self._check(group)
-        except InputError:
+            for p in group["params"]:
+                self.state[p] = self._initial(p, group)
+        except BaseException:  # memory may run out, too; half a group would fail in the next step
             del self.param_groups[-1]
+            for p in group["params"]:
+                self.state.pop(p, None)
             raise
-        algorithm = self.algorithms[group["algorithm"]]
-        for p in group["params"]:
-            self.state[p] = {}
-            for suffix, block in parts(p.detach(), group):
-                made = {"skipped": torch.zeros((), dtype=torch.int64, device=p.device), **algorithm.state(block, group)}
-                self.state[p].update({key + suffix: value for key, value in made.items()})
-            if group["rounding"] == "master" and rounds(p):
-                self.state[p]["master"] = p.detach().to(torch.float32)
+
+    def _initial(self, p: Tensor, group: Group) -> State:
+        """The state of a parameter before its first step."""
+        algorithm, state = self.algorithms[group["algorithm"]], {}
+        for suffix, block in parts(p.detach(), group):
+            made = {"skipped": torch.zeros((), dtype=torch.int64, device=p.device), **algorithm.state(block, group)}
+            state.update({key + suffix: value for key, value in made.items()})
+        if group["rounding"] == "master" and rounds(p):
+            state["master"] = p.detach().to(torch.float32)
+        return state
 
     def _completed(self, given: Group) -> Group:
         """The group with its algorithm and LITE settled, after the checks that torch would answer in other words."""
@@ -137,14 +149,7 @@ class GroupedOptimizer(Optimizer):
         return group
 
     def _check(self, group: Group) -> None:
-        for key in ("lr", "weight_decay"):
-            if isinstance(group[key], str) or group[key] is None:
-                raise InputError(f"{key}={group[key]!r} is no number", todo="give 0 or more")
-            if not float(group[key]) >= 0:
-                raise InputError(f"{key}={float(group[key])} is negative or no number", todo="give 0 or more")
-        if group["layout"] not in ("out_in", "in_out"):
-            known = nearest(str(group["layout"]), ("out_in", "in_out"))
-            raise InputError(f"there is no layout {group['layout']!r}", todo=known)
+        check_options(group, f"group {len(self.param_groups) - 1}")
         names = group.get("names")
         if names is not None and len(names) != len(group["params"]):
             raise InputError(
@@ -161,7 +166,7 @@ class GroupedOptimizer(Optimizer):
             for _, block in parts(p.detach(), group):
                 self.algorithms[group["algorithm"]].check(block, where, group)
         # Not torch's `step` for parameters: LITE's schedules belong to the group. On the CPU, where reading is free.
-        group.setdefault("step", torch.zeros((), dtype=torch.int64))
+        group.setdefault("step", torch.zeros((), dtype=torch.int64, device="cpu"))
 
     def _name(self, group: Group, index: int) -> str:
         names = group.get("names") or group.get("param_names")
@@ -172,7 +177,10 @@ class GroupedOptimizer(Optimizer):
         """One update of every parameter that has a gradient.
 
         A gradient with NaN or infinity either is skipped and counted (`nonfinite="skip"`; per matrix for Muon and
-        SOAP, so that one expert does not stop the others), without waiting for the device, or raises.
+        SOAP, so that one expert does not stop the others), without waiting for the device, or raises. For SOAP, whose
+        state is made of squares, a matrix is not finite either if the square of its norm overflows.
+
+        Inside of `torch.autocast` the closure runs under it, and the update as it does outside.
 
         Raises:
             InputError: a sparse gradient, or with `nonfinite="raise"` one that is not finite; nothing was
@@ -182,18 +190,19 @@ class GroupedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for index, p in enumerate(group["params"]):
-                if p.grad is not None:
-                    self._check_gradient(p.grad, group, index)
-        for number, group in enumerate(self.param_groups):
-            step = int(group["step"])
-            items = [x for index, p in self._graded(group) for x in self._items(p, group, number, index, step)]
-            self.algorithms[group["algorithm"]].update(items, group, step)
-            for _, p in self._graded(group):
-                if "master" in self.state[p]:
-                    local(p).copy_(local(self.state[p]["master"]))
-            group["step"] += 1
+        with without_autocast(self.param_groups):
+            for group in self.param_groups:
+                for index, p in enumerate(group["params"]):
+                    if p.grad is not None:
+                        self._check_gradient(p, group, index)
+            for number, group in enumerate(self.param_groups):
+                step = int(group["step"])
+                items = [x for index, p in self._graded(group) for x in self._items(p, group, number, index, step)]
+                self.algorithms[group["algorithm"]].update(items, group, step)
+                for _, p in self._graded(group):
+                    if "master" in self.state[p]:
+                        local(p).copy_(local(self.state[p]["master"]))
+                group["step"] += 1
         return loss
 
     def _graded(self, group: Group) -> list[tuple[int, Tensor]]:
@@ -218,8 +227,8 @@ class GroupedOptimizer(Optimizer):
         state = self.state[p]
         return {k.removesuffix(suffix): v for k, v in state.items() if k.endswith(suffix)} if suffix else dict(state)
 
-    def _check_gradient(self, grad: Tensor, group: Group, index: int) -> None:
-        where = self._name(group, index)
+    def _check_gradient(self, p: Any, group: Group, index: int) -> None:
+        where, grad = self._name(group, index), p.grad
         if grad.layout != torch.strided:
             raise InputError("a gradient is sparse", where=where, todo="build the embedding with sparse=False")
         if group["nonfinite"] != "raise":
@@ -232,6 +241,18 @@ class GroupedOptimizer(Optimizer):
                 why=f"{int(count)} of {grad.numel()} entries are NaN or infinite",
                 todo='lower the learning rate, clip, or pass nonfinite="skip" to leave such updates out',
             )
+        overflowing = self.algorithms[group["algorithm"]].overflowing
+        if overflowing is None:
+            return
+        for _, block in parts(grad_of(p), group):
+            (count,) = agreed([overflowing(local(block))], [place_of(block)])
+            if int(count):
+                raise InputError(
+                    "a gradient is too large",
+                    where=where,
+                    why=f"the squares of {int(count)} of its matrices overflow",
+                    todo='scale the loss, clip, or pass nonfinite="skip" to leave such updates out',
+                )
 
     def skipped(self) -> dict[str, int]:
         """How many updates of which parameter were left out because the gradient was not finite (waits for them).
@@ -258,25 +279,43 @@ class GroupedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from `state_dict`: every tensor keeps its own dtype, so that the next step is the one that it was.
 
-        A state that was saved with other ranks, or one, is laid out as the parameters are here.
+        A state that was saved with other ranks, or one, is laid out as the parameters are here. Hooks run as torch's
+        documentation says: what the ones before make of the state is what is checked and loaded.
 
         Raises:
             InputError: groups, parameters, their names or shapes, algorithms, layouts or LITE settings are others than
                 here; nothing was changed then.
         """
-        saved_groups = checked(state_dict, self.param_groups, self.state)
-        mine = {p: dict(self.state[p]) for p in self.state}
-        super().load_state_dict({**state_dict, "param_groups": saved_groups})
-        # torch casts state to the parameter's dtype and moves counters; the saved bits are wanted, in the layout here.
-        for saved, here in zip(saved_groups, self.param_groups, strict=True):
+        state_dict = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            adapted = before(self, state_dict)
+            state_dict = state_dict if adapted is None else adapted
+        # Not by torch's own method, which casts state to the parameter's dtype and moves counters, and runs the hooks
+        # between: the saved bits are wanted, in the layout here.
+        state: defaultdict[Tensor, State] = defaultdict(dict)
+        groups: list[Group] = []
+        for saved, here in zip(checked(state_dict, self.param_groups, self.state), self.param_groups, strict=True):
             for index, p in zip(saved["params"], here["params"], strict=True):
                 for key, value in state_dict["state"][index].items():
                     device = "cpu" if key.partition(".")[0] in HOST_COUNTERS else p.device
-                    kept = mine[p][key]
-                    self.state[p][key] = as_laid_out(value, kept).to(device, kept.dtype)
-            for key in ("step", "projected"):
-                if key in here:
-                    here[key] = here[key].to("cpu", copy=True)
+                    kept = self.state[p][key]
+                    state[p][key] = as_laid_out(value, kept).to(device, kept.dtype)
+            group = {key: copy.deepcopy(value) for key, value in saved.items() if key != "params"}
+            group.update({key: group[key].to("cpu") for key in ("step", "projected") if key in group})
+            groups.append({**group, "params": here["params"]})
+        self.__setstate__({"state": state, "param_groups": groups})
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+
+@contextmanager
+def without_autocast(groups: list[Group]) -> Iterator[None]:
+    """Products keep the dtypes of their factors: with some of them in autocast's, an update loses digits or fails."""
+    with ExitStack() as off:
+        for kind in {p.device.type for group in groups for p in group["params"]}:
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                off.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def parts(x: Tensor, group: Group) -> list[tuple[str, Tensor]]:

@@ -75,7 +75,8 @@ def diagnose(
 
 
 def _rms(x: Tensor, entries: Tensor | int) -> Tensor:
-    found: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1)) / torch.as_tensor(entries).clamp_min(1e-12).sqrt()
+    count = torch.as_tensor(entries, device=x.device).clamp_min(1e-12)
+    found: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1)) / count.sqrt()
     return found
 
 

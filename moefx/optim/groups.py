@@ -27,7 +27,7 @@ def param_groups(
     module: nn.Module,
     *,
     algorithm: str = "muon",
-    weight_decay: float = 0.1,
+    weight_decay: float | None = None,
     decay_norms: bool = False,
     lite: bool = True,
     verbose: bool = True,
@@ -44,7 +44,8 @@ def param_groups(
         module: a model, or what `moefx.optimize` made of it.
         algorithm: "muon", "soap" or "adamw", for the matrices of routers, experts, attention and MLPs; all other
             parameters have "adamw".
-        weight_decay: of all roles but biases, "other" and norms, which have 0.
+        weight_decay: of all roles but biases, "other" and norms, which have 0. None leaves it to the optimizer that
+            gets the groups; a number counts whatever that one is given.
         decay_norms: decay norms too.
         lite: whether groups may use LITE. Routers, heads, biases and "other" never do.
         verbose: print the groups as a table, to stderr.
@@ -57,15 +58,15 @@ def param_groups(
 
     Returns:
         One dict per role that occurs, in the order of `ROLES`: "params" and "names" in the order of
-        `named_parameters`, each parameter once, "role", "algorithm", "weight_decay" and "lite". Parameters with a split
-        have a dict for each split, behind the role's own, with "split" as a further key.
+        `named_parameters`, each parameter once, "role", "algorithm", "lite", and "weight_decay" where it is known here.
+        Parameters with a split have a dict for each split, behind the role's own, with "split" as a further key.
 
     Raises:
         InputError: nothing to train, parameters that have no shape yet, one that is shared by two roles, an unknown
             algorithm, role or path; a split that nothing fits.
     """
     _check("algorithm", algorithm, ALGORITHMS)
-    if not (math.isfinite(weight_decay) and weight_decay >= 0):
+    if weight_decay is not None and not (math.isfinite(weight_decay) and weight_decay >= 0):
         raise InputError(f"weight_decay is {weight_decay!r}", todo="give a finite number that is not negative")
     module = _unwrapped(module)
     trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
@@ -85,6 +86,7 @@ def param_groups(
     for role in ROLES:
         here = [n for n, p in trained.items() if roles[id(p)] == role]
         decayed = role in DECAYED_ROLES or (role == "norm" and decay_norms)
+        decay = weight_decay if decayed else 0.0
         for one in dict.fromkeys([None, *map(splits.get, here)]):
             names = [n for n in here if splits.get(n) == one]
             if names:
@@ -94,7 +96,7 @@ def param_groups(
                         "names": [n.replace(_CHECKPOINTED, "") for n in names],
                         "role": role,
                         "algorithm": algorithm if role in MATRIX_ROLES else "adamw",
-                        "weight_decay": float(weight_decay) if decayed else 0.0,
+                        **({} if decay is None else {"weight_decay": float(decay)}),
                         "lite": lite and role in LITE_ROLES,
                         **({} if one is None else {"split": one}),
                     }
@@ -223,7 +225,8 @@ def _print(groups: list[dict[str, Any]], title: str, frozen: int) -> None:
         table.add_column("blocks", no_wrap=True)
     for g in groups:
         size = sum(p.numel() for p in g["params"])
-        decay, lite = f"{g['weight_decay']:g}", "yes" if g["lite"] else "no"
+        decay = f"{g['weight_decay']:g}" if "weight_decay" in g else "the optimizer's"
+        lite = "yes" if g["lite"] else "no"
         row = [g["role"], g["algorithm"], str(len(g["params"])), f"{size:,}", decay, lite]
         if len(table.columns) > len(row):
             split = g.get("split", ())

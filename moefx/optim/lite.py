@@ -9,12 +9,14 @@ All tensors here are stacks [B, m, n] whose projector acts on the last dimension
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
 from ..errors import InputError, nearest
+from .options import check_count, real
 from .polar import orthonormal, polar
 from .schedule import CosineCoupled, Value, at, damping_ramp, describe
 
@@ -24,6 +26,7 @@ _CHOICES = {
     "damping": ("orthogonal", "shared"),
     "side": ("right", "left", "small"),
 }
+_SCHEDULED, _OPTIONAL = ("chi", "beta1", "beta2", "chi_diagonal"), ("chi_diagonal", "kappa")
 COLD_ITERATIONS = 8  # subspace iterations where the last step left no basis to start from
 
 
@@ -47,7 +50,9 @@ class LiteValues(NamedTuple):
 
 @dataclass(frozen=True)
 class LiteConfig:
-    """How LITE changes a base optimizer. Numbers, or callables of the completed steps (`moefx.optim.schedule`).
+    """How LITE changes a base optimizer.
+
+    `chi`, `chi_diagonal`, `beta1` and `beta2` are numbers or callables of the completed steps (`moefx.optim.schedule`).
 
     Args:
         chi: amplification of learning rate and weight decay in flat directions; 1 leaves them.
@@ -94,15 +99,21 @@ class LiteConfig:
         for name, known in _CHOICES.items():
             if (given := getattr(self, name)) not in known:
                 raise InputError(f"LiteConfig has no {name}={given!r}", todo=nearest(str(given), known))
-        if not 0 <= self.rank_fraction <= 1:
-            raise InputError(f"rank_fraction={self.rank_fraction} is no share", todo="give a number from 0 to 1")
-        if self.damping_steps < 1:
-            raise InputError(f"damping_steps={self.damping_steps}", todo="give 1 or more; 4 are the default")
-        if self.spare < 0:
-            raise InputError(f"spare={self.spare} columns", todo="give 0 or more")
-        for name in ("chi", "chi_diagonal"):
+        share = real(self.rank_fraction)
+        if share is None or not 0 <= share <= 1:
+            todo = "give a number from 0 to 1, the same in all steps"
+            raise InputError(f"rank_fraction={self.rank_fraction!r} is no share", todo=todo)
+        check_count("damping_steps", self.damping_steps, todo="give 1 or more; 4 are the default")
+        check_count("spare", self.spare, todo="give 0 columns or more", least=0)
+        for name in ("chi", "beta1", "beta2", "chi_diagonal", "kappa"):
             given = getattr(self, name)
-            if not callable(given) and given is not None and given < 0:
+            if (given is None and name in _OPTIONAL) or (callable(given) and name in _SCHEDULED):
+                continue
+            number = real(given)
+            if number is None or not math.isfinite(number):
+                todo = "give a number, or a callable of the completed steps" if name in _SCHEDULED else "give a number"
+                raise InputError(f"{name}={given!r} is no finite number", todo=todo)
+            if name in ("chi", "chi_diagonal") and number < 0:
                 raise InputError(f"{name}={given} would climb in flat directions", todo="give 1 or more")
         if self.mode == "parity" and self.damping != "orthogonal":
             raise InputError('mode="parity" has orthogonal damping', todo='use mode="fast" for damping="shared"')
@@ -174,7 +185,9 @@ class LiteConfig:
 
 def initial_basis(count: int, n: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Orthonormal columns [count, n, columns], the same in every process and independent of the global seed."""
-    drawn = torch.randn(n, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    # On the CPU whatever the default device is, as its generator is.
+    generator = torch.Generator("cpu").manual_seed(0)
+    drawn = torch.randn(n, columns, generator=generator, dtype=torch.float64, device="cpu")
     basis: Tensor = torch.linalg.qr(drawn)[0]
     return basis.to(device, dtype).expand(count, -1, -1).clone()
 

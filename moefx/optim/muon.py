@@ -8,12 +8,13 @@ import torch
 
 from ..errors import InputError, nearest
 from .adamw import ADAMW
-from .base import Algorithm, Group, GroupedOptimizer, Item, State, need_matrices, parts, usable
+from .base import Algorithm, Group, GroupedOptimizer, Item, State, need_matrices, parts, usable, without_autocast
 from .diagnostics import diagnose
 from .distributed import Place, check_copies, check_placements, is_dtensor, per_matrix
 from .exchange import Cuts, Tensors, run
 from .lite import LiteConfig, LiteValues, initial_basis
 from .muon_update import DTYPES, SCALES, lr_scale, nesterov, new_weights, polar_steps
+from .options import check_choice, check_count, check_number
 from .polar import coefficients, matrices, slices
 from .rounding import store, working_dtype
 
@@ -46,14 +47,13 @@ def flipped(group: Group, shape: torch.Size) -> bool:
 
 def _check(p: Tensor, where: str, group: Group) -> None:
     need_matrices(p, where, group)
-    if group["scale"] not in SCALES:
-        known = nearest(str(group["scale"]), SCALES)
-        raise InputError(f"there is no scale {group['scale']!r}", where=where, todo=known)
+    check_choice("scale", group["scale"], SCALES, where)
     if group["polar_dtype"] not in DTYPES:
         known = nearest(str(group["polar_dtype"]), [d for d in DTYPES if d])
         raise InputError(f"there is no polar_dtype {group['polar_dtype']!r}", where=where, todo=known)
-    if not 0 <= group["momentum"] < 1:
-        raise InputError(f"momentum={group['momentum']} is no average", where=where, todo="give 0 to below 1")
+    check_number("momentum", group["momentum"], where, below=1)
+    if group["polar_steps"] is not None:
+        check_count("polar_steps", group["polar_steps"], where, "give 1 or more, or None for 8 (6 in parity mode)")
     if group["replicas"] not in REPLICAS:
         known = nearest(str(group["replicas"]), REPLICAS)
         raise InputError(f"there is no way {group['replicas']!r} to step replicas", where=where, todo=known)
@@ -80,12 +80,15 @@ def _state(p: Tensor, group: Group) -> State:
         columns = min(lite.rank(m, n) + lite.spare, min(m, n))
         state["basis"] = per_matrix(p, initial_basis(1, n, columns, dtype, p.device).expand(count, -1, -1), rows=True)
     # Whether the last step improved the basis; on the CPU, where reading it is free.
-    group.setdefault("projected", torch.zeros((), dtype=torch.bool))
+    group.setdefault("projected", torch.zeros((), dtype=torch.bool, device="cpu"))
     return state
 
 
 def _update(items: list[Item], group: Group, step: int) -> None:
     """Same-shape matrices of all parameters go through the polar factor together, at most `chunk_bytes` at a time."""
+    if "max_momentum" in group:
+        # OneCycleLR and CyclicLR leave this mark. They cycle `betas` wherever an optimizer has them, for AdamW groups.
+        group["momentum"] = group["betas"][0]
     lite: LiteConfig | None = group["lite"]
     values = None if lite is None else lite.values(step)
     buckets: dict[Any, list[_Piece]] = {}
@@ -231,7 +234,8 @@ class Muon(GroupedOptimizer):
         lr: learning rate of all algorithms.
         lite: None for plain Muon. Groups of role router, head, bias or other stay plain unless they say `lite=True`.
         weight_decay: decoupled; LITE amplifies it by chi in flat directions.
-        momentum, nesterov: of the gradient average.
+        momentum, nesterov: of the gradient average. What OneCycleLR and CyclicLR cycle, besides the betas of AdamW
+            groups.
         scale: "rms", "spectral", "original" or "none"; see `muon_update.lr_scale`.
         polar, polar_steps: "polar_express" or "quintic", and how many steps; None is 8, and 6 in parity mode.
         polar_dtype: of the polynomial's products: None (float32), "bfloat16", "float32", "float64".
@@ -334,7 +338,8 @@ class Muon(GroupedOptimizer):
                     )
                 for suffix, grad in parts(p.grad, group):
                     flip, state = flipped(group, grad.shape), self._state_of(p, suffix)
-                    metrics, rows = diagnose(grad, state, group, values, flip, before.get((p, suffix)))
+                    with without_autocast([group]):
+                        metrics, rows = diagnose(grad, state, group, values, flip, before.get((p, suffix)))
                     if rows is not None:
                         before[p, suffix] = rows
                     found[self._name(group, index) + suffix] = metrics

@@ -38,7 +38,8 @@ def lr_scale(kind: str, out: int, inp: int) -> float:
 def polar_steps(group: Group) -> int:
     """As configured, else 8; 6 in parity mode, as the released code."""
     parity = group["lite"] is not None and group["lite"].mode == "parity"
-    return int(group["polar_steps"] or (6 if parity else 8))
+    given: int | None = group["polar_steps"]
+    return given if given is not None else 6 if parity else 8
 
 
 def new_weights(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from reprlib import Repr
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ Group = dict[str, Any]
 HOST_COUNTERS = ("calls",)  # state that stays on the CPU
 # Who computes what is no part of the result, and there may be other ranks now; how weights are rounded may change.
 _OF_HERE = ("lite", "replicas", "rounding", "split")
+_SHOWN = 3
+_SHORT = Repr()
+_SHORT.maxlist, _SHORT.maxstring, _SHORT.maxother = _SHOWN, 120, 120
 
 
 def checked(
@@ -27,6 +31,9 @@ def checked(
     Raises:
         InputError: what was saved belongs to another optimizer.
     """
+    for key in ("param_groups", "state"):
+        if key not in state_dict:
+            raise _other(f"it has no {key!r}")
     saved_groups = [dict(g) for g in state_dict["param_groups"]]
     if len(saved_groups) != len(groups):
         raise _other(f"{len(saved_groups)} groups were saved, {len(groups)} are here")
@@ -37,9 +44,8 @@ def checked(
         for key in ("algorithm", "names", "param_names", "layout", "split", "lite"):
             mine = here.get(key)
             mine = describe_lite(mine) if key == "lite" else mine
-            theirs = saved.get(key)
-            if _plain(theirs) != _plain(mine):
-                raise _other(f"{key}: {theirs!r} was saved, {mine!r} is here", f"group {number}")
+            if found := _differences(_plain(saved.get(key)), _plain(mine)):
+                raise _other(f"{key}: {found}", f"group {number}")
         for index, p in zip(saved["params"], here["params"], strict=True):
             _compare_state(state_dict["state"].get(index), state[p], f"group {number}, parameter {index}")
         saved.update({key: here[key] for key in _OF_HERE if key in here})
@@ -56,6 +62,18 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else describe(value)
+
+
+def _differences(saved: Any, here: Any) -> str:
+    """The first few of them, and how many more: a group may have thousands of names. Empty if there are none."""
+    pairs = [("", saved, here)]
+    if isinstance(saved, list) and isinstance(here, list) and len(saved) == len(here):
+        pairs = [("", a, b) for a, b in zip(saved, here, strict=True)]
+    elif isinstance(saved, Mapping) and isinstance(here, Mapping):
+        pairs = [(f"{k}: ", saved.get(k), here.get(k)) for k in {**saved, **here}]
+    found = [f"{label}{_SHORT.repr(a)} was saved, {_SHORT.repr(b)} is here" for label, a, b in pairs if a != b]
+    more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return "; ".join(found[:_SHOWN]) + more
 
 
 def _compare_state(saved: Mapping[str, Tensor] | None, here: Mapping[str, Tensor], where: str) -> None:

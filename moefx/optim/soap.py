@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..errors import InputError
 from .adamw import ADAMW
 from .base import Algorithm, Group, GroupedOptimizer, Item, State, need_matrices, usable
 from .distributed import check_placements, per_matrix
 from .lite import LiteConfig, LiteValues
+from .options import check_count, check_number
 from .polar import matrices
 from .rounding import store, working_dtype
 
@@ -26,11 +26,9 @@ _SIDES = ("left", "right")
 def _check(p: Tensor, where: str, group: Group) -> None:
     need_matrices(p, where, group)
     check_placements(p, where, matrices=True, cut=False)
-    b1, b2 = group["betas"]
-    if not (0 <= b1 < 1 and 0 <= b2 < 1):
-        raise InputError(f"betas={group['betas']} are no averages", where=where, todo="give 0 to below 1")
-    if group["frequency"] < 1:
-        raise InputError(f"frequency={group['frequency']} steps", where=where, todo="give 1 or more")
+    check_count("frequency", group["frequency"], where)
+    if group["shampoo_beta"] is not None:
+        check_number("shampoo_beta", group["shampoo_beta"], where, below=1)
 
 
 def _state(p: Tensor, group: Group) -> State:
@@ -45,7 +43,9 @@ def _state(p: Tensor, group: Group) -> State:
         "exp_avg_sq": torch.zeros_like(p, dtype=dtype),
         "updates": each(torch.zeros((), dtype=torch.int64, device=p.device)),  # of each matrix
         "skipped": each(torch.zeros((), dtype=torch.int64, device=p.device)),
-        "calls": torch.zeros((), dtype=torch.int64),  # steps with a gradient, on the CPU: says when to refresh
+        "calls": torch.zeros(
+            (), dtype=torch.int64, device="cpu"
+        ),  # steps with a gradient, on the CPU: says when to refresh
     }
     for side, size in zip(_SIDES, (m, n), strict=True):
         # A side that is too large keeps the identity, and no tensor.
@@ -66,6 +66,21 @@ def rotate(x: Tensor, state: State, back: bool = False) -> Tensor:
     return x
 
 
+def _too_large(grad_EMN: Tensor) -> Tensor:
+    """[E] bool: a matrix has a square that overflows, or may once sums have been rounded.
+
+    Nothing finite could be made of it: every entry of G G^T and of the rotated squares is at most ||G||^2, and one that
+    is infinite spoils the whole basis.
+    """
+    norm = torch.linalg.vector_norm(grad_EMN, dim=(-2, -1))
+    large: Tensor = norm > 0.5 * torch.finfo(norm.dtype).max ** 0.5  # also where the norm itself has overflown
+    return large
+
+
+def _overflowing(grad: Tensor) -> Tensor:
+    return _too_large(matrices(grad).to(working_dtype(grad))).sum()
+
+
 def _update(items: list[Item], group: Group, step: int) -> None:
     lite: LiteConfig | None = group["lite"]
     values = None if lite is None else lite.values(step)
@@ -73,6 +88,8 @@ def _update(items: list[Item], group: Group, step: int) -> None:
         state, dtype = x.state, working_dtype(x.weights)
         grad = matrices(x.grad).to(dtype)
         active, finite = usable(grad, x.place)
+        fits = ~_too_large(grad)
+        active, finite = active & fits, finite & fits
         grad = torch.where(active[:, None, None], grad, 0)
         state["skipped"] += ~finite
         if int(state["calls"]) == 0:
@@ -183,7 +200,7 @@ def _sharp_columns(state: State, group: Group, shape: torch.Size) -> tuple[str, 
     return (side, max(1, min(int(lite.rank_fraction * size) + 1, size - 1))) if side in state else None
 
 
-SOAP = Algorithm(_check, _state, _update)
+SOAP = Algorithm(_check, _state, _update, _overflowing)
 
 
 class Soap(GroupedOptimizer):
@@ -200,7 +217,8 @@ class Soap(GroupedOptimizer):
         max_precond_dim: a side larger than this keeps the identity, and LITE leaves a matrix alone on such a side.
         layout: "out_in" or "in_out": which stored side LITE's "right" (the input features) is.
         rounding: of half-precision parameters; see `Muon`.
-        nonfinite: "skip" (and count, per matrix) or "raise".
+        nonfinite: "skip" (and count, per matrix) or "raise", for gradients that are not finite or whose squared norm
+            overflows (entries of about 1e19 in float32): L and R are made of squares.
 
     DTensors must hold whole matrices on each rank: stacks cut along their first dimension, or replicated.
 

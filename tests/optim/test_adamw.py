@@ -35,6 +35,42 @@ def test_plain_is_torchs(shape: tuple[int, ...]) -> None:
     assert not torch.allclose(run(grads, betas=(0.8, 0.95)), run(grads, torch.optim.AdamW), atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1e18, 1.9e19, 2e19, 1e20, 3e38])  # a square overflows from 1.8e19 on, v from 8e19
+def test_a_large_finite_gradient_is_torchs(size: float, dtype: torch.dtype) -> None:
+    grads = gradients(5, 6, 9, dtype=dtype)
+    grads[2][3, 4] = size
+    states, found = [], []
+    for make in (AdamW, torch.optim.AdamW):
+        # torch rounds its moments to bfloat16; given the same numbers in float32, it does not.
+        p = nn.Parameter(torch.linspace(-1, 1, 54).view(6, 9).to(dtype if make is AdamW else torch.float32))
+        optimizer = make([p], lr=0.01, weight_decay=0.1, betas=(0.9, 0.95))
+        for g in grads:
+            p.grad = g.to(p.dtype)
+            optimizer.step()
+        states.append(optimizer.state[p])
+        found.append(p.detach())
+        assert make is torch.optim.AdamW or optimizer.skipped() == {}
+    assert torch.equal(states[0]["exp_avg_sq"], states[1]["exp_avg_sq"])
+    assert states[0]["exp_avg_sq"][3, 4].isinf() == (size >= 1e20)
+    assert torch.allclose(found[0].float(), found[1], atol=1e-6 if dtype == torch.float32 else 2e-2)
+
+
+def test_an_infinite_second_moment_is_sharp_for_lite() -> None:
+    grads = gradients(12, 40, dtype=torch.float32)
+    p = nn.Parameter(torch.ones(40))
+    optimizer = AdamW([p], lr=0.01, weight_decay=0.1, lite=LiteConfig(4.0))
+    for t, g in enumerate(grads):
+        p.grad = torch.where(torch.arange(40) == 7, 1e20, g) if t == 2 else g
+        before = p.detach().clone()
+        optimizer.step()
+        if t >= 2:
+            assert torch.isfinite(p).all()
+            assert p[7] == before[7] * torch.tensor(1 - 0.001)  # the decay of sharp elements and no update
+            assert (p != before).all()
+    assert 0.3 < optimizer.state[p]["high"] < 3  # beside an infinite mean nothing else would be sharp
+
+
 def element_loop(grads: list[Tensor], share: float, chi: float) -> Tensor:
     """Diagonal LITE one element at a time."""
     w = torch.linspace(-1, 1, grads[0].numel()).double().tolist()

@@ -152,6 +152,43 @@ def test_experts_without_tokens_and_nan(lite: LiteConfig | None) -> None:
     assert list(optimizer.skipped().values()) == [1]
 
 
+@pytest.mark.parametrize("first", [0, 4])  # the gradient that only gives the bases, and one that is a step
+@pytest.mark.parametrize("lite", [None, FULL])
+def test_a_gradient_whose_square_overflows_counts_as_not_finite(lite: LiteConfig | None, first: int) -> None:
+    start = random(3, 7, 10).float()
+    runs = []
+    for size in (1e20, torch.nan):
+        grads = [g.float() for g in gradients(9, 3, 7, 10)]
+        grads[first][1, 2, 2] = size
+        runs.append(run(start, grads, lite=lite))
+    (found, optimizer), (other, _) = runs
+    assert torch.equal(found, other)
+    assert torch.isfinite(found).all()
+    assert list(optimizer.skipped().values()) == [1]
+
+
+def test_squares_that_overflow_raise_where_asked() -> None:
+    p = nn.Parameter(random(3, 7, 10).float())
+    optimizer = Soap([("experts", p)], nonfinite="raise")
+    for g in gradients(3, 3, 7, 10):
+        p.grad = g.float()
+        optimizer.step()
+    before = p.detach().clone()
+    p.grad[1, 2, 2] = 1e20
+    with pytest.raises(InputError, match=r"too large(.|\n)*experts(.|\n)*1 of its matrices"):
+        optimizer.step()
+    assert torch.equal(p, before)
+
+
+def test_the_largest_squares_that_fit_do_no_harm() -> None:
+    start, grads = random(7, 10).float(), [g.float() for g in gradients(9, 7, 10)]
+    grads[4] *= 9e18 / grads[4].norm()  # the square is a quarter of the largest number
+    found, optimizer = run(start, grads)
+    assert torch.isfinite(found).all()
+    assert all(torch.isfinite(x).all() for x in next(iter(optimizer.state.values())).values())
+    assert optimizer.skipped() == {}
+
+
 def test_an_expert_may_get_its_first_token_late() -> None:
     start, grads = random(2, 7, 10), gradients(12, 2, 7, 10)
     for g in grads[:5]:

@@ -229,6 +229,75 @@ def test_another_optimizers_state_is_refused_and_changes_nothing(change: Callabl
             assert torch.equal(value, before["state"][index][key])
 
 
+def test_hooks_before_loading_make_the_state_that_is_checked_and_loaded() -> None:
+    params, groups = problem(torch.bfloat16)
+    optimizer = MADE["muon-lite"](groups)
+    train(params, optimizer, range(3))
+    renamed = optimizer.state_dict()
+    renamed = {
+        **renamed,
+        "param_groups": [{**g, "names": [f"model.{n}" for n in g["names"]]} for g in renamed["param_groups"]],
+    }
+    kept = copy.deepcopy(renamed)
+
+    second, groups = problem(torch.bfloat16)
+    other, calls = MADE["muon-lite"](groups), []
+
+    def short(o: Any, saved: dict[str, Any]) -> dict[str, Any]:
+        calls.append("returned")
+        groups = [{**g, "names": [n.removeprefix("model.") for n in g["names"]]} for g in saved["param_groups"]]
+        return {**saved, "param_groups": groups}
+
+    def halved(o: Any, saved: dict[str, Any]) -> None:  # in place of the copy that hooks are given, as torch allows
+        calls.append("in place")
+        saved["state"] = {
+            i: {k: v / 2 if k in ("momentum_buffer", "exp_avg") else v for k, v in s.items()}
+            for i, s in saved["state"].items()
+        }
+
+    with pytest.raises(InputError, match="names"):
+        other.load_state_dict(renamed)
+    other.register_load_state_dict_pre_hook(short)
+    other.register_load_state_dict_pre_hook(halved)
+    other.load_state_dict(renamed)
+    assert calls == ["returned", "in place"]
+    for p, q in zip(params, second, strict=True):
+        for key, value in optimizer.state[p].items():
+            want = value / 2 if key in ("momentum_buffer", "exp_avg") else value
+            assert torch.equal(other.state[q][key], want), key
+    assert [g["names"] for g in other.param_groups] == [["w", "experts"], ["norm"]]
+    assert [g["names"] for g in renamed["param_groups"]] == [g["names"] for g in kept["param_groups"]]
+    train(second, other, range(3, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hooks_after_loading_have_the_last_word(dtype: torch.dtype) -> None:
+    params, groups = problem(dtype)
+    optimizer = MADE["muon"](groups)
+    train(params, optimizer, range(3))
+    saved = optimizer.state_dict()
+    kept = copy.deepcopy(saved)
+    optimizer.register_load_state_dict_post_hook(lambda o: [s.zero_() for x in o.state.values() for s in x.values()])
+    optimizer.load_state_dict(saved)
+    assert not any(value.any() for x in optimizer.state.values() for value in x.values())
+    assert all(torch.equal(v, kept["state"][i][k]) for i, x in saved["state"].items() for k, v in x.items())
+
+
+def test_the_error_for_renamed_parameters_is_short() -> None:
+    names = [f"model.layers.{i}.mlp.experts.gate_up_proj" for i in range(400)]
+    groups = [[{"params": [matrix(2, 2) for _ in names], "names": n}] for n in (names, [f"base_{n}" for n in names])]
+    old, new = (Muon(g) for g in groups)
+    with pytest.raises(InputError, match=r"layers\.2(.|\n)*and 397 more") as caught:
+        new.load_state_dict(old.state_dict())
+    assert "'model.layers.0.mlp.experts.gate_up_proj' was saved, 'base_model.layers.0" in str(caught.value)
+    assert len(str(caught.value)) < 800
+    with pytest.raises(InputError, match="None is here") as caught:
+        Muon([{"params": [matrix(2, 2) for _ in names]}]).load_state_dict(old.state_dict())
+    assert len(str(caught.value)) < 800
+    with pytest.raises(InputError, match="no 'param_groups'"):
+        new.load_state_dict({})
+
+
 def matrix(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
     return nn.Parameter(torch.zeros(*shape, dtype=dtype))
 

@@ -12,6 +12,8 @@ import typer
 
 from ..errors import InputError
 from ..models.grouter import Grouter
+from ..train.config import SEEDS
+from ..train.identity import digest_of
 from ..train.models import vocab_size_of
 from .check import assert_causal
 from .distill import DistillReport
@@ -28,7 +30,7 @@ Data = Annotated[
 ]
 Batch = Annotated[int, typer.Option(help="Sequences per step.")]
 Seq = Annotated[int, typer.Option(help="Tokens per sequence.")]
-Seed = Annotated[int, typer.Option(help="Seed of the weights and of the order of data.")]
+Seed = Annotated[int, typer.Option(help="Seed of the weights and of the order of data.", min=0, max=SEEDS - 1)]
 
 
 def register(app: typer.Typer) -> None:
@@ -91,7 +93,10 @@ def distill(
         checkpoint=out / "checkpoints",
         resume=resume,
         report=out,
-    )
+        identity={
+            "teacher": digest_of(model), "data": tokens.fingerprint, "batch": batch, "seq": seq, "seed": seed,
+        },
+    )  # fmt: skip
     if student.config.causal:
         assert_causal(student, example, k=found.k)
     _finish(student, out, found, as_json)

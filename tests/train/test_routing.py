@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import moefx
 from moefx.errors import InputError, MissingPackageError
+from moefx.losses import as_losses
 from moefx.train import checkpoint
 from moefx.train.data import open_dataset
 from moefx.train.inspect_routing import example_batches, inspect_routing, observe, together, traffic
@@ -94,6 +96,23 @@ def test_a_resumed_run_keeps_its_routing(tmp_path: Path) -> None:
         run(toy_config(tmp_path / "b"), Routed(), on_step=interrupt_at(12))
     resumed = run(toy_config(tmp_path / "b"), Routed(), resume=True)[1]  # nothing is left to do
     assert resumed.routing == whole.routing != {}
+
+
+@pytest.mark.parametrize("losses", ["sp,bias=0.1", "sp"])
+def test_biases_are_moved_once_per_optimizer_step_where_they_are_asked_for(tmp_path: Path, losses: str) -> None:
+    class Biased(ToyLM):
+        def __init__(self) -> None:
+            super().__init__()
+            self.options = SimpleNamespace(losses=as_losses(losses))
+            self.moved: list[tuple[int, bool]] = []
+
+        def update_router_bias(self) -> None:
+            self.moved.append((int(self.seen), torch.equal(self.embed.weight, ToyLM().embed.weight)))
+
+    model = Biased()
+    run(toy_config(tmp_path, steps=3, grad_accum=2), model)
+    # After both microbatches of 16 tokens, and after the weights moved.
+    assert model.moved == ([(32, False), (64, False), (96, False)] if "bias" in losses else [])
 
 
 def test_tensorboard_has_scalars_and_histograms(tmp_path: Path) -> None:

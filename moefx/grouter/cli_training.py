@@ -18,6 +18,7 @@ from ..train.models import vocab_size_of
 from .check import assert_causal
 from .distill import DistillReport
 from .distill import distill as run_distill
+from .reports import require_folder
 from .sources import load_data, load_teacher
 from .tap import tap
 from .tune import TuneReport
@@ -65,6 +66,7 @@ def distill(
 ) -> None:
     """Train a causal Grouter to imitate a router of a finished model."""
     model = load_teacher(teacher, teacher_model)
+    require_folder(out)
     vocab = vocab_size_of(model)
     if vocab is None:
         raise InputError("the teacher's vocabulary is not known", where=str(teacher), todo="use moefx.grouter.distill")
@@ -119,6 +121,7 @@ def tune(
 ) -> None:
     """Balance a Grouter's load on the target's data."""
     student = Grouter.from_pretrained(grouter)
+    require_folder(out)
     tokens = load_data(data or [], student.config.vocab_size, seq)
     found = run_tune(
         student,

@@ -19,7 +19,7 @@ from ..errors import InputError
 from ..models.grouter import Grouter
 from ..optim.schedule import WarmupCosine
 from ..train import checkpoint as store
-from ..train.aside import make_room
+from ..train.aside import make_room, say
 from ..train.loop import DivergedError
 from .reports import write_report
 from .running import Batch, Batches, bar, batches_from, check_figures, for_grouter, next_batch, overlap
@@ -151,18 +151,20 @@ def distill(
         "layer": source.layer if isinstance(source, Tap) else None, "k": k, "score_only": score_only,
         "grouter": asdict(grouter.config), **({"identity": dict(identity)} if identity else {}),
     }  # fmt: skip
-    found = DistillReport(steps, k, settings)
+    found, console = DistillReport(steps, k, settings), Console(stderr=True, quiet=not progress)
     with _trainable(grouter, score_only) as parameters:
         optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
         if resume:
             restored = store.load(
                 store.latest(Path(str(checkpoint))), model=grouter, optimizer=optimizer, fingerprint=settings
             )
+            if not restored.compared:
+                say(console, "the checkpoint does not say of which teacher and data it is; those of now are taken")
             vars(found).update(restored.history)
         elif checkpoint is not None:
             # Resuming takes the newest, which has the highest step, not the latest date.
             kept = [path.name for path in store.checkpoints(Path(checkpoint))]
-            make_room(Path(checkpoint), Console(stderr=True, quiet=not progress), kept)
+            make_room(Path(checkpoint), console, kept)
         first, begin, before = len(found.losses), time.perf_counter(), found.seconds
         stream = batches_from(batches, first)
         with bar("distil", steps, first, progress) as show:

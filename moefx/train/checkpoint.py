@@ -174,8 +174,9 @@ def load(path: Path, *, model: nn.Module, optimizer: Optimizer, fingerprint: Map
     if set(state["extra"]) != set(present_extra):
         why = f"extra state of {sorted(state['extra'])} was stored, the model has {sorted(present_extra)}"
         raise CheckpointError("the checkpoint belongs to another model", where=str(path), why=why, todo=_OTHER_MODEL)
-    precision = state.get("precision") if isinstance(model, OptimizedModule) else None
-    if precision is not None and precision["length"] != (kept := model.precision_state()["length"]):
+    compiled = model if isinstance(model, OptimizedModule) else None
+    precision = state.get("precision")  # None where a model that is not compiled was stored
+    if compiled and precision and precision["length"] != (kept := compiled.precision_state()["length"]):
         why = f"delayed scaling of the last {precision['length']} steps was stored, the model's recipe keeps {kept}"
         raise CheckpointError("the checkpoint is of another recipe", where=str(path), why=why, todo=_OTHER_RUN)
     full = {**tensors, **{alias: tensors[name] for alias, name in manifest["aliases"].items()}, **state["extra"]}
@@ -187,8 +188,8 @@ def load(path: Path, *, model: nn.Module, optimizer: Optimizer, fingerprint: Map
             "the checkpoint's optimizer does not fit", where=str(path), why=str(error), todo=_OTHER_RUN
         ) from error
     model.load_state_dict(full)
-    if precision is not None:
-        model.load_precision_state(precision)
+    if compiled and precision:
+        compiled.load_precision_state(precision)
     set_rng_state(state["rng"])
     return Restored(step=int(manifest["step"]), history=dict(state["history"]), compared=compared)
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import RecipeError
-from ..losses import RoutingMetrics, as_losses
+from ..losses import Item, RoutingMetrics, as_losses
 from ..precision.recipe import Recipe, get_recipe
 from ..routing import as_routing
 
@@ -33,17 +33,21 @@ def identity(model: nn.Module, spec: str | None = None, options: Mapping[str, An
         spec: what the model was built from, as `load_model` takes it; it identifies one that has no configuration.
     """
     given = options or {}
-    losses = [item for item in as_losses(given.get("losses") or ()) if not isinstance(item, RoutingMetrics)]
     passes = given.get("passes")
     found = {
         "model": {"class": _name(model), **_described(model, spec)},
         "recipe": _recipe(given.get("recipe")),
-        "losses": {item.name: repr(item) if is_dataclass(item) else _name(item) for item in losses},
+        "losses": {item.name: repr(item) if is_dataclass(type(item)) else _name(item) for item in added_losses(given)},
         "router": _router(given.get("router")),
         "passes": passes and [p if isinstance(p, str) else p.name for p in getattr(passes, "passes", passes)],
     }
     plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
     return plain
+
+
+def added_losses(options: Mapping[str, Any]) -> list[Item]:
+    """Of the keywords of `moefx.optimize`, the losses and bias updates: `metrics` only looks."""
+    return [item for item in as_losses(options.get("losses") or ()) if not isinstance(item, RoutingMetrics)]
 
 
 def digest_of(module: nn.Module) -> str:

@@ -45,7 +45,9 @@ class Metrics:
         known = sum(r["kind"] == "train" for r in read_metrics(directory))
         if known < step:
             console.print(f"{path} lacks {step - known} of the {step} steps before the resumed one", soft_wrap=True)
-        self._board = _tensorboard(directory / "tensorboard", step, console)
+        self._board: Any = None
+        with self._forgiving():
+            self._board = _tensorboard(directory / "tensorboard", step, console)
 
     def write(self, kind: str, step: int, **values: float) -> None:
         """Append one record at once: a run that is killed leaves its figures behind.

@@ -17,12 +17,12 @@ from rich.table import Table
 from torch import nn
 
 from ..errors import InputError
-from ..losses import LoadBalance, RoutingMetrics, as_losses
+from ..losses import LoadBalance
 from .aside import CHECKPOINTS, RESULTS, make_room, say
 from .checkpoint import checkpoints, latest
 from .config import TrainConfig
 from .data import TokenDataset, open_dataset, unigram_nats
-from .identity import identity
+from .identity import added_losses, identity
 from .loop import TrainResult, train
 from .models import leave_balance_out, load_model, vocab_size_of
 from .parts import autocast, device_of, val_batches
@@ -79,7 +79,7 @@ def run_training(
     original.train()
     tokens.check(seq=cfg.seq, model_vocab=vocab_size_of(original))
     given = {"recipe": recipe, **(options or {})}
-    added = [item.name for item in as_losses(given.get("losses") or ()) if not isinstance(item, RoutingMetrics)]
+    added = [item.name for item in added_losses(given)]
     outs = {name: replace(cfg, out=cfg.out / name) for name in (OPTIMIZED, ORIGINAL)}
     outs[ORIGINAL] = replace(outs[ORIGINAL], precision_every=0)  # it has no casts
     if resume:

@@ -243,11 +243,25 @@ def test_inspect_of_a_model_routed_by_a_grouter(grouter: Path) -> None:
     assert inspect_routing("default", options={"codegen": "eager"}, **options)[0]["load"][0] != pytest.approx(load)
 
 
+@pytest.mark.parametrize("place", ["", "checkpoints", "optimized/checkpoints"])
+def test_weights_of_a_run_are_found_in_its_folder(tmp_path: Path, place: str) -> None:
+    for step, seed in ((1, 8), (2, 9)):
+        model = ToyLM(seed=seed)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        checkpoint.save(tmp_path / place, step=step, model=model, optimizer=optimizer, fingerprint={}, history={})
+    load_weights(found := ToyLM(), tmp_path)
+    assert torch.equal(found.embed.weight, ToyLM(seed=9).embed.weight)
+
+
 def test_weights_that_do_not_fit(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"weights cannot be loaded[\s\S]*embed"):
         load_weights(ToyLM(), trained)
     with pytest.raises(checkpoint.CheckpointError, match="no checkpoint"):
         load_weights(ToyLM(), tmp_path)
+    (tmp_path / "optimized" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(checkpoint.CheckpointError, match="no checkpoint") as caught:
+        load_weights(ToyLM(), tmp_path)
+    assert "resuming" not in str(caught.value.todo)
 
 
 def test_drawing_without_matplotlib_fails_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,7 +100,7 @@ def inspect(
     out: Annotated[Path | None, typer.Option(help="With --routing: draw PNG files and routing.html there.")] = None,
     batches: Annotated[int, typer.Option(help="With --routing: example inputs to measure.")] = 16,
     data: Annotated[list[Path] | None, typer.Option(help="With --routing: text files, or one .bin file.")] = None,
-    weights: Annotated[Path | None, typer.Option(help="With --routing: .safetensors file or checkpoint.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="With --routing: .safetensors file, checkpoint or run.")] = None,
     places: Annotated[int | None, typer.Option(help="With --routing: traffic of experts on N places.")] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -23,7 +23,7 @@ from .groups import group_experts
 from .place import place as place_routing
 from .precompute import precompute as write_records
 from .records import RoutingRecords
-from .reports import share, write_report
+from .reports import require_folder, share, write_report
 from .traffic import max_over_mean
 from .windows import routed, sample_windows
 
@@ -62,8 +62,8 @@ def affinity(
 ) -> None:
     """Count which experts are chosen together: affinity.npz, for `fold`."""
     model = load_grouter(grouter)
+    require_folder(out)
     counts = _count(model, _tokens(data, split), k, window, max_tokens, eod_id)
-    out.mkdir(parents=True, exist_ok=True)
     counts.save(out / "affinity.npz")
     i, j = np.triu_indices(counts.num_experts, 1)
     top = np.argsort(-counts.P[i, j], kind="stable")[:10]
@@ -103,6 +103,7 @@ def fold(
 ) -> None:
     """Fold a Grouter to fewer experts, by affinity."""
     model = load_grouter(grouter)
+    require_folder(out)
     if affinity:
         counts = sum_affinities(affinity)
     elif k is None:
@@ -144,6 +145,7 @@ def expand(
 ) -> None:
     """Expand a Grouter to more experts, aimed at tokens that none claims; tune it afterwards."""
     model, tokens = load_grouter(grouter), _tokens(data, split)
+    require_folder(out)
     larger = expand_grouter(
         model, tokens, targets, window=window, eod_id=eod_id, max_tokens=max_tokens, quantile=quantile, seed=seed
     )
@@ -209,10 +211,10 @@ def place(
 ) -> None:
     """Place experts and samples so that fewer tokens travel: placement.json."""
     found = RoutingRecords.open(records)
+    require_folder(out)
     placement = place_routing(
         found.idx, found.header.num_experts, places, equal=equal, max_entropy=max_entropy, seed=seed
     )
-    out.mkdir(parents=True, exist_ok=True)
     placement.save(out / "placement.json")
     r = placement.report
     rows = {

@@ -12,10 +12,13 @@ import typer
 
 from ..errors import InputError
 from ..models.grouter import Grouter
+from ..train.config import SEEDS
+from ..train.identity import digest_of
 from ..train.models import vocab_size_of
 from .check import assert_causal
 from .distill import DistillReport
 from .distill import distill as run_distill
+from .reports import require_folder
 from .sources import load_data, load_teacher
 from .tap import tap
 from .tune import TuneReport
@@ -28,7 +31,7 @@ Data = Annotated[
 ]
 Batch = Annotated[int, typer.Option(help="Sequences per step.")]
 Seq = Annotated[int, typer.Option(help="Tokens per sequence.")]
-Seed = Annotated[int, typer.Option(help="Seed of the weights and of the order of data.")]
+Seed = Annotated[int, typer.Option(help="Seed of the weights and of the order of data.", min=0, max=SEEDS - 1)]
 
 
 def register(app: typer.Typer) -> None:
@@ -63,6 +66,7 @@ def distill(
 ) -> None:
     """Train a causal Grouter to imitate a router of a finished model."""
     model = load_teacher(teacher, teacher_model)
+    require_folder(out)
     vocab = vocab_size_of(model)
     if vocab is None:
         raise InputError("the teacher's vocabulary is not known", where=str(teacher), todo="use moefx.grouter.distill")
@@ -91,7 +95,10 @@ def distill(
         checkpoint=out / "checkpoints",
         resume=resume,
         report=out,
-    )
+        identity={
+            "teacher": digest_of(model), "data": tokens.fingerprint, "batch": batch, "seq": seq, "seed": seed,
+        },
+    )  # fmt: skip
     if student.config.causal:
         assert_causal(student, example, k=found.k)
     _finish(student, out, found, as_json)
@@ -114,6 +121,7 @@ def tune(
 ) -> None:
     """Balance a Grouter's load on the target's data."""
     student = Grouter.from_pretrained(grouter)
+    require_folder(out)
     tokens = load_data(data or [], student.config.vocab_size, seq)
     found = run_tune(
         student,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import Tensor, nn
 
 from ..errors import InputError
 from ..models.grouter import Grouter
 from ..optim.schedule import WarmupCosine
 from ..train import checkpoint as store
+from ..train.aside import make_room, say
 from ..train.loop import DivergedError
 from .reports import write_report
 from .running import Batch, Batches, bar, batches_from, check_figures, for_grouter, next_batch, overlap
@@ -95,6 +97,7 @@ def distill(
     checkpoint_every: int = 500,
     resume: bool = False,
     report: str | Path | None = None,
+    identity: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> DistillReport:
     """Train `grouter` in place on T^2 KL(softmax(teacher / T) || softmax(student / T)), the mean over tokens.
@@ -115,9 +118,13 @@ def distill(
         score_only: train the score layer alone, on top of what the network has learned.
         eval_batches: held-out batches for the final figures; None for the last tenth of the training batches, each
             measured before it is learned from.
-        checkpoint: folder for checkpoints, every `checkpoint_every` steps and at the end.
+        checkpoint: folder for checkpoints, every `checkpoint_every` steps and at the end. Unless `resume`, those that
+            are there are moved to `previous-N` inside.
         resume: go on from the newest one; the result is bitwise that of an uninterrupted run with the same data.
         report: folder for report.json and report.md.
+        identity: what tells this teacher and these batches from others, as JSON values (digests, sizes, seeds): it is
+            kept in checkpoints and in the report, and must be equal to resume. Both are opaque here: without it,
+            whoever resumes answers for them.
         progress: a bar, on a terminal.
 
     Raises:
@@ -142,16 +149,22 @@ def distill(
     settings = {
         "steps": steps, "lr": lr, "warmup": warmup, "weight_decay": weight_decay, "temperature": temperature,
         "layer": source.layer if isinstance(source, Tap) else None, "k": k, "score_only": score_only,
-        "grouter": asdict(grouter.config),
+        "grouter": asdict(grouter.config), **({"identity": dict(identity)} if identity else {}),
     }  # fmt: skip
-    found = DistillReport(steps, k, settings)
+    found, console = DistillReport(steps, k, settings), Console(stderr=True, quiet=not progress)
     with _trainable(grouter, score_only) as parameters:
         optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
         if resume:
             restored = store.load(
                 store.latest(Path(str(checkpoint))), model=grouter, optimizer=optimizer, fingerprint=settings
             )
+            if not restored.compared:
+                say(console, "the checkpoint does not say of which teacher and data it is; those of now are taken")
             vars(found).update(restored.history)
+        elif checkpoint is not None:
+            # Resuming takes the newest, which has the highest step, not the latest date.
+            kept = [path.name for path in store.checkpoints(Path(checkpoint))]
+            make_room(Path(checkpoint), console, kept)
         first, begin, before = len(found.losses), time.perf_counter(), found.seconds
         stream = batches_from(batches, first)
         with bar("distil", steps, first, progress) as show:

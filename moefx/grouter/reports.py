@@ -6,7 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..train.metrics import unwritable
 from ..train.story import write_json
+
+
+def require_folder(out: Path) -> None:
+    """Make the folder for results. Called before the work, which would be lost. Raises InputError when it cannot be."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(out, error) from error
 
 
 def write_report(

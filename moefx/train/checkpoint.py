@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..errors import MoefxError
+from ..errors import MoefxError, first_line
 from ..module import OptimizedModule
 from ..packages import optional
 from .rng import get_rng_state, set_rng_state
@@ -30,6 +30,8 @@ from .state import collect, kind_of
 
 FORMAT = 1
 MODEL, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
+IDENTITY = ("model", "recipe", "losses", "router", "passes", "identity")  # see `compare`
+_SHOWN = 8  # differences; another kind of model has dozens
 _PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes))  # exactly: numpy's float64 is a float, too
 _NAME = re.compile(r"step-(\d{8,})(\.old)?")
 
@@ -40,10 +42,14 @@ class CheckpointError(MoefxError):
 
 @dataclass(frozen=True)
 class Restored:
-    """What `load` read besides the weights: the number of completed steps, and the history given to `save`."""
+    """What `load` read besides the weights: the number of completed steps, and the history given to `save`.
+
+    `compared` is False where the checkpoint does not say of which model, recipe and losses it is (see `compare`).
+    """
 
     step: int
     history: dict[str, Any]
+    compared: bool = True
 
 
 def save(
@@ -72,6 +78,7 @@ def save(
         MissingPackageError: safetensors is not installed.
     """
     writer = safetensors()
+    refused: type[Exception] = optional("safetensors", "for checkpoints", "train").SafetensorError
     final = directory / f"step-{step:08d}"
     temporary = directory / f".tmp-{final.name}-{os.getpid()}"
     tensors, aliases, extra = collect(model)
@@ -107,11 +114,9 @@ def save(
             final.rename(old)
         temporary.rename(final)
         _flush(directory)
-    except OSError as error:
-        why, todo = (
-            error.strerror or str(error),
-            "free disk space or choose another output directory; earlier checkpoints are intact",
-        )
+    except (OSError, RuntimeError, refused) as error:  # torch and safetensors have kinds of their own
+        why = getattr(error, "strerror", None) or first_line(error, type(error).__name__)
+        todo = "free disk space or choose another output directory; earlier checkpoints are intact"
         raise CheckpointError("a checkpoint could not be written", where=str(final), why=why, todo=todo) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -154,7 +159,7 @@ def load(path: Path, *, model: nn.Module, optimizer: Optimizer, fingerprint: Map
     """
     manifest = _read_manifest(path)
     _verify_files(path, manifest)
-    _compare(path, manifest["fingerprint"], fingerprint)
+    compared = compare(path, manifest["fingerprint"], fingerprint)
     present, present_aliases, present_extra = collect(model)
     _compare_tensors(path, manifest, present, present_aliases)
     try:
@@ -169,6 +174,11 @@ def load(path: Path, *, model: nn.Module, optimizer: Optimizer, fingerprint: Map
     if set(state["extra"]) != set(present_extra):
         why = f"extra state of {sorted(state['extra'])} was stored, the model has {sorted(present_extra)}"
         raise CheckpointError("the checkpoint belongs to another model", where=str(path), why=why, todo=_OTHER_MODEL)
+    compiled = model if isinstance(model, OptimizedModule) else None
+    precision = state.get("precision")  # None where a model that is not compiled was stored
+    if compiled and precision and precision["length"] != (kept := compiled.precision_state()["length"]):
+        why = f"delayed scaling of the last {precision['length']} steps was stored, the model's recipe keeps {kept}"
+        raise CheckpointError("the checkpoint is of another recipe", where=str(path), why=why, todo=_OTHER_RUN)
     full = {**tensors, **{alias: tensors[name] for alias, name in manifest["aliases"].items()}, **state["extra"]}
     try:
         # The optimizer goes first: it checks its groups before it changes anything.
@@ -178,10 +188,10 @@ def load(path: Path, *, model: nn.Module, optimizer: Optimizer, fingerprint: Map
             "the checkpoint's optimizer does not fit", where=str(path), why=str(error), todo=_OTHER_RUN
         ) from error
     model.load_state_dict(full)
-    if isinstance(model, OptimizedModule) and state.get("precision"):
-        model.load_precision_state(state["precision"])
+    if compiled and precision:
+        compiled.load_precision_state(precision)
     set_rng_state(state["rng"])
-    return Restored(step=int(manifest["step"]), history=dict(state["history"]))
+    return Restored(step=int(manifest["step"]), history=dict(state["history"]), compared=compared)
 
 
 _OTHER_MODEL = "build the model that wrote it, or start a new run in another directory"
@@ -247,14 +257,39 @@ def _damaged(path: Path, why: str) -> CheckpointError:
     return CheckpointError("a checkpoint is damaged", where=str(path), why=why, todo=todo)
 
 
-def _compare(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    wanted = json.loads(json.dumps(wanted))  # tuples become lists, as they did in the file
-    differing = [k for k in (*wanted, *(k for k in stored if k not in wanted)) if stored.get(k) != wanted.get(k)]
+def compare(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Compare two fingerprints of runs. Values are JSON; of dicts in them, what differs is named by its path.
+
+    Entries of `IDENTITY` are compared where both have any: earlier versions stored none of them, and who trains with
+    `train` alone may leave them out.
+
+    Returns:
+        Whether all that is wanted could be compared.
+
+    Raises:
+        CheckpointError: something differs.
+    """
+    stored, wanted = dict(stored), json.loads(json.dumps(wanted))  # tuples become lists, as they did in the file
+    said, asked = ({k for k in IDENTITY if k in side} for side in (stored, wanted))
+    if not (said and asked):
+        stored, wanted = ({k: v for k, v in side.items() if k not in IDENTITY} for side in (stored, wanted))
+    old, new = dict(_flat(stored)), dict(_flat(wanted))
+    differing = [k for k in (*new, *(k for k in old if k not in new)) if old.get(k) != new.get(k)]
     if differing:
-        why = ", ".join(f"{k} was {stored.get(k)!r}, is {wanted.get(k)!r}" for k in differing)
+        why = ", ".join(f"{k} was {old.get(k)!r}, is {new.get(k)!r}" for k in differing[:_SHOWN])
+        why += f", and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
         raise CheckpointError(
             "the checkpoint belongs to a run with other settings", where=str(path), why=why, todo=_OTHER_RUN
         )
+    return bool(said) or not asked
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def _compare_tensors(

@@ -12,6 +12,8 @@ from ..errors import InputError, nearest
 DTYPES = ("fp32", "bf16")
 OPTIMS = ("adamw", "muon", "muon-lite", "soap", "soap-lite")
 
+SEEDS = 2**63  # torch takes no larger ones, and `moefx train --router` adds a few to its seed
+
 # They say how often to look, where to write and how fast to go; the numbers of the training do not depend on them.
 _NO_IDENTITY = ("eval_every", "eval_batches", "checkpoint_every", "keep", "out", "threads", "precision_every")
 
@@ -34,12 +36,12 @@ class TrainConfig:
         lr, min_lr: peak learning rate; the final one as a fraction of the peak.
         warmup: steps over which the learning rate rises linearly.
         weight_decay: decoupled, on parameters of two or more dimensions.
-        betas, eps: of AdamW.
+        betas, eps: of "adamw"; the other optimizers have their own (`make_optimizer=` of `train` sets them).
         clip: largest L2 norm of the gradient; 0 turns clipping off.
-        seed: of the data order and of dropout.
+        seed: of the data order and of dropout; below 2**63.
         eval_every, eval_batches: validate after so many steps (0: only at the end), on so many batches (0: not at all).
         checkpoint_every, keep: save after so many steps (0: only at the end and when interrupted); how many to keep.
-        out: directory for checkpoints and metrics.
+        out: directory (a path, or its text) for checkpoints and metrics.
         threads: torch's CPU threads; None leaves them.
         optim: "adamw" (torch's), or one of moefx.optim: "muon", "muon-lite", "soap", "soap-lite", with `lr` scaled to
             AdamW's update size and embeddings, norms and the head left to AdamW.
@@ -74,6 +76,7 @@ class TrainConfig:
     precision_every: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "out", Path(self.out))
         least = {"steps": 1, "batch": 1, "seq": 2, "grad_accum": 1, "keep": 1}
         counts = ("warmup", "seed", "eval_every", "eval_batches", "checkpoint_every", "precision_every")
         least.update(dict.fromkeys(counts, 0))
@@ -84,6 +87,8 @@ class TrainConfig:
                 raise InputError(
                     f"{name}={value!r} is out of range", where="TrainConfig", todo=f"choose at least {bound}"
                 )
+        if self.seed >= SEEDS:
+            raise InputError(f"seed={self.seed} is out of range", where="TrainConfig", todo="choose one below 2**63")
         if self.threads is not None and self.threads < 1:
             raise InputError(f"threads={self.threads} is out of range", where="TrainConfig", todo="choose at least 1")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -94,6 +99,14 @@ class TrainConfig:
             value = getattr(self, name)
             if value not in known:
                 raise InputError(f"unknown {name} {value!r}", where="TrainConfig", todo=nearest(str(value), known))
+
+        fixed = [name for name in ("betas", "eps") if getattr(self, name) != getattr(type(self), name)]
+        if fixed and self.optim != "adamw":
+            raise InputError(
+                f"{fixed[0]}={getattr(self, fixed[0])!r} is given for optim={self.optim!r}", where="TrainConfig",
+                why="Muon and SOAP, and the AdamW that they leave the rest to, have constants of their own",
+                todo="leave it out, or give `train` a make_optimizer",
+            )  # fmt: skip
 
     @property
     def tokens_per_step(self) -> int:

@@ -7,10 +7,9 @@ batch depends on the step alone, and weights, optimizer and random states are re
 from __future__ import annotations
 
 import math
-import shutil
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,18 +23,21 @@ from torch.optim import Optimizer
 from ..errors import MoefxError
 from ..view.routing_numbers import RoutingSum, numbers, scalars
 from . import checkpoint
+from .aside import CHECKPOINTS, make_room, say
 from .config import TrainConfig, learning_rate
 from .data import TokenDataset
 from .interrupt import StopRequest, TrainingInterrupted
-from .metrics import FILE, Metrics, unwritable
+from .metrics import Metrics
 from .parts import autocast, cpu_threads, device_of, evaluate, loss_of
 from .parts import make_optimizer as default_optimizer
 from .precision import check_measurable, precision_figures
 from .progress import Display
-from .routing import in_short, loss_values, paths_of, routing_of
+from .routing import in_short, loss_values, move_biases, paths_of, routing_of
 
-CHECKPOINTS = "checkpoints"
-_BOARD = "tensorboard"
+UNCOMPARED = (
+    "the checkpoint does not say of which model, recipe and losses it is (an earlier version of moefx wrote it); "
+    "they are taken to be those of now"
+)
 
 
 class DivergedError(MoefxError):
@@ -77,6 +79,7 @@ def train(
     label: str = "train",
     stop_after: int | None = None,
     make_optimizer: MakeOptimizer | None = None,
+    identity: Mapping[str, Any] | None = None,
     console: Console | None = None,
 ) -> TrainResult:
     """Train `model` in place on the device where it is.
@@ -91,6 +94,9 @@ def train(
         stop_after: end after so many steps, although the learning rate is planned for `cfg.steps`.
         make_optimizer: from (model, cfg); the learning rate of its groups is set before every step. Default: the one
             that `cfg.optim` names.
+        identity: what else the numbers depend on, as JSON values: `identity.identity` of the model and of how it was
+            compiled. Checkpoints keep it, and it must be equal to resume. Without it, or with a checkpoint that has
+            none, only the settings, the data, the kind of optimizer and the shapes of tensors are compared.
 
     Raises:
         InputError: the data does not fit, the model returns no loss, `cfg.out` cannot be written, or precision metrics
@@ -104,16 +110,14 @@ def train(
     data.check(seq=cfg.seq, model_vocab=None)
     check_measurable(model, cfg)
     checkpoint.safetensors()  # missing, it would be noticed at the first checkpoint, after work that is then lost
-    run = _Run(model, data, cfg, (make_optimizer or default_optimizer)(model, cfg))
+    run = _Run(model, data, cfg, (make_optimizer or default_optimizer)(model, cfg), identity or {})
     with ExitStack() as stack:
         stack.enter_context(cpu_threads(cfg.threads))
         torch.manual_seed(cfg.seed)
-        if resume:
-            run.restore()
-        elif moved := set_aside(cfg.out):
-            console.print(
-                f"results of an earlier run were moved to {moved}", markup=False, highlight=False, soft_wrap=True
-            )
+        if not resume:
+            make_room(cfg.out, console)
+        elif not run.restore():
+            say(console, UNCOMPARED)
         end = min(cfg.steps, cfg.steps if stop_after is None else stop_after)
         metrics = Metrics(cfg.out, run.step, console)
         stack.callback(metrics.close)
@@ -122,7 +126,7 @@ def train(
             display.say(f"{label}: resumed at step {run.step}/{end}")
         stop = stack.enter_context(StopRequest())
         model.train()
-        run.optimizer.zero_grad(set_to_none=True)
+        run.clear_gradients()
         try:
             _loop(run, end, metrics, display, stop, on_step)
         except KeyboardInterrupt:  # a second Ctrl-C, in the middle of a step: what is in memory is not consistent
@@ -175,27 +179,17 @@ def _interrupted(run: _Run, display: Display, saved: Path | None) -> TrainingInt
     return stopped
 
 
-def set_aside(out: Path) -> Path | None:
-    """Move what a run wrote into `out` to `out/previous-N`; other files stay. None when there is nothing."""
-    found = [out / name for name in (CHECKPOINTS, FILE, _BOARD) if (out / name).exists()]
-    if not found:
-        return None
-    number = 1
-    while (target := out / f"previous-{number}").exists():
-        number += 1
-    try:
-        target.mkdir()
-        for path in found:
-            shutil.move(path, target / path.name)
-    except OSError as error:
-        raise unwritable(out, error) from error
-    return target
-
-
 class _Run:
     """State of a run between steps: all that a checkpoint must hold."""
 
-    def __init__(self, model: nn.Module, data: TokenDataset, cfg: TrainConfig, optimizer: Optimizer) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        data: TokenDataset,
+        cfg: TrainConfig,
+        optimizer: Optimizer,
+        identity: Mapping[str, Any],
+    ) -> None:
         self.model, self.data, self.cfg, self.optimizer = model, data, cfg, optimizer
         self.directory = cfg.out / CHECKPOINTS
         self.losses: list[float] = []
@@ -206,6 +200,7 @@ class _Run:
         self._fresh = True
         kind = type(optimizer)
         self.fingerprint = {
+            **identity,
             **cfg.identity(),
             "data": data.fingerprint,
             "optimizer": f"{kind.__module__}.{kind.__qualname__}",
@@ -218,8 +213,8 @@ class _Run:
     def train_step(self, ids: torch.Tensor) -> tuple[float, float, float, dict[str, float]]:
         """One optimizer step on int64 [batch * grad_accum, seq].
 
-        Returns loss, unclipped gradient norm, tokens/s, and the losses of routing (`loss_values`), mean over
-        microbatches.
+        Returns loss, unclipped gradient norm of what the optimizer trains, tokens/s, and the losses of routing
+        (`loss_values`), mean over microbatches.
         """
         began = time.perf_counter()
         cfg, step = self.cfg, self.step
@@ -233,14 +228,16 @@ class _Run:
             for name, part in loss_values(self.model).items():
                 parts[name] = parts.get(name, 0.0) + part / cfg.grad_accum
             total = total + loss.detach().float().cpu()
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        trained = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        parameters = [p for p in self.model.parameters() if p.grad is not None and id(p) in trained]
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, cfg.clip or math.inf))
         value = float(total)
         if not (math.isfinite(value) and math.isfinite(norm)):
-            self.optimizer.zero_grad(set_to_none=True)
+            self.clear_gradients()
             raise self._diverged(value, norm)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        move_biases(self.model)
+        self.clear_gradients()
         self.losses.append(value)
         seconds = time.perf_counter() - began
         self.seconds += seconds
@@ -248,6 +245,11 @@ class _Run:
             self.step_seconds.append(seconds)
         self._fresh = False
         return value, norm, cfg.tokens_per_step / seconds, parts
+
+    def clear_gradients(self) -> None:
+        """Of the whole model: the optimizer may hold a part of it, and what the others gather would never be freed."""
+        self.model.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
 
     def validate(self) -> float:
         """Validate and remember the loss, and what the model measured of its routing meanwhile."""
@@ -275,13 +277,15 @@ class _Run:
             keep=self.cfg.keep,
         )
 
-    def restore(self) -> None:
+    def restore(self) -> bool:
+        """Go back to the newest checkpoint. Returns whether it says of which model, recipe and losses it is."""
         path = checkpoint.latest(self.directory)
         found = checkpoint.load(path, model=self.model, optimizer=self.optimizer, fingerprint=self.fingerprint)
         self.losses = found.history["losses"].tolist()
         self.val = [(int(step), float(loss)) for step, loss in found.history["val"]]
         self.routing = found.history.get("routing", {})
         self.seconds, self.step_seconds = found.history["seconds"], found.history["step_seconds"].tolist()
+        return found.compared
 
     def result(self) -> TrainResult:
         speed = self.cfg.tokens_per_step / statistics.median(self.step_seconds) if self.step_seconds else 0.0

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,47 +32,79 @@ class Metrics:
 
     def __init__(self, directory: Path, step: int, console: Console) -> None:
         path = directory / FILE
+        self._path, self._console = path, console
+        self._failed = self._torn = False
         try:
             directory.mkdir(parents=True, exist_ok=True)
             if path.exists():
                 _truncate(path, step)
-            self._file = path.open("a", encoding="utf-8")
+            # Unbuffered: a record is in the file when it is written, or is known not to be.
+            self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise unwritable(directory, error) from error
         known = sum(r["kind"] == "train" for r in read_metrics(directory))
         if known < step:
             console.print(f"{path} lacks {step - known} of the {step} steps before the resumed one", soft_wrap=True)
-        self._board = _tensorboard(directory / "tensorboard", step, console)
+        self._board: Any = None
+        with self._forgiving():
+            self._board = _tensorboard(directory / "tensorboard", step, console)
 
     def write(self, kind: str, step: int, **values: float) -> None:
-        """Append one record. Every record is flushed: a run that is killed leaves its figures behind."""
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._file.flush()
+        """Append one record at once: a run that is killed leaves its figures behind.
+
+        Where the disk refuses, it is said, once, and the record is lost: the weights are worth more than their curves.
+        """
+        with self._forgiving():
+            self._append(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+            with self._forgiving():
+                for name, value in values.items():
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def loads(self, step: int, load: Sequence[Sequence[float]]) -> None:
         """TensorBoard gets a histogram per layer of the experts' loads, 1 being the mean."""
         if self._board is not None:
-            for layer, row in enumerate(load):
-                self._board.add_histogram(f"routing/load/{layer}", np.asarray(row) * len(row), step)
+            with self._forgiving():
+                for layer, row in enumerate(load):
+                    self._board.add_histogram(f"routing/load/{layer}", np.asarray(row) * len(row), step)
 
     def close(self) -> None:
         """Close the file and flush TensorBoard."""
-        self._file.close()
+        with self._forgiving():
+            self._file.close()
         if self._board is not None:
-            self._board.close()
+            with self._forgiving():
+                self._board.close()
+
+    def _append(self, line: str) -> None:
+        # A line that was cut off by a full disk ends here: only that one is unreadable.
+        data = ("\n" + line if self._torn else line).encode()
+        while data:
+            data = data[self._file.write(data) :]
+            self._torn = bool(data)
+
+    @contextmanager
+    def _forgiving(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._failed:
+                self._failed = True
+                why = error.strerror or str(error)
+                said = f"warning: metrics cannot be written to {self._path.parent} ({why}); training goes on without"
+                self._console.print(said, markup=False, highlight=False, soft_wrap=True)
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The records of a run, oldest first; an incomplete last line (of a killed process) is left out."""
+    """The records of a run, oldest first; what is none (the cut line of a killed process, garbage) is left out."""
     records = []
-    for line in (directory / FILE).read_text(encoding="utf-8").splitlines():
+    for line in (directory / FILE).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int) and "kind" in record:
+            records.append(record)
     return records
 
 

@@ -21,6 +21,9 @@ from ..packages import optional
 from . import checkpoint
 from .data import BYTES
 
+OWN_BALANCE = "output_router_logits"  # of a transformers configuration: the model adds a balance loss to its loss
+RUN = ("", "checkpoints", "optimized/checkpoints")  # where a folder may have its checkpoints
+
 
 def default_config(vocab_size: int = BYTES) -> Any:
     """A transformers Qwen3MoeConfig of 1.8 M parameters (vocabulary 256): 4 layers, 8 experts, 2 of them active.
@@ -83,15 +86,23 @@ def load_model(spec: str, seed: int = 0, vocab_size: int = BYTES) -> nn.Module:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Copy weights into a model: from a .safetensors file, a checkpoint, or the newest one of a folder of checkpoints.
+    """Copy weights into a model: from a .safetensors file, a checkpoint, or the newest one of a folder of checkpoints,
+    of a training's folder, or of the `--out` of `moefx train` (the optimized model's).
 
     Raises:
-        CheckpointError: there is no checkpoint in the folder.
+        CheckpointError: there are no weights in the folder.
         InputError: the file cannot be read, or is of another model.
         MissingPackageError: safetensors is not installed.
     """
     if path.is_dir():
-        path = (path if (path / checkpoint.MODEL).is_file() else checkpoint.latest(path)) / checkpoint.MODEL
+        found = [path] if (path / checkpoint.MODEL).is_file() else []
+        found += [kept[-1] for place in RUN if (kept := checkpoint.checkpoints(path / place))]
+        if not found:
+            raise checkpoint.CheckpointError(
+                "there are no weights in this folder", where=str(path), why="it holds no checkpoint of a training",
+                todo="give a .safetensors file, a checkpoint, or the --out folder of a run",
+            )  # fmt: skip
+        path = found[0] / checkpoint.MODEL
     try:
         checkpoint.safetensors().load_model(model, path)
     except MissingPackageError:
@@ -99,6 +110,15 @@ def load_weights(model: nn.Module, path: Path) -> None:
     except Exception as error:  # of the system, of safetensors' own, or a RuntimeError naming keys and shapes
         todo = "give the model that wrote them as the model, and its .safetensors file or checkpoint as the weights"
         raise InputError("the weights cannot be loaded", where=str(path), why=str(error), todo=todo) from error
+
+
+def leave_balance_out(model: nn.Module) -> bool:
+    """Switch off, in place, the balance loss that a transformers model adds to its loss. Returns whether it was on."""
+    config: Any = getattr(model, "config", None)
+    on = bool(getattr(config, OWN_BALANCE, False))
+    if on:
+        setattr(config, OWN_BALANCE, False)
+    return on
 
 
 def vocab_size_of(model: nn.Module) -> int | None:
@@ -144,8 +164,8 @@ def _read_config(path: Path) -> Any:
             "a model configuration is refused", where=str(path), why=str(error), todo="correct the named field"
         ) from error
     config.use_cache = False
-    if hasattr(config, "output_router_logits"):
-        config.output_router_logits = True  # so that the load-balancing loss is part of the training
+    if hasattr(config, OWN_BALANCE) and OWN_BALANCE not in entries:
+        setattr(config, OWN_BALANCE, True)  # so that the load-balancing loss is part of the training
     return config
 
 

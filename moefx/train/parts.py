@@ -31,7 +31,9 @@ def adamw(model: nn.Module, cfg: TrainConfig) -> Optimizer:
 
 
 def make_optimizer(model: nn.Module, cfg: TrainConfig) -> Optimizer:
-    """The optimizer that `cfg.optim` names, over groups by role."""
+    """The optimizer that `cfg.optim` names, over groups by role. Raises InputError for a model that is all frozen."""
+    if not any(p.requires_grad for p in model.parameters()):
+        raise InputError("the model has no parameter that trains", todo="let some parameters require gradients")
     if cfg.optim == "adamw":
         return adamw(model, cfg)
     kind, _, lite = cfg.optim.partition("-")

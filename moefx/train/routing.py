@@ -1,6 +1,6 @@
 """What an optimized model measures of its routing, for the training loop.
 
-Models are asked by what they have, `losses` and `routing`: the loop trains any module.
+Models are asked by what they have, `losses`, `routing` and `options`: the loop trains any module.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+
+from ..losses import BiasUpdate
 
 
 def loss_values(model: nn.Module) -> dict[str, float]:
@@ -25,6 +27,14 @@ def paths_of(model: nn.Module) -> list[str]:
     """Module paths of the layers that are measured, in order; empty where the model does not say."""
     rows = getattr(getattr(model, "report", None), "losses", ())
     return next((list(row["layers"]) for row in rows if row["name"] == "metrics"), [])
+
+
+def move_biases(model: nn.Module) -> None:
+    """After an optimizer step: the routers' correction biases follow the load, where "bias" is among the losses."""
+    asked = getattr(getattr(model, "options", None), "losses", ())
+    if isinstance(asked, tuple) and any(isinstance(item, BiasUpdate) for item in asked):
+        update: Any = model.update_router_bias
+        update()
 
 
 def in_short(found: Mapping[str, Any]) -> str:

@@ -15,11 +15,13 @@ from rich.table import Table
 from torch import nn
 
 from ..errors import InputError
-from .checkpoint import checkpoints
+from .aside import CHECKPOINTS, RESULTS, make_room, say
+from .checkpoint import checkpoints, compare
 from .config import TrainConfig
 from .data import TokenDataset, open_dataset
-from .loop import CHECKPOINTS, TrainResult, set_aside, train
-from .models import load_model, vocab_size_of
+from .identity import identity
+from .loop import TrainResult, train
+from .models import leave_balance_out, load_model, vocab_size_of
 from .story import REPORT, baseline, optimized, write_json
 
 TEACHER, GROUTER, ROUTED, LEARNED = "teacher", "grouter", "routed", "learned"
@@ -53,7 +55,8 @@ def run_routing(
         losses: short names of `moefx.losses`, for the teacher and the target with learned routers; the routed target
             gets those of them that need no router of a layer.
         distill_steps: None for as many as `cfg.steps`; a fifth as many for tuning.
-        resume: go on with what was interrupted.
+        resume: go on with what was interrupted; model, recipe, losses and settings must be its own. Otherwise earlier
+            results are moved to `previous-N` once the first model is compiled.
 
     Returns:
         The content of report.json: per arm the validation losses, the Grouter's distillation and tuning reports, and
@@ -64,10 +67,8 @@ def run_routing(
     """
     cfg, console = cfg or TrainConfig(), console or Console()
     tokens = data if isinstance(data, TokenDataset) else open_dataset(data)
-    target = _without_own_losses(load_model(model, cfg.seed, tokens.vocab_size) if isinstance(model, str) else model)
+    target = _target(model, cfg.seed, tokens.vocab_size)
     tokens.check(seq=cfg.seq, model_vocab=vocab_size_of(target))
-    for arm in () if resume else (TEACHER, LEARNED, ROUTED):
-        set_aside(cfg.out / arm)
     shared = {"recipe": recipe, **(options or {})}
     made: dict[str, Any] = {}
     if router == DISTILLED:
@@ -85,7 +86,10 @@ def run_routing(
     results, reports = {}, {}
     for arm, asked in ((LEARNED, {"losses": losses}), (ROUTED, {"router": grouter, "losses": _unrouted(losses)})):
         opt = optimized(copy.deepcopy(target), tokens, cfg, None, {**shared, **asked})
-        results[arm] = _train(opt, tokens, cfg, arm, resume, console)
+        if arm == LEARNED and router != DISTILLED and not resume:
+            _make_room(cfg.out, console, [])  # the Grouter that is there may be the one that was named
+        known = identity(target, model if isinstance(model, str) else None, {**shared, **asked})
+        results[arm] = _train(opt, tokens, cfg, arm, resume, console, known)
         reports[arm] = opt.report.to_dict()
     content = {
         "arms": {arm: {"val": r.val, "losses": r.losses, "tokens_per_s": r.tokens_per_s} for arm, r in results.items()},
@@ -95,7 +99,7 @@ def run_routing(
     }
     write_json(cfg.out / REPORT, content)
     console.print(table(content))
-    console.print(f"written to {cfg.out / REPORT}", markup=False, highlight=False, soft_wrap=True)
+    say(console, f"written to {cfg.out / REPORT}")
     return content
 
 
@@ -135,14 +139,23 @@ def _distilled(
     from ..grouter import distill, tap, tune
     from ..models.grouter import Grouter
 
-    folder = cfg.out / GROUTER
+    folder, seed = cfg.out / GROUTER, cfg.seed + TEACHER_SEED
+    steps = cfg.steps if steps is None else steps
+    known = identity(target, model if isinstance(model, str) else None, {**shared, "losses": losses})
+    # What the Grouter depends on: its teacher was trained with this, and it was distilled on batches of this.
+    origin = {**known, **cfg.identity(), "data": tokens.fingerprint, "distill_steps": steps}
     if resume and (folder / "config.json").exists():
-        return Grouter.from_pretrained(folder), _read(folder)
-    seed = cfg.seed + TEACHER_SEED
-    teacher = _without_own_losses(load_model(model, seed, tokens.vocab_size) if isinstance(model, str) else model)
+        made = _read(folder)
+        stored = made.get("distill", {}).get("settings", {}).get("identity")
+        if not compare(folder, {} if stored is None else {"identity": stored}, {"identity": origin}):
+            say(console, f"{folder} does not say how it was made (an earlier version of moefx wrote it); it is used")
+        return Grouter.from_pretrained(folder), made
+    teacher = _target(model, seed, tokens.vocab_size)
     own = replace(cfg, seed=seed)
     trained = optimized(teacher, tokens, own, None, {**shared, "losses": losses})
-    _train(trained, tokens, own, TEACHER, resume, console)
+    if not resume:
+        _make_room(cfg.out, console, [GROUTER])
+    _train(trained, tokens, own, TEACHER, resume, console, known)
 
     def batches(seed: int, first: int) -> Iterator[torch.Tensor]:
         return tokens.batches("train", cfg.batch, cfg.seq, cfg.seed + seed, first)
@@ -151,11 +164,10 @@ def _distilled(
     experts = cut(next(batches(DISTILL_SEED, 0))).shape[-1]
     torch.manual_seed(seed)
     grouter = _network(target, tokens.vocab_size, experts)
-    steps = cfg.steps if steps is None else steps
     kept = folder / CHECKPOINTS
     distilled = distill(
         cut, grouter, lambda step: batches(DISTILL_SEED, step), steps=steps, lr=2e-3, checkpoint=kept,
-        resume=resume and bool(checkpoints(kept)), report=folder / "distill",
+        resume=resume and bool(checkpoints(kept)), report=folder / "distill", identity=origin,
     )  # fmt: skip
     tuned = tune(
         grouter, lambda step: batches(TUNE_SEED, step), steps=max(1, steps // 5), lr=1e-3, k=cut.spec.k,
@@ -182,19 +194,25 @@ def _read(folder: Path) -> dict[str, Any]:
     return {n: json.loads(p.read_text(encoding="utf-8")) for n, p in found.items()} if found["tune"].exists() else {}
 
 
-def _train(opt: Any, tokens: TokenDataset, cfg: TrainConfig, arm: str, resume: bool, console: Console) -> TrainResult:
+def _train(
+    opt: Any, tokens: TokenDataset, cfg: TrainConfig, arm: str, resume: bool, console: Console, known: dict[str, Any]
+) -> TrainResult:
     own = replace(cfg, out=cfg.out / arm)
     begun = resume and bool(checkpoints(own.out / CHECKPOINTS))
-    return train(opt, tokens, own, resume=begun, label=arm, console=console)
+    return train(opt, tokens, own, resume=begun, label=arm, identity=known, console=console)
 
 
-def _without_own_losses(model: nn.Module) -> nn.Module:
-    """A copy in train mode that leaves the losses of its routers to `moefx.losses`."""
-    model = copy.deepcopy(model).train()
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "output_router_logits", False):
-        config.output_router_logits = False
-    return model
+def _make_room(out: Path, console: Console, more: list[str]) -> None:
+    """Not before the run can start: what lies there is worth more than a mistyped option."""
+    trained = [f"{arm}/{part}" for arm in (TEACHER, LEARNED, ROUTED) for part in RESULTS]
+    make_room(out, console, [*trained, *more, REPORT])
+
+
+def _target(model: str | nn.Module, seed: int, vocab_size: int) -> nn.Module:
+    """The model in train mode, a copy of a given one; it leaves the losses of its routers to `moefx.losses`."""
+    built = load_model(model, seed, vocab_size) if isinstance(model, str) else copy.deepcopy(model).train()
+    leave_balance_out(built)
+    return built
 
 
 def _unrouted(losses: str) -> list[Any]:

@@ -17,11 +17,14 @@ from rich.table import Table
 from torch import nn
 
 from ..errors import InputError
+from ..losses import LoadBalance
+from .aside import CHECKPOINTS, RESULTS, make_room, say
 from .checkpoint import checkpoints, latest
 from .config import TrainConfig
 from .data import TokenDataset, open_dataset, unigram_nats
-from .loop import CHECKPOINTS, TrainResult, set_aside, train
-from .models import load_model, vocab_size_of
+from .identity import added_losses, identity
+from .loop import TrainResult, train
+from .models import leave_balance_out, load_model, vocab_size_of
 from .parts import autocast, device_of, val_batches
 
 OPTIMIZED, ORIGINAL = "optimized", "original"
@@ -55,10 +58,11 @@ def run_training(
         model: as `load_model` takes it, or a module (which is left unchanged; its copies are trained).
         data: as `open_dataset` takes it, or a dataset.
         cfg: `cfg.out` receives `optimized/`, `original/` (checkpoints and metrics of each) and `report.json`.
-        recipe, options: passed to `optimize`.
+        recipe, options: passed to `optimize`. With "lb" among the losses, the optimized model's own balance loss
+            (`output_router_logits`) is switched off; the original keeps it.
         compare: "all" trains the original for as many steps, a number for so many, "none" not at all.
-        resume: continue a run that was interrupted, wherever it was. Otherwise earlier results are moved to
-            `previous-N`.
+        resume: continue a run that was interrupted, wherever it was; model, recipe and losses must be its own.
+            Otherwise earlier results, report.json too, are moved to `previous-N` once the model is compiled.
         optimize: in place of `moefx.optimize`.
 
     Returns:
@@ -74,30 +78,40 @@ def run_training(
     original = load_model(model, cfg.seed, tokens.vocab_size) if isinstance(model, str) else copy.deepcopy(model)
     original.train()
     tokens.check(seq=cfg.seq, model_vocab=vocab_size_of(original))
+    given = {"recipe": recipe, **(options or {})}
+    added = [item.name for item in added_losses(given)]
     outs = {name: replace(cfg, out=cfg.out / name) for name in (OPTIMIZED, ORIGINAL)}
     outs[ORIGINAL] = replace(outs[ORIGINAL], precision_every=0)  # it has no casts
     if resume:
         latest(outs[OPTIMIZED].out / CHECKPOINTS)  # nothing there: say so before the compiler runs, not after
-    else:  # both now: otherwise a later resume would take a finished run of another model for this one's
-        for sub in outs.values():
-            set_aside(sub.out)
 
     # Copied before either is trained: both start from the same bits.
-    opt = optimized(copy.deepcopy(original), tokens, cfg, optimize, {"recipe": recipe, **(options or {})})
-    result = train(opt, tokens, outs[OPTIMIZED], resume=resume, label=OPTIMIZED, console=console)
+    copied, spec = copy.deepcopy(original), model if isinstance(model, str) else None
+    if LoadBalance.name in added and leave_balance_out(copied):
+        say(console, "the balance loss of the model's own is switched off, in favour of 'lb'")
+    opt = optimized(copied, tokens, cfg, optimize, given)
+    if not resume:
+        # Only now that the run can start; and all of it: otherwise a later resume would take a finished run of another
+        # model for this one's.
+        make_room(cfg.out, console, [f"{name}/{part}" for name in outs for part in RESULTS] + [REPORT])
+    result = train(
+        opt, tokens, outs[OPTIMIZED], resume=resume, label=OPTIMIZED, console=console,
+        identity=identity(copied, spec, given),
+    )  # fmt: skip
     reference = None
     if steps:
         begun = resume and bool(checkpoints(outs[ORIGINAL].out / CHECKPOINTS))
         reference = train(
-            original, tokens, outs[ORIGINAL], resume=begun, label=ORIGINAL, stop_after=steps, console=console
-        )
+            original, tokens, outs[ORIGINAL], resume=begun, label=ORIGINAL, stop_after=steps, console=console,
+            identity=identity(original, spec),
+        )  # fmt: skip
     content = {
-        "train": summarize(result, reference, cfg, tokens, baseline(tokens, cfg)),
+        "train": summarize(result, reference, cfg, tokens, baseline(tokens, cfg), added),
         "report": opt.report.to_dict(),
     }
     write_json(cfg.out / REPORT, content)
     console.print(table(content))
-    console.print(f"written to {cfg.out / REPORT}", markup=False, highlight=False, soft_wrap=True)
+    say(console, f"written to {cfg.out / REPORT}")
     return content
 
 
@@ -129,6 +143,7 @@ def summarize(
     cfg: TrainConfig,
     data: TokenDataset,
     unigram: float | None,
+    losses_added: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The figures of a comparison, as JSON values.
 
@@ -136,12 +151,15 @@ def summarize(
         `optimized` and `original` (None when it was not trained): {final_loss, val_loss, val, losses, tokens_per_s,
         seconds, routing (of the last validation; empty where it was not measured)}; `max_difference`: {loss, step,
         steps}: the largest |difference| of the training losses, the step (from 1) where it is, and the number of steps
-        compared (None when nothing was); `unigram_nats`; `config`; `data`.
+        compared (None when nothing was, or when losses were added: the two then train for different things, and their
+        difference says nothing of the compiler); `losses_added`, short names; `unigram_nats`; `config`; `data`.
     """
+    comparable = original is not None and not losses_added
     return {
         OPTIMIZED: _figures(optimized),
         ORIGINAL: None if original is None else _figures(original),
-        "max_difference": None if original is None else max_difference(optimized.losses, original.losses),
+        "max_difference": max_difference(optimized.losses, original.losses) if original and comparable else None,
+        "losses_added": list(losses_added),
         "unigram_nats": unigram,
         "config": {**asdict(cfg), "out": str(cfg.out), "betas": list(cfg.betas)},
         "data": data.describe(),
@@ -166,8 +184,11 @@ def table(content: Mapping[str, Any]) -> Table:
     for heading in (OPTIMIZED, ORIGINAL, "difference"):
         view.add_column(heading, justify="right")
 
-    # Final losses are comparable only where both runs went equally far.
-    same_length = bool(ref) and len(ref["losses"]) == len(opt["losses"])
+    # Final losses are comparable only where both runs went equally far, for the same.
+    added = figures.get("losses_added", ())
+    same_length = bool(ref) and len(ref["losses"]) == len(opt["losses"]) and not added
+    if added and ref:
+        view.caption = f"no differences: {', '.join(added)} changes what the optimized model is trained for"
     for title, key in (("final training loss", "final_loss"), ("validation loss", "val_loss")):
         gap = abs(opt[key] - ref[key]) if same_length and None not in (opt[key], ref[key]) else None
         view.add_row(title, _text(opt[key], ".4f"), _text(ref.get(key), ".4f"), _text(gap, ".1e"))

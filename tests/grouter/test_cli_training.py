@@ -16,6 +16,7 @@ from moefx.errors import InputError
 from moefx.grouter import Grouter
 from moefx.grouter.cli_training import register
 from moefx.grouter.sources import load_data, load_teacher
+from moefx.train.checkpoint import CheckpointError
 
 from ..family import zoo
 
@@ -51,6 +52,9 @@ def test_distil_go_on_and_tune(teacher: Path, tmp_path: Path) -> None:
     assert (tmp_path / "g" / "report.md").is_file()
     again = run(*common, "--steps", 3, "--out", tmp_path / "g", "--resume")
     assert again["losses"] == found["losses"]
+    np.save(tmp_path / "ids.npy", np.random.default_rng(1).integers(0, 256, 2000))
+    with pytest.raises(CheckpointError, match=r"identity.data was .*, identity.seed was 0, is 1"):
+        run(*common, "--steps", 3, "--out", tmp_path / "g", "--resume", "--seed", 1)
     tuned = run(
         "tune", tmp_path / "g", "--data", tmp_path / "ids.npy", "--out", tmp_path / "t", "--k", 2, "--steps", 2, *TINY
     )

@@ -202,6 +202,26 @@ def test_resuming_is_bitwise_the_uninterrupted_run(tmp_path: Path) -> None:
         distill(teacher_of, again, stream, checkpoint=tmp_path, resume=True, **{**options, "lr": 1e-3})
 
 
+def test_a_new_distillation_moves_older_checkpoints_aside(tmp_path: Path) -> None:
+    """They are of higher steps: resuming would take them for those of the run that was interrupted."""
+    options: dict[str, Any] = dict(steps=4, checkpoint=tmp_path, checkpoint_every=2, **SETTINGS)
+    distill(lambda ids: -teacher_of(ids), student(), stream, **options)
+    with pytest.raises(KeyboardInterrupt):
+        distill(teacher_of, student(), stopping(3), **options)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["previous-1", "step-00000002"]
+    assert sorted(p.name for p in (tmp_path / "previous-1").iterdir()) == ["step-00000002", "step-00000004"]
+    found = distill(teacher_of, student(), stream, resume=True, **options)
+    assert found.losses == distill(teacher_of, student(), stream, steps=4, **SETTINGS).losses
+
+
+def test_another_teacher_or_other_data_are_refused_where_they_are_named(tmp_path: Path) -> None:
+    options: dict[str, Any] = dict(steps=2, checkpoint=tmp_path, **SETTINGS)
+    found = distill(teacher_of, student(), stream, identity={"teacher": "a", "seed": 0}, **options)
+    assert found.settings["identity"] == {"teacher": "a", "seed": 0}
+    with pytest.raises(CheckpointError, match=r"identity.teacher was 'a', is 'b', identity.seed was 0, is 1"):
+        distill(teacher_of, student(), stream, resume=True, identity={"teacher": "b", "seed": 1}, **options)
+
+
 def test_a_written_report(tmp_path: Path) -> None:
     found = distill(teacher_of, student(), stream, steps=3, report=tmp_path / "r", **SETTINGS)
     content = json.loads((tmp_path / "r" / "report.json").read_text())

@@ -100,6 +100,15 @@ def test_reports_for_people_and_missing_options(folder: Path) -> None:
         run(folder, "fold", grouter(folder), "--targets", "9", "--k", "3", "--out", str(folder / "f"))
 
 
+@pytest.mark.parametrize("command", ["affinity", "fold --targets 4", "expand --targets 12", "tune"])
+def test_a_file_in_the_place_of_the_folder_is_seen_before_the_work(folder: Path, command: str) -> None:
+    (folder / "file").write_text("in the way")
+    name, *more = command.split()
+    with pytest.raises(InputError, match="output directory cannot be written") as caught:
+        run(folder, name, grouter(folder), "--k", "2", *more, "--out", str(folder / "file"), window=name != "tune")
+    assert caught.value.where == str(folder / "file")
+
+
 def test_an_error_is_a_message_and_exit_status_2(tmp_path: Path) -> None:
     command = [
         sys.executable,

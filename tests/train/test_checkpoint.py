@@ -8,6 +8,7 @@ import random
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moefx.errors import MissingPackageError
+from moefx.module import OptimizedModule
 from moefx.train import checkpoint
 from moefx.train.checkpoint import CheckpointError
 from moefx.train.rng import get_rng_state, set_rng_state, undisturbed_rng
@@ -187,6 +189,27 @@ def test_a_failed_save_leaves_the_last_checkpoint(
     assert load(good, trained(seed=1)[0]).step == 3
 
 
+@pytest.mark.parametrize("writer", ["safetensors", "torch"])
+def test_what_the_writers_make_of_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str) -> None:
+    """Neither raises an OSError: safetensors has an error of its own, torch's archive a RuntimeError."""
+    from safetensors import SafetensorError
+
+    good = write(tmp_path, 3)
+
+    def full(*_: Any, **__: Any) -> None:
+        error = SafetensorError if writer == "safetensors" else RuntimeError
+        raise error("No space left on device\nand a second line")
+
+    if writer == "safetensors":
+        monkeypatch.setattr(checkpoint.safetensors(), "save_file", full)
+    else:
+        monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match="could not be written") as caught:
+        write(tmp_path, 4)
+    assert caught.value.why == "No space left on device"
+    assert [p.name for p in tmp_path.iterdir()] == [good.name]
+
+
 def test_remains_of_a_killed_process_are_removed_and_never_loaded(tmp_path: Path) -> None:
     (tmp_path / ".tmp-step-00000009-1").mkdir(parents=True)
     (tmp_path / "step-notes").mkdir()
@@ -296,6 +319,24 @@ def test_another_models_extra_state(tmp_path: Path) -> None:
     path = checkpoint.save(tmp_path, step=1, model=model, optimizer=optimizer, fingerprint={}, history={})
     with pytest.raises(CheckpointError, match=r"another model\n.*\n.*extra state of"):
         checkpoint.load(path, model=Plain(0.0), optimizer=optimizer, fingerprint={})
+
+
+@pytest.mark.parametrize(("stored", "wanted"), [(16, 0), (0, 16), (16, 4)])
+def test_another_history_of_delayed_scaling_changes_nothing(tmp_path: Path, stored: int, wanted: int) -> None:
+    def delayed(model: ToyLM, steps: int) -> OptimizedModule:
+        options = SimpleNamespace(recipe=SimpleNamespace(amax_history=steps), routing=None)
+        return OptimizedModule(model, lambda *_: None, options, None)  # type: ignore[arg-type,return-value]
+
+    model, optimizer = trained()
+    path = write(tmp_path, model=delayed(model, stored), optimizer=optimizer)
+    model, optimizer = trained(seed=1)
+    before, state = weights(model), optimizer.state_dict()["state"][0]["exp_avg"].clone()
+    with pytest.raises(CheckpointError, match="another recipe") as caught:
+        checkpoint.load(path, model=delayed(model, wanted), optimizer=optimizer, fingerprint=PRINT)
+    assert f"last {stored} steps was stored, the model's recipe keeps {wanted}" in str(caught.value.why)
+    assert same_bits(weights(model), before)
+    assert torch.equal(optimizer.state_dict()["state"][0]["exp_avg"], state)
+    assert checkpoint.load(path, model=delayed(model, stored), optimizer=optimizer, fingerprint=PRINT).step == 3
 
 
 def test_other_optimizer_groups(tmp_path: Path) -> None:

@@ -92,6 +92,33 @@ def test_frozen_parameters_and_old_gradients_do_not_matter(tmp_path: Path) -> No
     assert torch.equal(model.norm.weight, before)
 
 
+def test_an_optimizer_of_a_part_is_clipped_by_its_own_gradients(tmp_path: Path) -> None:
+    """What the rest gathers is neither part of the norm, nor does it pile up from step to step."""
+
+    def trained(name: str, freeze: bool) -> tuple[ToyLM, list[float]]:
+        model = ToyLM(dropout=0.0)
+        for parameter in (model.embed.weight, model.norm.bias) if freeze else ():
+            parameter.requires_grad_(False)
+        run(
+            toy_config(tmp_path / name, clip=0.01),
+            model,
+            make_optimizer=lambda m, cfg: torch.optim.SGD([model.norm.weight], lr=cfg.lr),
+        )
+        return model, [r["grad_norm"] for r in read_metrics(tmp_path / name) if r["kind"] == "train"]
+
+    (part, norms), (frozen, expected) = trained("part", False), trained("frozen", True)
+    assert norms == expected
+    assert same_bits(weights(part), weights(frozen))
+    assert all(p.grad is None for p in part.parameters())
+
+
+def test_a_model_without_anything_to_train(tmp_path: Path) -> None:
+    for optim in ("adamw", "muon"):
+        with pytest.raises(InputError, match="no parameter that trains"):
+            run(toy_config(tmp_path, optim=optim), ToyLM().requires_grad_(False))
+    assert not list(tmp_path.iterdir())
+
+
 def test_optimizer_groups() -> None:
     model = ToyLM()
     optimizer = adamw(model, TrainConfig(weight_decay=0.3))
@@ -239,9 +266,12 @@ def test_data_that_does_not_fit(tmp_path: Path) -> None:
         ({"lr": math.nan}, "lr=nan"),
         ({"clip": -0.5}, "clip=-0.5"),
         ({"seed": -1}, "seed=-1"),
+        ({"seed": 2**64}, "seed=18446744073709551616"),
         ({"keep": 0}, "keep=0"),
         ({"threads": 0}, "threads=0"),
         ({"betas": (0.9, 1.0)}, "betas"),
+        ({"optim": "muon", "betas": (0.8, 0.9)}, "betas"),
+        ({"optim": "soap-lite", "eps": 1e-6}, "eps"),
         ({"dtype": "bf61"}, "did you mean 'bf16'"),
         ({"eval_every": -1}, "eval_every=-1"),
     ],
@@ -279,6 +309,29 @@ def test_metrics_file(tmp_path: Path) -> None:
     assert {"lr", "grad_norm", "tokens_per_s"} < set(records[0])
     for line in (tmp_path / metrics.FILE).read_text().splitlines():
         json.loads(line)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_metrics_on_a_full_disk_are_lost_and_it_is_said_once(tmp_path: Path) -> None:
+    console = quiet()
+    written = metrics.Metrics(tmp_path, 0, console)
+    written.write("train", 1, loss=1.0)
+    file = written._file
+    with open("/dev/full", "ab", buffering=0) as written._file:
+        for step in (2, 3):
+            written.write("train", step, loss=1.0)
+    assert text_of(console).count("metrics cannot be written") == 1
+    assert "No space left" in text_of(console)
+    written._file = file  # there is room again
+    file.write(b'{"kind": "train", "st')  # what became of a line when the disk was full
+    written._torn = True
+    written.write("train", 4, loss=1.0)
+    written.close()
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 4]
+
+
+def test_the_output_may_be_text(tmp_path: Path) -> None:
+    assert TrainConfig(out=str(tmp_path)).out == tmp_path  # type: ignore[arg-type]
 
 
 def test_tensorboard(tmp_path: Path) -> None:

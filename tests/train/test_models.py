@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from moefx.errors import InputError, MissingPackageError
-from moefx.train.models import default_config, default_model, load_model, vocab_size_of
+from moefx.train.models import default_config, default_model, leave_balance_out, load_model, vocab_size_of
 
 from .toy import same_bits, weights
 
@@ -80,6 +80,16 @@ def test_configuration_file_or_its_directory(tmp_path: Path) -> None:
         assert config.output_router_logits
         assert not config.use_cache
         assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_a_configuration_that_states_its_balance_loss_keeps_it(tmp_path: Path, stated: bool) -> None:
+    pytest.importorskip("transformers")
+    model: Any = load_model(str(config_file(tmp_path / "config.json", output_router_logits=stated)))
+    assert model.config.output_router_logits is stated
+    assert leave_balance_out(model) is stated
+    assert model.config.output_router_logits is False
+    assert not leave_balance_out(nn.Linear(1, 1))
 
 
 @pytest.mark.parametrize(

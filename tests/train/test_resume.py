@@ -17,9 +17,10 @@ from torch import Tensor
 
 from moefx.train import checkpoint, metrics
 from moefx.train import loop as loop_module
+from moefx.train.aside import set_aside
 from moefx.train.checkpoint import CheckpointError
 from moefx.train.interrupt import StopRequest, TrainingInterrupted
-from moefx.train.loop import set_aside, train
+from moefx.train.loop import train
 
 from .runs import figures, interrupt_at, run
 from .toy import Output, ToyLM, quiet, same_bits, text_of, toy_config, toy_data, weights
@@ -113,6 +114,45 @@ def test_resuming_on_other_data_or_with_another_optimizer_is_refused(tmp_path: P
         train(ToyLM(), toy_data(seed=1), cfg, resume=True, console=quiet())
     with pytest.raises(CheckpointError, match="optimizer was"):
         run(cfg, resume=True, make_optimizer=lambda m, c: torch.optim.SGD(m.parameters()))
+
+
+RUN: dict[str, Any] = {"model": {"class": "toy", "theta": 1e4, "sizes": (1, 2)}, "recipe": "bf16", "losses": {}}
+
+
+def test_resuming_as_another_run_of_equal_shapes_is_refused(tmp_path: Path) -> None:
+    cfg = toy_config(tmp_path)
+    run(cfg, stop_after=3, identity=RUN)
+    other = {"model": {**RUN["model"], "theta": 7.0}, "recipe": "fp8_flow", "losses": {"lb": "LoadBalance(weight=10)"}}
+    with pytest.raises(CheckpointError, match="other settings") as caught:
+        run(cfg, resume=True, identity=other)
+    assert caught.value.why == (
+        "model.theta was 10000.0, is 7.0, recipe was 'bf16', is 'fp8_flow', "
+        "losses.lb was None, is 'LoadBalance(weight=10)'"
+    )
+    console = quiet()
+    assert len(run(cfg, resume=True, identity=RUN, console=console)[1].losses) == 12
+    assert "does not say" not in text_of(console)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_resumed_and_it_is_said(tmp_path: Path) -> None:
+    cfg = toy_config(tmp_path)
+    run(cfg, stop_after=3)  # without an identity, as all were
+    console = quiet()
+    assert len(run(cfg, ToyLM(), resume=True, identity=RUN, console=console, stop_after=5)[1].losses) == 5
+    assert "does not say of which model, recipe and losses" in text_of(console)
+    with pytest.raises(CheckpointError, match="recipe was"):  # the next one does
+        run(cfg, ToyLM(), resume=True, identity={**RUN, "recipe": "mxfp8"})
+    assert len(run(cfg, ToyLM(), resume=True)[1].losses) == 12  # who does not say either is not asked
+
+
+@pytest.mark.parametrize("garbage", [b"\xff\xfe{garb\n", b"{}\n", b"null\n", b'{"step": 2}\n', b"[1]\n"])
+def test_garbage_among_the_metrics_does_not_stop_a_resume(tmp_path: Path, garbage: bytes) -> None:
+    cfg = toy_config(tmp_path, eval_batches=0)
+    run(cfg, stop_after=2)
+    with (tmp_path / metrics.FILE).open("ab") as file:
+        file.write(garbage)
+    run(cfg, ToyLM(), resume=True, stop_after=3)
+    assert [step for _, step, _ in figures(tmp_path)] == [1, 2, 3]
 
 
 def test_settings_that_change_no_number_may_change(tmp_path: Path) -> None:

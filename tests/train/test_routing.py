@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import moefx
 from moefx.errors import InputError, MissingPackageError
+from moefx.losses import as_losses
 from moefx.train import checkpoint
 from moefx.train.data import open_dataset
 from moefx.train.inspect_routing import example_batches, inspect_routing, observe, together, traffic
@@ -94,6 +96,23 @@ def test_a_resumed_run_keeps_its_routing(tmp_path: Path) -> None:
         run(toy_config(tmp_path / "b"), Routed(), on_step=interrupt_at(12))
     resumed = run(toy_config(tmp_path / "b"), Routed(), resume=True)[1]  # nothing is left to do
     assert resumed.routing == whole.routing != {}
+
+
+@pytest.mark.parametrize("losses", ["sp,bias=0.1", "sp"])
+def test_biases_are_moved_once_per_optimizer_step_where_they_are_asked_for(tmp_path: Path, losses: str) -> None:
+    class Biased(ToyLM):
+        def __init__(self) -> None:
+            super().__init__()
+            self.options = SimpleNamespace(losses=as_losses(losses))
+            self.moved: list[tuple[int, bool]] = []
+
+        def update_router_bias(self) -> None:
+            self.moved.append((int(self.seen), torch.equal(self.embed.weight, ToyLM().embed.weight)))
+
+    model = Biased()
+    run(toy_config(tmp_path, steps=3, grad_accum=2), model)
+    # After both microbatches of 16 tokens, and after the weights moved.
+    assert model.moved == ([(32, False), (64, False), (96, False)] if "bias" in losses else [])
 
 
 def test_tensorboard_has_scalars_and_histograms(tmp_path: Path) -> None:
@@ -224,11 +243,25 @@ def test_inspect_of_a_model_routed_by_a_grouter(grouter: Path) -> None:
     assert inspect_routing("default", options={"codegen": "eager"}, **options)[0]["load"][0] != pytest.approx(load)
 
 
+@pytest.mark.parametrize("place", ["", "checkpoints", "optimized/checkpoints"])
+def test_weights_of_a_run_are_found_in_its_folder(tmp_path: Path, place: str) -> None:
+    for step, seed in ((1, 8), (2, 9)):
+        model = ToyLM(seed=seed)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        checkpoint.save(tmp_path / place, step=step, model=model, optimizer=optimizer, fingerprint={}, history={})
+    load_weights(found := ToyLM(), tmp_path)
+    assert torch.equal(found.embed.weight, ToyLM(seed=9).embed.weight)
+
+
 def test_weights_that_do_not_fit(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"weights cannot be loaded[\s\S]*embed"):
         load_weights(ToyLM(), trained)
     with pytest.raises(checkpoint.CheckpointError, match="no checkpoint"):
         load_weights(ToyLM(), tmp_path)
+    (tmp_path / "optimized" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(checkpoint.CheckpointError, match="no checkpoint") as caught:
+        load_weights(ToyLM(), tmp_path)
+    assert "resuming" not in str(caught.value.todo)
 
 
 def test_drawing_without_matplotlib_fails_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

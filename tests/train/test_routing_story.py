@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import moefx
+from moefx.train.checkpoint import CheckpointError
 from moefx.train.interrupt import TrainingInterrupted
 from moefx.train.metrics import read_metrics
 from moefx.train.routing_story import run_routing
 
-from .toy import VOCAB, quiet, toy_config, toy_data
+from .toy import VOCAB, quiet, text_of, toy_config, toy_data
 
 pytest.importorskip("transformers")
 CONFIG = {
@@ -53,6 +54,34 @@ def test_teacher_grouter_and_two_targets(tmp_path: Path) -> None:
     again = tell(tmp_path, "again", router=str(tmp_path / "run" / "grouter"))
     assert again["arms"]["routed"]["losses"] == arms["routed"]["losses"]
     assert not (tmp_path / "again" / "teacher").exists()
+    # A finished Grouter is not taken for that of a run with other settings or data.
+    for change in ({"cfg": toy_config(tmp_path / "run", seed=7)}, {"losses": "lb=1,z"}, {"data": toy_data(seed=1)}):
+        with pytest.raises(CheckpointError, match=r"identity\.(seed|losses\.lb|data) was"):
+            tell(tmp_path, resume=True, **change)
+
+
+def test_a_new_run_moves_the_earlier_one_aside_when_it_can_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moefx.train import routing_story
+
+    def stops(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "run"
+    names = ["teacher/checkpoints", "grouter/config.json", "routed/metrics.jsonl", "report.json"]
+    for name in names:
+        (out / name).mkdir(parents=True)
+    monkeypatch.setattr(routing_story, "train", stops)
+    with pytest.raises(moefx.RecipeError):
+        tell(tmp_path, recipe="fp8_flwo")
+    assert all((out / name).exists() for name in names)
+    monkeypatch.setattr(routing_story, "optimized", lambda *_: None)
+    console = quiet()
+    with pytest.raises(KeyboardInterrupt):
+        tell(tmp_path, console=console)
+    assert all((out / "previous-1" / name).exists() and not (out / name).exists() for name in names)
+    assert f"moved to {out / 'previous-1'}" in text_of(console)
 
 
 @pytest.mark.nightly

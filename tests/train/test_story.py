@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -200,6 +201,63 @@ def test_resume_continues_wherever_it_was(tmp_path: Path, label: str) -> None:
         assert content["train"][name]["val"] == expected["train"][name]["val"]
         steps = [r["step"] for r in read_metrics(tmp_path / "parts" / name) if r["kind"] == "train"]
         assert steps == list(range(1, 13))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"recipe": "fp8_flow"}, "recipe was 'bf16', is 'fp8_flow'"),
+        ({"options": {"losses": "sp=50"}}, 'losses.sp was None, is "Specialization(weight=50.0'),
+    ],
+)
+def test_a_run_is_resumed_as_itself_only(tmp_path: Path, change: dict[str, Any], named: str) -> None:
+    with interrupted("optimized", 4), pytest.raises(TrainingInterrupted):
+        tell(tmp_path, options={"codegen": "inductor"})
+    with pytest.raises(CheckpointError, match="other settings") as caught:
+        tell(tmp_path, resume=True, **change)
+    assert str(caught.value.why).startswith(named)
+    # What only measures, and what generates the code, may be another.
+    content = tell(tmp_path, resume=True, options={"codegen": "eager", "losses": "metrics"}, compare="none")
+    assert len(content["train"]["optimized"]["losses"]) == 12
+
+
+def test_a_start_that_fails_moves_nothing_and_one_that_does_not_moves_all(tmp_path: Path) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise InputError("no such recipe")
+
+    tell(tmp_path)
+    (tmp_path / "optimized" / "notes.txt").write_text("mine")
+    report = (tmp_path / story.REPORT).read_text()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match="no such recipe"):
+        tell(tmp_path, optimize=fails)
+    assert sorted(tmp_path.rglob("*")) == before
+    console = quiet()
+    tell(tmp_path, cfg=toy_config(tmp_path, seed=3), compare="none", console=console)
+    old = tmp_path / "previous-1"
+    assert f"moved to {old}" in text_of(console)
+    assert (old / story.REPORT).read_text() == report != (tmp_path / story.REPORT).read_text()
+    assert not (tmp_path / "original" / "checkpoints").exists()  # of another seed: no later resume may take it
+    assert (tmp_path / "optimized" / "notes.txt").read_text() == "mine"
+    # It is a run like any other.
+    assert tell(old, resume=True)["train"]["original"]["losses"] == json.loads(report)["train"]["original"]["losses"]
+
+
+def test_added_losses_are_not_compared_and_lb_takes_the_place_of_the_models_own(tmp_path: Path) -> None:
+    model, compiler, console = ToyLM(), FakeCompiler(), quiet()
+    model.config = SimpleNamespace(output_router_logits=True)  # type: ignore[assignment]
+    content = tell(tmp_path, model=model, optimize=compiler, options={"losses": "lb,metrics"}, console=console)
+    [(given, _, options, _)] = compiler.calls
+    assert options["losses"] == "lb,metrics"
+    assert not given.config.output_router_logits  # type: ignore[union-attr]
+    assert model.config.output_router_logits
+    assert "switched off, in favour of 'lb'" in text_of(console)
+    assert content["train"]["losses_added"] == ["lb"]
+    assert content["train"]["max_difference"] is None
+    assert "largest loss difference" not in text_of(console)
+    assert "no differences: lb changes what the optimized model is trained for" in text_of(console)
+    [row] = [line for line in text_of(console).splitlines() if "final training loss" in line]
+    assert [bool(cell.strip()) for cell in row.split("│")[2:5]] == [True, True, False]
 
 
 def test_resume_of_nothing(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What routing by a Grouter does to training, on the recipe of benchmarks/routing_effect.py. Nightly: 25 minutes."""
+"""What routing by a Grouter does to training, on the recipe of benchmarks/routing_effect.py. Nightly: 35 minutes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
         patch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
         effect: Any = importlib.import_module("routing_effect")
         effect.prepare(0, out)
-        for arm in ("learned", "grouter", "random", "random_unit", "sp_cp_10"):
+        for arm in ("learned", "grouter", "random", "random_unit", "sp_cp_10", "lb", "lb_sp_cp"):
             effect.run(arm, 0, out)
     rows = [line.split(",") for line in (out / "rows.csv").read_text().splitlines()]
     return {(arm, int(step), name): float(v) for _, arm, step, name, v in rows}
@@ -54,7 +54,9 @@ def test_the_structure_matters_not_that_it_is_frozen(measured: Measured) -> None
 
 
 @pytest.mark.nightly
-def test_specialization_and_coupling_at_ten_times_their_defaults(measured: Measured) -> None:
+@pytest.mark.parametrize(("without", "arm"), [("lb", "lb_sp_cp"), ("learned", "sp_cp_10")])
+def test_specialization_and_coupling(measured: Measured, without: str, arm: str) -> None:
+    """At their defaults beside load balance, and at ten times them beside a z-loss, too, which holds scores down."""
     for name in ("overlap", "token_entropy"):
-        assert measured["sp_cp_10", 1000, name] < measured["learned", 1000, name]
-    assert loss(measured, "sp_cp_10", 1000) <= loss(measured, "learned", 1000) + 0.01
+        assert measured[arm, 1000, name] < measured[without, 1000, name]
+    assert loss(measured, arm, 1000) <= loss(measured, without, 1000) + 0.01

@@ -41,6 +41,7 @@ class Joint:
     fake_mode: Any
     passthrough: dict[int, int]  # plain outputs that are an input unchanged: {output position: index into `inputs`}
     grad: bool
+    repeated: dict[int, int] = field(default_factory=dict)  # output that is an earlier one again: {position: first}
     extras: list[tuple[str, str]] = field(default_factory=list)  # kind and name of the outputs behind the model's own
 
     @property
@@ -63,10 +64,12 @@ def trace_joint(captured: Captured, *, grad: bool, codegen: str) -> Joint:
     """
     inductor = codegen == "inductor"
     extras = list(captured.graph.output_node().meta.get("moefx_extras", ()))
-    if extras:
-        compat.return_extras(captured.gm, len(extras))
+    places = compat.output_places(captured.gm, captured.args, captured.kwargs)
+    first: dict[int, int] = {}
+    repeated = {at: first[i] for at, i in places.items() if first.setdefault(i, at) != at}
+    compat.return_once(captured.gm, frozenset(repeated), len(extras))
     exported = _export(captured, grad, inductor)
-    views = [i for i in exported.aliases if i not in exported.input_outputs]
+    views = [places[i] for i in exported.aliases if i not in exported.input_outputs and i in places]
     if views:
         # A returned view of another tensor would have to be rebuilt from its base at run time. A copy has no base.
         _clone_outputs(captured.gm, views)
@@ -75,10 +78,11 @@ def trace_joint(captured: Captured, *, grad: bool, codegen: str) -> Joint:
         exported.gm,
         exported.inputs,
         exported.outputs,
-        exported.out_spec.child(0) if extras else exported.out_spec,
+        exported.out_spec.child(0),
         exported.fake_mode,
         exported.input_outputs,
         grad,
+        repeated,
         extras,
     )
     _refuse_unknown(joint)
@@ -102,6 +106,7 @@ def _export(captured: Captured, grad: bool, inductor: bool) -> compat.ExportedGr
 
 
 def _clone_outputs(gm: fx.GraphModule, positions: list[int]) -> None:
+    """Positions are those of the graph's own outputs."""
     out = gm.graph.output_node()
     args = list(out.args[0])  # type: ignore[arg-type]
     for i in positions:

@@ -178,6 +178,8 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
                 raise _not_raised(model, blocks)
             done(captured)
 
+        # Without an output to differentiate (token ids, detached values) there is no backward to trace.
+        grad = grad and bool(noted["moefx_differentiable"])
         with stage("joint") as done:  # stage 4
             joint = done(trace_joint(captured, grad=grad, codegen=o.codegen))
             check_symbolic(captured)

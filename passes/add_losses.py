@@ -272,7 +272,9 @@ def _finish(write: Writer, items: Sequence[Item], parts: dict[str, list[Any]], t
 
 def _add(write: Writer, outputs: list[Any], total: Any, balance: bool) -> None:
     """Put the sum of the losses into the model's own loss, or into the backward of its first output."""
-    named: dict[str, int] = write.graph.output_node().meta.get("moefx_outputs", {})
+    noted = write.graph.output_node().meta
+    named: dict[str, int] = noted.get("moefx_outputs", {})
+    trained: frozenset[int] = noted.get("moefx_differentiable", frozenset())
     if balance and "aux_loss" in named:
         raise PassError(
             "the model adds a load-balancing loss of its own, its output aux_loss",
@@ -281,15 +283,14 @@ def _add(write: Writer, outputs: list[Any], total: Any, balance: bool) -> None:
         )
     position = named.get("loss", -1)
     val = value(outputs[position]) if position >= 0 else None
-    if isinstance(val, torch.Tensor) and not val.dim() and val.requires_grad:
+    if position in trained and not val.dim():
         loss = write(outputs[position])
         outputs[position] = (loss + total.to(val.dtype)).node
         return
-    for i, node in enumerate(outputs):
-        val = value(node) if isinstance(node, fx.Node) else None
-        if isinstance(val, torch.Tensor) and val.requires_grad:
-            outputs[i] = ops.inject(write(node), total).node
-            return
+    if trained:
+        first = min(trained)
+        outputs[first] = ops.inject(write(outputs[first]), total).node
+        return
     raise PassError(
         "no output of the model is differentiable, so that losses would train nothing",
         todo="return the loss (labels=...), or an output that requires gradients",

@@ -163,8 +163,10 @@ def capture(
 
 
 def _differentiable(out: fx.Node) -> frozenset[int]:
-    """Positions of the outputs that the model computed and that have a gradient. Noted here, because the values of nodes
-    that passes make do not tell."""
+    """Positions of the outputs that the model computed and that have a gradient.
+
+    Noted at capture, because the values of nodes that passes make do not tell.
+    """
     returned: Any = out.args[0]
     made = {i: n.meta.get("example_value") for i, n in enumerate(returned) if isinstance(n, fx.Node)}
     inputs = {i for i in made if returned[i].op == "placeholder"}

@@ -128,8 +128,10 @@ def output_names(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def return_once(gm: fx.GraphModule, repeated: frozenset[int], extras: int) -> None:
-    """Let a captured graph return (what the model returns, tuple of the last `extras` outputs), with None for the leaves
-    at the positions `repeated`."""
+    """Let a captured graph return (what the model returns, tuple of the last `extras` outputs).
+
+    Leaves of the former at the positions `repeated` become None.
+    """
     unflatten: Any = gm._dynamo_bytecode_unflatten
 
     def both(outputs: Any, inputs: Any) -> Any:

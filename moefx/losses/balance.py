@@ -53,7 +53,7 @@ class LoadBalance(Loss):
     def local(self, tap: Taps) -> Any:
         """The layer's loss, or of the transformers form what is pooled: choices, their number, probabilities."""
         if self.form == "transformers":
-            return tap.counts, tap.ones.sum() / tap.k, tap.mean_rows(tap.softmax)
+            return tap.counts, tap.counted.sum(), tap.mean_rows(tap.softmax)
         if self.form == "sequence":
             return self._per_sequence(tap)
         counts = all_reduce(tap.counts) if self.form == "global" else tap.counts
@@ -65,7 +65,7 @@ class LoadBalance(Loss):
         """Sequences of any length: padding counts neither among choices nor among tokens."""
         chosen = tap.chosen.unflatten(0, (tap.batch, -1)).sum(1)
         scores = tap.scores if tap.mask is None else torch.where(tap.mask.unsqueeze(-1), tap.scores, 0)
-        tokens = (tap.ones.unflatten(0, (tap.batch, -1)).sum((1, 2)) / tap.k).clamp_min(1).unsqueeze(-1)
+        tokens = tap.counted.unflatten(0, (tap.batch, -1)).sum(1).clamp_min(1).unsqueeze(-1)
         mean = scores.unflatten(0, (tap.batch, -1)).sum(1) / tokens
         return (tap.experts / tap.k) * (chosen / tokens * mean).sum(-1).mean()
 

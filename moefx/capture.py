@@ -38,6 +38,8 @@ class Captured:
     kwargs: dict[str, Any]
     names: dict[str, str] = field(default_factory=dict)  # placeholder -> dotted parameter or buffer name, or input name
     dynamic: dict[str, list[int]] = field(default_factory=dict)  # input name -> axes that were captured as symbols
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # arguments of the call by their names, read or not
+    accepts: frozenset[str] = frozenset()  # names of all arguments of the forward
 
     @property
     def graph(self) -> fx.Graph:
@@ -159,7 +161,8 @@ def capture(
     out = gm.graph.output_node()
     out.meta["moefx_outputs"] = compat.output_names(gm, args, kwargs)
     out.meta["moefx_differentiable"] = _differentiable(out)
-    return Captured(gm, args, kwargs, names, axes)
+    accepts = frozenset(inspect.signature(model.forward).parameters)
+    return Captured(gm, args, kwargs, names, axes, tensors, accepts)
 
 
 def _differentiable(out: fx.Node) -> frozenset[int]:

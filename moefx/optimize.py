@@ -19,6 +19,7 @@ from .capture import as_call, capture, check_call, check_dynamic, check_symbolic
 from .delayed import attach
 from .errors import CaptureError, InputError, PassError, nearest
 from .graph.edit import copy_plain, value
+from .graph.tokens import called
 from .joint import Joint, compiler, split, trace_joint
 from .ledger import ledger
 from .losses import Item, as_losses
@@ -170,7 +171,8 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
             verifier = Verifier(compat.flat_inputs(captured.gm, args, kwargs), grad) if o.verify else None
             fakes = [value(n) for n in captured.graph.find_nodes(op="placeholder")]
             chain = o.passes if grad and model.training else observing(o.passes)
-            chain.run("model", captured.gm, report, compat.fake_mode_of(fakes), verifier)
+            with called(captured):
+                chain.run("model", captured.gm, report, compat.fake_mode_of(fakes), verifier)
             noted = captured.graph.output_node().meta
             report.losses, by_token = noted.get("moefx_losses", []), tuple(noted.get("moefx_routed", ()))
             rows = [r for r in report.passes if r.name in GRAPH_LEVEL]

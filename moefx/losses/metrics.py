@@ -23,7 +23,7 @@ SHAPES = {
     "mass": "[L] mean probability of the chosen experts together",
     "overlap": "[L] mean cos^2 over pairs of a token's experts; 0 for k = 1",
     "transitions": "[L-1, E, E] tokens whose first choice is e in one layer and v in the next",
-    "choices": "[L, T, k] int64 experts of every token, best first, -1 for none; with RoutingMetrics(choices=True)",
+    "choices": "[L, T, k] int64 experts of every token b*S+s, best first, -1 for none; RoutingMetrics(choices=True)",
 }
 SCORED = ("token_entropy", "marginal_entropy", "mass")
 
@@ -61,7 +61,9 @@ class RoutingMetrics(Item):
             "first": tap.first,
         }
         if self.choices:
-            found["choices"] = torch.where(tap.counted.unsqueeze(-1) > 0, tap.ranked, -1).to(torch.int64)
+            choices = torch.where(tap.counted.unsqueeze(-1) > 0, tap.ranked, -1).to(torch.int64)
+            # Whoever reads them has tokens [B, S].
+            found["choices"] = tap.by_sequence(choices).flatten(0, 1) if tap.layout == "sequence" else choices
         if tap.logits is None and tap.by_token is not None:
             tap = replace(tap, logits=tap.by_token, score="softmax")
         return found if tap.logits is None else found | _of_scores(tap)

@@ -24,8 +24,8 @@ class Taps:
     Attributes:
         path: module path of the layer, for reports and errors.
         k, experts: choices per token and number E of routed experts; shared experts take no part.
-        idx: [T, k] int64 chosen experts, after bias and group limits. What lies outside of 0..E-1 is no choice: one that
-            was dropped (a capacity), or that stands for no routed expert (an identity). It counts nowhere.
+        idx: [T, k] int64 chosen experts, after bias and group limits. What lies outside of 0..E-1 is no choice: one
+            that was dropped (a capacity), or that stands for no routed expert (an identity). It counts nowhere.
         logits: [T, E] router logits; None for a router that is not known.
         score: how the router scores them, one of `SCORES`; "identity" is a softmax over the k chosen logits.
         full: [T, E] the router's own softmax over all E in `dtype`, if it computes that.
@@ -38,7 +38,8 @@ class Taps:
         order: [S] t * k + j of each row, -1 where the row holds none.
         router, gate: [E, H] and [E, I, H] weights of the router and of the gate (or up) product.
         mask: [T] bool, which tokens count; None for all.
-        batch: number of sequences that the T tokens are made of, or None when that is not known.
+        batch: number B of sequences that the T tokens are made of, or None when that, or their order, is not known.
+        layout: "batch" when row b*S+s is token s of sequence b, "sequence" when row s*B+b is; where `batch` is known.
         chain: layers of one chain see the same tokens in the same order.
         bias: dotted name of the correction bias of the router, or "".
         dtype: dtype in which scores and reductions are computed.
@@ -62,6 +63,7 @@ class Taps:
     gate: Any = None
     mask: Any = None
     batch: Any = None
+    layout: str = "batch"
     chain: str = ""
     bias: str = ""
     dtype: torch.dtype = torch.float32
@@ -182,6 +184,12 @@ class Taps:
         return ops.permute(rows, self.slot.flatten(), self.order.unsqueeze(-1)).unflatten(0, (-1, self.k))
 
     # --- reductions over tokens
+
+    def by_sequence(self, rows: Any) -> Any:
+        """[B, S, ..] of [T, ..]."""
+        if self.layout == "sequence":
+            return rows.unflatten(0, (-1, self.batch)).transpose(0, 1)
+        return rows.unflatten(0, (self.batch, -1))
 
     def mean(self, values_T: Any) -> Any:
         """Mean of one value per token over the tokens that count."""

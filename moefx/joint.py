@@ -24,7 +24,7 @@ from . import compat
 from .capture import Captured
 from .errors import CaptureError, first_line
 from .graph.checkpointed import recompute_checkpointed
-from .graph.edit import copy_graph
+from .graph.edit import copy_graph, source_line
 
 Tensor = torch.Tensor
 Compiler = Callable[[fx.GraphModule], Callable[[list[Any]], Sequence[Any]]]
@@ -97,12 +97,26 @@ def _export(captured: Captured, grad: bool, inductor: bool) -> compat.ExportedGr
         return compat.export_graph(captured.gm, captured.args, captured.kwargs, grad=grad, inductor=inductor)
     except Exception as e:
         first = first_line(e)
+        _refuse_numbers(captured, e)
         raise CaptureError(
             "the captured model could not be traced into a training graph",
             why=f"{type(e).__name__}: {first}",
             todo="check that forward and backward run without moefx (a tensor changed in place that the backward needs "
             "fails there too), and that outputs are tensors and plain containers (use_cache=False: no cache)",
         ) from e
+
+
+def _refuse_numbers(captured: Captured, e: Exception) -> None:
+    """A clearer error for a model that could not be traced and returns Python numbers read off tensors."""
+    returned: Any = captured.graph.output_node().args[0]
+    for node in returned:
+        if isinstance(node, fx.Node) and node.target is torch.scalar_tensor:  # Dynamo's way to hand a float over
+            raise CaptureError(
+                "the model returns a Python number that it reads off a tensor",
+                where=source_line(node) or None,
+                why="a graph computes tensors; the number would be known to the process alone, after it ran",
+                todo="return the tensor, as loss.detach() instead of loss.item(), and read it outside of forward",
+            ) from e
 
 
 def _clone_outputs(gm: fx.GraphModule, positions: list[int]) -> None:

@@ -111,6 +111,15 @@ def optimize(
             why="its forward communicates and copies, which is no part of a graph",
             todo=f"optimize what is inside, and wrap that: {type(model).__name__}(moefx.optimize(model.module, ...))",
         )
+    inside = model.original if isinstance(model, OptimizedModule) else model
+    for path, m in inside.named_modules():
+        if isinstance(m, OptimizedModule):
+            raise InputError(
+                f"the model holds a module that is optimized already, {path}",
+                where=type(inside).__qualname__,
+                why="compiled graphs are no part of another graph",
+                todo="put its original in its place (`.original`) and optimize the whole, or optimize parts alone",
+            )
     if codegen not in CODEGENS:
         raise InputError(f"unknown codegen {codegen!r}", todo=nearest(str(codegen), CODEGENS))
     chosen = get_recipe(recipe)

@@ -61,13 +61,13 @@ class AddLosses(Pass):
             )
         tokens = Tokens(graph, [_experts_input(n) for n in layers])
         seen = [_rows(tokens, x, items) for x in ctx.at(tokens.layers)]  # trials run the graph as it was
-        for why in dict.fromkeys(rows.ignored for rows in seen if rows.ignored):
-            warnings.warn(f"losses and metrics of routing count masked tokens like all others: {why}", stacklevel=2)
+        for ignored in dict.fromkeys(rows.ignored for rows in seen if rows.ignored):
+            warnings.warn(f"losses and metrics of routing count masked tokens like all others: {ignored}", stacklevel=2)
         taps: list[Taps] = []
         parts: dict[str, list[Any]] = {item.name: [] for item in items}
-        for node, rows in zip(ctx.at(layers), seen, strict=True):
+        for node, own in zip(ctx.at(layers), seen, strict=True):
             with write.behind(node):
-                tap = _taps(write, node, rows)
+                tap = _taps(write, node, own)
                 for item in items:
                     if (why := item.refuses(tap)) is not None:
                         raise _refused(item, node, why)
@@ -313,8 +313,7 @@ def _add(write: Writer, outputs: list[Any], total: Any, balance: bool) -> None:
             todo="set config.output_router_logits=False, or leave LoadBalance out of losses",
         )
     position = named.get("loss", -1)
-    val = value(outputs[position]) if position >= 0 else None
-    if position in trained and not val.dim():
+    if position in trained and not (val := value(outputs[position])).dim():
         loss = write(outputs[position])
         outputs[position] = (loss + total.to(val.dtype)).node
         return

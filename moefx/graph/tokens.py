@@ -21,7 +21,7 @@ from moefx.capture import Captured
 from moefx.errors import PassError
 
 from .edit import module_path, same_sizes, value
-from .effects import writers
+from .effects import name_of, writers
 
 Tensor = torch.Tensor
 LAYOUTS = ("batch", "sequence")
@@ -225,6 +225,8 @@ class Tokens:
                 run.run(*values, enable_io_processing=False)
             except _Reached:
                 return run.found
+            finally:
+                run.leave()
         raise AssertionError("the nodes are in the graph")
 
 
@@ -258,9 +260,21 @@ class _Until(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, wanted: Sequence[fx.Node]) -> None:
         super().__init__(gm)
         self.missing, self.found = set(wanted), dict[fx.Node, Tensor]()
+        self.entered: dict[fx.Node, Any] = {}
+
+    def leave(self) -> None:
+        """Leave the regions (autocast) that the run ended in."""
+        for enter, region in reversed(self.entered.items()):
+            exits = [u.target for u in enter.users if name_of(u).startswith("_exit")]
+            for leave in exits[:1]:
+                leave(region)  # type: ignore[operator]
 
     def run_node(self, n: fx.Node) -> Any:
         out = super().run_node(n)
+        if name_of(n).startswith("_enter"):
+            self.entered[n] = out
+        elif name_of(n).startswith("_exit"):
+            self.entered.pop(n.args[0], None)  # type: ignore[arg-type]
         if n in self.missing:
             self.missing.discard(n)
             self.found[n] = out.clone()

@@ -166,6 +166,24 @@ def test_masks_of_another_kind_are_named() -> None:
             ref.optimize(Other(), inputs, losses="metrics")
 
 
+def test_a_trial_leaves_no_autocast_behind() -> None:
+    """It ends within the region that the model opens."""
+
+    class Narrow(LM):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return super().forward(input_ids, attention_mask)
+
+    inputs = {"input_ids": ids(), "attention_mask": padding()}
+    model = Narrow("sequence")
+    opt = ref.optimize(model, inputs, losses="metrics")
+    assert not torch.is_autocast_enabled("cpu")
+    opt(**inputs)
+    (m,) = layers(model, inputs, padding(), model.block.moe.gate)
+    load = [m.c(e) / (2 * len(m.tokens)) for e in range(m.experts)]
+    assert opt.routing["load"][0].tolist() == pytest.approx(load, abs=0.15)  # numbers are rounded
+
+
 class Translator(nn.Module):
     """Two stacks with as many tokens each. Each has a mask of its own."""
 

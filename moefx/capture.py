@@ -38,6 +38,8 @@ class Captured:
     kwargs: dict[str, Any]
     names: dict[str, str] = field(default_factory=dict)  # placeholder -> dotted parameter or buffer name, or input name
     dynamic: dict[str, list[int]] = field(default_factory=dict)  # input name -> axes that were captured as symbols
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # arguments of the call by their names, read or not
+    accepts: frozenset[str] = frozenset()  # names of all arguments of the forward
 
     @property
     def graph(self) -> fx.Graph:
@@ -156,8 +158,22 @@ def capture(
     placeholders = gm.graph.find_nodes(op="placeholder")
     values = compat.flat_inputs(gm, args, kwargs)
     names = {p.name: known.get(id(v), p.name) for p, v in zip(placeholders, values, strict=True)}
-    gm.graph.output_node().meta["moefx_outputs"] = compat.output_names(gm, args, kwargs)
-    return Captured(gm, args, kwargs, names, axes)
+    out = gm.graph.output_node()
+    out.meta["moefx_outputs"] = compat.output_names(gm, args, kwargs)
+    out.meta["moefx_differentiable"] = _differentiable(out)
+    accepts = frozenset(inspect.signature(model.forward).parameters)
+    return Captured(gm, args, kwargs, names, axes, tensors, accepts)
+
+
+def _differentiable(out: fx.Node) -> frozenset[int]:
+    """Positions of the outputs that the model computed and that have a gradient.
+
+    Noted at capture, because the values of nodes that passes make do not tell.
+    """
+    returned: Any = out.args[0]
+    made = {i: n.meta.get("example_value") for i, n in enumerate(returned) if isinstance(n, fx.Node)}
+    inputs = {i for i in made if returned[i].op == "placeholder"}
+    return frozenset(i for i, v in made.items() if isinstance(v, Tensor) and v.requires_grad and i not in inputs)
 
 
 def _by_transformers(model: nn.Module, effect: str) -> bool:

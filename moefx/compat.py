@@ -99,25 +99,46 @@ def flat_inputs(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any
     return list(flatten(*args, *kwargs.values()))
 
 
-def output_names(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
-    """Positions of a captured graph's outputs by the keys under which the model returns them at its top level."""
+def _marked(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Tensor]]:
+    """What the model returns when the outputs of its graph are these marks."""
     marks = [torch.empty(()) for _ in gm.graph.output_node().args[0]]  # type: ignore[union-attr]
     unflatten: Any = gm._dynamo_bytecode_unflatten
     returned = unflatten(tuple(marks), (*args, *kwargs.values()))
+    return returned, marks
+
+
+def output_places(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, int]:
+    """Which output of a captured graph each leaf of what the model returns is: {position: output}, in order.
+
+    A graph returns a tensor once, however often the model does. Leaves that no output is (inputs, constants) have none.
+    """
+    returned, marks = _marked(gm, args, kwargs)
+    position = {id(mark): i for i, mark in enumerate(marks)}
+    return {i: position[id(v)] for i, v in enumerate(pytree.tree_leaves(returned)) if id(v) in position}
+
+
+def output_names(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
+    """Positions of a captured graph's outputs by the keys under which the model returns them at its top level."""
+    returned, marks = _marked(gm, args, kwargs)
+    position = {id(mark): i for i, mark in enumerate(marks)}
     named = returned if isinstance(returned, Mapping) else getattr(returned, "__dict__", {})
     if isinstance(returned, tuple) and hasattr(returned, "_fields"):
         named = dict(zip(returned._fields, returned, strict=True))
-    position = {id(mark): i for i, mark in enumerate(marks)}
     return {str(key): position[id(v)] for key, v in named.items() if id(v) in position}
 
 
-def return_extras(gm: fx.GraphModule, count: int) -> None:
-    """Let a captured graph return (what the model returns, tuple of the last `count` outputs)."""
+def return_once(gm: fx.GraphModule, repeated: frozenset[int], extras: int) -> None:
+    """Let a captured graph return (what the model returns, tuple of the last `extras` outputs).
+
+    Leaves of the former at the positions `repeated` become None.
+    """
     unflatten: Any = gm._dynamo_bytecode_unflatten
 
     def both(outputs: Any, inputs: Any) -> Any:
-        own = len(outputs) - count
-        return unflatten(outputs[:own], inputs), tuple(outputs[own:])
+        own = len(outputs) - extras
+        leaves, spec = pytree.tree_flatten(unflatten(outputs[:own], inputs))
+        kept = [None if i in repeated else v for i, v in enumerate(leaves)]
+        return pytree.tree_unflatten(kept, spec), tuple(outputs[own:])
 
     codegen: Any = gm.graph._codegen
     codegen.dynamo_bytecode_unflatten = both

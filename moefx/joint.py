@@ -24,7 +24,7 @@ from . import compat
 from .capture import Captured
 from .errors import CaptureError, first_line
 from .graph.checkpointed import recompute_checkpointed
-from .graph.edit import copy_graph
+from .graph.edit import copy_graph, source_line
 
 Tensor = torch.Tensor
 Compiler = Callable[[fx.GraphModule], Callable[[list[Any]], Sequence[Any]]]
@@ -41,6 +41,7 @@ class Joint:
     fake_mode: Any
     passthrough: dict[int, int]  # plain outputs that are an input unchanged: {output position: index into `inputs`}
     grad: bool
+    repeated: dict[int, int] = field(default_factory=dict)  # output that is an earlier one again: {position: first}
     extras: list[tuple[str, str]] = field(default_factory=list)  # kind and name of the outputs behind the model's own
 
     @property
@@ -63,10 +64,12 @@ def trace_joint(captured: Captured, *, grad: bool, codegen: str) -> Joint:
     """
     inductor = codegen == "inductor"
     extras = list(captured.graph.output_node().meta.get("moefx_extras", ()))
-    if extras:
-        compat.return_extras(captured.gm, len(extras))
+    places = compat.output_places(captured.gm, captured.args, captured.kwargs)
+    first: dict[int, int] = {}
+    repeated = {at: first[i] for at, i in places.items() if first.setdefault(i, at) != at}
+    compat.return_once(captured.gm, frozenset(repeated), len(extras))
     exported = _export(captured, grad, inductor)
-    views = [i for i in exported.aliases if i not in exported.input_outputs]
+    views = [places[i] for i in exported.aliases if i not in exported.input_outputs and i in places]
     if views:
         # A returned view of another tensor would have to be rebuilt from its base at run time. A copy has no base.
         _clone_outputs(captured.gm, views)
@@ -75,10 +78,11 @@ def trace_joint(captured: Captured, *, grad: bool, codegen: str) -> Joint:
         exported.gm,
         exported.inputs,
         exported.outputs,
-        exported.out_spec.child(0) if extras else exported.out_spec,
+        exported.out_spec.child(0),
         exported.fake_mode,
         exported.input_outputs,
         grad,
+        repeated,
         extras,
     )
     _refuse_unknown(joint)
@@ -93,6 +97,7 @@ def _export(captured: Captured, grad: bool, inductor: bool) -> compat.ExportedGr
         return compat.export_graph(captured.gm, captured.args, captured.kwargs, grad=grad, inductor=inductor)
     except Exception as e:
         first = first_line(e)
+        _refuse_numbers(captured, e)
         raise CaptureError(
             "the captured model could not be traced into a training graph",
             why=f"{type(e).__name__}: {first}",
@@ -101,7 +106,21 @@ def _export(captured: Captured, grad: bool, inductor: bool) -> compat.ExportedGr
         ) from e
 
 
+def _refuse_numbers(captured: Captured, e: Exception) -> None:
+    """A clearer error for a model that could not be traced and returns Python numbers read off tensors."""
+    returned: Any = captured.graph.output_node().args[0]
+    for node in returned:
+        if isinstance(node, fx.Node) and node.target is torch.scalar_tensor:  # Dynamo's way to hand a float over
+            raise CaptureError(
+                "the model returns a Python number that it reads off a tensor",
+                where=source_line(node) or None,
+                why="a graph computes tensors; the number would be known to the process alone, after it ran",
+                todo="return the tensor, as loss.detach() instead of loss.item(), and read it outside of forward",
+            ) from e
+
+
 def _clone_outputs(gm: fx.GraphModule, positions: list[int]) -> None:
+    """Positions are those of the graph's own outputs."""
     out = gm.graph.output_node()
     args = list(out.args[0])  # type: ignore[arg-type]
     for i in positions:

@@ -19,6 +19,7 @@ from .capture import as_call, capture, check_call, check_dynamic, check_symbolic
 from .delayed import attach
 from .errors import CaptureError, InputError, PassError, nearest
 from .graph.edit import copy_plain, value
+from .graph.tokens import called
 from .joint import Joint, compiler, split, trace_joint
 from .ledger import ledger
 from .losses import Item, as_losses
@@ -110,6 +111,15 @@ def optimize(
             why="its forward communicates and copies, which is no part of a graph",
             todo="optimize what is inside, and wrap that: DistributedDataParallel(moefx.optimize(model.module, ...))",
         )
+    inside = model.original if isinstance(model, OptimizedModule) else model
+    for path, m in inside.named_modules():
+        if isinstance(m, OptimizedModule):
+            raise InputError(
+                f"the model holds a module that is optimized already, {path}",
+                where=type(inside).__qualname__,
+                why="compiled graphs are no part of another graph",
+                todo="put its original in its place (`.original`) and optimize the whole, or optimize parts alone",
+            )
     if codegen not in CODEGENS:
         raise InputError(f"unknown codegen {codegen!r}", todo=nearest(str(codegen), CODEGENS))
     chosen = get_recipe(recipe)
@@ -170,7 +180,8 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
             verifier = Verifier(compat.flat_inputs(captured.gm, args, kwargs), grad) if o.verify else None
             fakes = [value(n) for n in captured.graph.find_nodes(op="placeholder")]
             chain = o.passes if grad and model.training else observing(o.passes)
-            chain.run("model", captured.gm, report, compat.fake_mode_of(fakes), verifier)
+            with called(captured):
+                chain.run("model", captured.gm, report, compat.fake_mode_of(fakes), verifier)
             noted = captured.graph.output_node().meta
             report.losses, by_token = noted.get("moefx_losses", []), tuple(noted.get("moefx_routed", ()))
             rows = [r for r in report.passes if r.name in GRAPH_LEVEL]
@@ -178,6 +189,8 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
                 raise _not_raised(model, blocks)
             done(captured)
 
+        # Without an output to differentiate (token ids, detached values) there is no backward to trace.
+        grad = grad and bool(noted["moefx_differentiable"])
         with stage("joint") as done:  # stage 4
             joint = done(trace_joint(captured, grad=grad, codegen=o.codegen))
             check_symbolic(captured)

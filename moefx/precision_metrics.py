@@ -93,11 +93,13 @@ class Meter:
         marks = [torch.empty(()) for _ in range(spec.num_leaves)]
         out = pytree.tree_unflatten(marks, spec)
         loss = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", None)
-        return next((i for i, mark in enumerate(marks) if mark is loss), -1)
+        found = next((i for i, mark in enumerate(marks) if mark is loss), -1)
+        return self.joint.repeated.get(found, found)
 
     def _given(self, tangents: Any) -> dict[int, Tensor]:
         leaves = pytree.tree_leaves(tangents)
         known = {key: val for _, key, val in self.tangents}
+        known |= {i: known[first] for i, first in self.joint.repeated.items() if first in known}
         if len(leaves) != (count := self.joint.out_spec.num_leaves):
             raise InputError(
                 f"{len(leaves)} tangents were given for {count} outputs",
@@ -113,7 +115,11 @@ class Meter:
                 raise InputError(f"the tangent of output {i} does not fit it", why=f"got {got}, want {want}")
         if not given:
             raise InputError("every tangent is None", todo="give a tangent for at least one output")
-        return {i: t.detach() for i, t in given.items()}
+        summed: dict[int, Tensor] = {}
+        for i, t in given.items():
+            first = self.joint.repeated.get(i, i)
+            summed[first] = summed[first] + t.detach() if first in summed else t.detach()
+        return summed
 
 
 class _Reader(fx.Interpreter):

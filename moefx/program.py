@@ -57,6 +57,7 @@ class Program:
         names = [n.name for n, s in zip(placeholders, joint.inputs, strict=True) if s.kind != "tangent"]
         self.inputs = [s for s in joint.inputs if s.kind != "tangent"]
         self.out_spec, self.passthrough, self.extras = joint.out_spec, joint.passthrough, joint.extras
+        self.repeated = joint.repeated
         self.fw_graph, self.bw_graph, self._compile_bw = fw, bw, compile_bw
 
         outs = joint.outputs[: joint.fwd_outputs]
@@ -97,7 +98,7 @@ class Program:
         """For each backward compiled so far, the outputs whose tangents it expects."""
         return [sorted(key for name, key, _ in self.tangents if name not in absent) for absent in self._backwards]
 
-    def __call__(self, primals: list[Any], push: Push | None = None, kept: KeptCodes | None = None) -> Any:
+    def __call__(self, primals: Sequence[Any], push: Push | None = None, kept: KeptCodes | None = None) -> Any:
         """Run on values in `inputs` order; returns the graph's outputs, which `finish` puts in the model's structure.
 
         `push` takes the magnitudes of each half when there is a history of them; `kept` holds codes of weights that
@@ -109,6 +110,7 @@ class Program:
                 why="compiled graphs have no rules for these transforms",
                 todo="use loss.backward() or torch.autograd.grad; transform opt.original otherwise",
             )
+        primals = list(primals)  # the caller's list keeps the live tensors, some of which `finish` returns
         for i in self.clone_inputs:
             primals[i] = primals[i].detach().clone()
         codes = {}
@@ -118,11 +120,10 @@ class Program:
             with torch.no_grad(), compat.disable_autocast():
                 outs: Sequence[Any] = self.fw(self._arguments(primals, codes))
         else:
-            args = list(primals)
             for i in self.no_grad_inputs:
-                if isinstance(args[i], Tensor) and args[i].requires_grad:
-                    args[i] = args[i].detach()
-            outs = _Run.apply(self, push, kept, codes, *args)  # type: ignore[no-untyped-call]
+                if isinstance(primals[i], Tensor) and primals[i].requires_grad:
+                    primals[i] = primals[i].detach()
+            outs = _Run.apply(self, push, kept, codes, *primals)  # type: ignore[no-untyped-call]
             if push is not None and self.history_output is not None:
                 push(outs[self.history_output])
         return outs
@@ -131,13 +132,15 @@ class Program:
         return [primals[i] if isinstance(i, int) else codes[i] for i in self.fw_order]
 
     def finish(self, outs: Sequence[Any], primals: Sequence[Any], targets: Callable[[Any], Tensor]) -> Any:
-        """Write buffer updates back and rebuild the output structure."""
+        """Write buffer updates back and rebuild the output structure. `primals` as `__call__` got them."""
         with torch.no_grad():
             for i, slot in self.mutations:
                 targets(slot).copy_(outs[i])
         values = [outs[i] for i in self.results]
         for position, index in self.passthrough.items():
             values[position] = primals[index]
+        for position, first in self.repeated.items():
+            values[position] = values[first]
         return pytree.tree_unflatten(values[: len(values) - len(self.extras)], self.out_spec)
 
     def returned_extras(self, outs: Sequence[Any]) -> dict[tuple[str, str], Tensor]:

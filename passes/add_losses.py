@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -15,15 +16,14 @@ from moefx import compat
 from moefx.dialect.glu import GluKind
 from moefx.dialect.route import DTYPES, RouteSpec
 from moefx.errors import InputError, PassError
-from moefx.graph.edit import arguments, find, module_path, origin, same_sizes, source_line, targets, value
+from moefx.graph.edit import arguments, find, module_path, origin, source_line, targets, value
 from moefx.graph.effects import name_of
 from moefx.graph.router import MOVES, route_of
+from moefx.graph.tokens import Tokens
 from moefx.losses import BiasUpdate, Item, LoadBalance, Loss, RoutingMetrics, Taps
 from moefx.manager import Context, Pass
 
 ops = torch.ops.moefx
-# Inputs that show how many sequences there are, by their first axis.
-BATCHED = ("input_ids", "inputs_embeds", "attention_mask", "labels", "position_ids")
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,15 @@ class AddLosses(Pass):
             raise PassError(
                 "no routed experts are left for losses to read", todo="put add_losses behind expand_experts"
             )
+        tokens = Tokens(graph, [_experts_input(n) for n in layers])
+        seen = [_rows(tokens, x, items) for x in ctx.at(tokens.layers)]  # trials run the graph as it was
+        for ignored in dict.fromkeys(rows.ignored for rows in seen if rows.ignored):
+            warnings.warn(f"losses and metrics of routing count masked tokens like all others: {ignored}", stacklevel=2)
         taps: list[Taps] = []
         parts: dict[str, list[Any]] = {item.name: [] for item in items}
-        for node in ctx.at(layers):
+        for node, own in zip(ctx.at(layers), seen, strict=True):
             with write.behind(node):
-                tap = _taps(write, node)
+                tap = _taps(write, node, own)
                 for item in items:
                     if (why := item.refuses(tap)) is not None:
                         raise _refused(item, node, why)
@@ -115,7 +119,44 @@ class Writer(fx.proxy.GraphAppendingTracer):
 # --- what there is of a layer
 
 
-def _taps(write: Writer, node: fx.Node) -> Taps:
+@dataclass(frozen=True)
+class Rows:
+    """What the rows of a layer are: the mask [B, S] of its tokens, an input [B, S, ..] of them, and their order.
+
+    `ignored` says why a mask that was given is none of these tokens.
+    """
+
+    chain: str
+    mask: fx.Node | None
+    tokens: fx.Node | None
+    layout: str
+    ignored: str | None
+
+
+def _rows(tokens: Tokens, x: fx.Node, items: Sequence[Item]) -> Rows:
+    """The order is looked for where something depends on it: trials run the model up to its first experts."""
+    mask, ignored = tokens.mask(x)
+    asked = any(getattr(i, "form", "") == "sequence" or getattr(i, "choices", False) for i in items)
+    layout = tokens.layout(x) if mask is not None or asked else None
+    if mask is not None and layout is None:
+        raise PassError(
+            f"it is not known which row of the experts is which token of {tokens.mask_name(x)}",
+            where=_place(x),
+            why="with another first sequence, other rows change than its own in batch-major or sequence-major order",
+            todo="leave the mask out of example inputs, or losses out of optimize",
+        )
+    return Rows(tokens.chain(x), mask, tokens.sources(x)[0] if layout else None, layout or "batch", ignored)
+
+
+def _experts_input(node: fx.Node) -> fx.Node:
+    """[T, H] what the experts read whose rows `node` brings back to token order."""
+    while node.target not in targets(ops.permute):
+        node = node.args[0]  # type: ignore[assignment]
+    x: fx.Node = arguments(node)["x"]
+    return x
+
+
+def _taps(write: Writer, node: fx.Node, rows: Rows) -> Taps:
     """Everything that a loss may read of the layer whose rows `node` brings back to token order."""
     a = arguments(node)
     plan = a["slot"].args[0]
@@ -131,12 +172,12 @@ def _taps(write: Writer, node: fx.Node) -> Taps:
     while product.target in targets(ops.grouped_bias):
         product = arguments(product)["y"]
     activation = arguments(product)["x"]
-    T, k = value(a["slot"]).shape
+    k = value(a["slot"]).shape[1]
     found: dict[str, Any] = {
         "path": module_path(node), "k": int(k), "experts": int(arguments(plan)["E"]), "idx": write(idx),
         "w": write(a["w"]), "z": write(activation), "y": write(a["y"]),
         "slot": write(a["slot"]), "order": write(a["order"]),
-        "mask": _mask(write, T), "batch": _batch(write, T), "chain": _chain(module_path(node), T),
+        "mask": _mask(write, rows), "batch": _batch(write, rows), "layout": rows.layout, "chain": rows.chain,
     }  # fmt: skip
     route = route_of(idx)
     return Taps(**found, **(_unscored(write, node, idx) if route is None else _router(write, route, activation)))
@@ -218,30 +259,20 @@ def _gate(write: Writer, activation: fx.Node) -> tuple[fx.Node, Any] | None:
     return w, write(w)[:, ::2] if kind.interleaved else write(w)[:, :half]
 
 
-def _mask(write: Writer, T: Any) -> Any:
-    """[T] bool of an input called attention_mask [B, S] that has one entry per token."""
-    for node in write.graph.find_nodes(op="placeholder"):
-        val = value(node)
-        if node.meta.get("moefx_name") == "attention_mask" and val.dim() == 2:
-            return write(node).flatten().bool() if same_sizes([val.shape[0] * val.shape[1]], [T]) else None
-    return None
+def _mask(write: Writer, rows: Rows) -> Any:
+    """[T] bool, which tokens count."""
+    if rows.mask is None:
+        return None
+    mask = write(rows.mask)
+    return (mask.transpose(0, 1) if rows.layout == "sequence" else mask).flatten().bool()
 
 
-def _batch(write: Writer, T: Any) -> Any:
-    """Number of sequences, from an input [B, S, ..] with B * S tokens."""
-    for node in write.graph.find_nodes(op="placeholder"):
-        val = value(node)
-        if node.meta.get("moefx_name") in BATCHED and val.dim() > 1:
-            B, S = val.shape[:2]
-            if same_sizes([B * S], [T]):
-                return B if isinstance(B, int) else write(node).size(0)
-    return None
-
-
-def _chain(path: str, T: Any) -> str:
-    """Layers that see the same tokens: as many, and of one stack."""
-    stack = next((part for part in path.split(".") if part in ("encoder", "decoder")), "")
-    return f"{stack} {T}"
+def _batch(write: Writer, rows: Rows) -> Any:
+    """Number of sequences."""
+    if rows.tokens is None:
+        return None
+    B = value(rows.tokens).shape[0]
+    return B if isinstance(B, int) else write(rows.tokens).size(0)
 
 
 # --- what comes of it
@@ -272,7 +303,9 @@ def _finish(write: Writer, items: Sequence[Item], parts: dict[str, list[Any]], t
 
 def _add(write: Writer, outputs: list[Any], total: Any, balance: bool) -> None:
     """Put the sum of the losses into the model's own loss, or into the backward of its first output."""
-    named: dict[str, int] = write.graph.output_node().meta.get("moefx_outputs", {})
+    noted = write.graph.output_node().meta
+    named: dict[str, int] = noted.get("moefx_outputs", {})
+    trained: frozenset[int] = noted.get("moefx_differentiable", frozenset())
     if balance and "aux_loss" in named:
         raise PassError(
             "the model adds a load-balancing loss of its own, its output aux_loss",
@@ -280,16 +313,14 @@ def _add(write: Writer, outputs: list[Any], total: Any, balance: bool) -> None:
             todo="set config.output_router_logits=False, or leave LoadBalance out of losses",
         )
     position = named.get("loss", -1)
-    val = value(outputs[position]) if position >= 0 else None
-    if isinstance(val, torch.Tensor) and not val.dim() and val.requires_grad:
+    if position in trained and not (val := value(outputs[position])).dim():
         loss = write(outputs[position])
         outputs[position] = (loss + total.to(val.dtype)).node
         return
-    for i, node in enumerate(outputs):
-        val = value(node) if isinstance(node, fx.Node) else None
-        if isinstance(val, torch.Tensor) and val.requires_grad:
-            outputs[i] = ops.inject(write(node), total).node
-            return
+    if trained:
+        first = min(trained)
+        outputs[first] = ops.inject(write(outputs[first]), total).node
+        return
     raise PassError(
         "no output of the model is differentiable, so that losses would train nothing",
         todo="return the loss (labels=...), or an output that requires gradients",

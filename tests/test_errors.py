@@ -92,6 +92,15 @@ class Consumes(ref.Block):
         return y.sum()
 
 
+class ReadsOff(ref.Block):
+    """Returns its loss as a float, too."""
+
+    def forward(self, x: Tensor) -> Any:
+        """Both."""
+        loss = super().forward(x)
+        return {"loss": loss, "value": loss.item()}  # this line
+
+
 @dataclass(frozen=True)
 class Mine(moefx.Pass):
     """A user's pass."""
@@ -131,6 +140,16 @@ CASES: dict[str, Case] = {
         lambda: call(torch.nn.DataParallel(ref.Block()), ref.hidden()),
         moefx.InputError,
         ["the model is wrapped in DataParallel", "DistributedDataParallel(moefx.optimize(model.module, ...))"],
+    ),
+    "a part that is optimized already": (
+        lambda: call(torch.nn.Sequential(block(), torch.nn.Identity()), ref.hidden()),
+        moefx.InputError,
+        ["holds a module that is optimized already, 0", "where: Sequential", "`.original`"],
+    ),
+    "a number read off a tensor": (
+        lambda: call(ReadsOff(), ref.hidden()),
+        moefx.CaptureError,
+        ["returns a Python number", line_of(ReadsOff), "loss.detach()"],
     ),
     "a model that fails by itself": (
         lambda: call(Fails(), ref.hidden()),

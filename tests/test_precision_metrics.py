@@ -182,6 +182,18 @@ def test_a_model_without_a_loss_needs_tangents(inputs: dict[str, Tensor], rows: 
     assert opt.precision_metrics(**inputs, tangents=inputs["g"]) == rows
 
 
+class Twice(Layer):
+    def forward(self, x: Tensor, idx: Tensor, w: Tensor, g: Tensor) -> Any:
+        y = self.experts(x * 1.5, idx, w)
+        return {"y": y, "again": y}
+
+
+def test_tangents_of_one_tensor_under_two_names_add_up(inputs: dict[str, Tensor], rows: list[Row]) -> None:
+    opt, g = optimized(Twice(), inputs, "fp8_flow"), inputs["g"]
+    for tangents in ([g, None], [None, g], [g / 4, g * 0.75]):
+        assert opt.precision_metrics(**inputs, tangents=tangents) == rows
+
+
 # -- what must not change --------------------------------------------------------------------------------------------
 
 

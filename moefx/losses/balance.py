@@ -47,13 +47,13 @@ class LoadBalance(Loss):
     def refuses(self, tap: Taps) -> str | None:
         """Form "sequence" must know the sequences."""
         if self.form == "sequence" and tap.batch is None:
-            return "no input says how many sequences its tokens are made of (form='sequence')"
+            return "no input says which of its rows are a sequence (form='sequence')"
         return super().refuses(tap)
 
     def local(self, tap: Taps) -> Any:
         """The layer's loss, or of the transformers form what is pooled: choices, their number, probabilities."""
         if self.form == "transformers":
-            return tap.counts, tap.ones.sum() / tap.k, tap.mean_rows(tap.softmax)
+            return tap.counts, tap.counted.sum(), tap.mean_rows(tap.softmax)
         if self.form == "sequence":
             return self._per_sequence(tap)
         counts = all_reduce(tap.counts) if self.form == "global" else tap.counts
@@ -63,10 +63,10 @@ class LoadBalance(Loss):
     @staticmethod
     def _per_sequence(tap: Taps) -> Any:
         """Sequences of any length: padding counts neither among choices nor among tokens."""
-        chosen = tap.chosen.unflatten(0, (tap.batch, -1)).sum(1)
+        chosen = tap.by_sequence(tap.chosen).sum(1)
         scores = tap.scores if tap.mask is None else torch.where(tap.mask.unsqueeze(-1), tap.scores, 0)
-        tokens = (tap.ones.unflatten(0, (tap.batch, -1)).sum((1, 2)) / tap.k).clamp_min(1).unsqueeze(-1)
-        mean = scores.unflatten(0, (tap.batch, -1)).sum(1) / tokens
+        tokens = tap.by_sequence(tap.counted).sum(1).clamp_min(1).unsqueeze(-1)
+        mean = tap.by_sequence(scores).sum(1) / tokens
         return (tap.experts / tap.k) * (chosen / tokens * mean).sum(-1).mean()
 
     def check(self, taps: Sequence[Taps]) -> None:

@@ -23,7 +23,7 @@ SHAPES = {
     "mass": "[L] mean probability of the chosen experts together",
     "overlap": "[L] mean cos^2 over pairs of a token's experts; 0 for k = 1",
     "transitions": "[L-1, E, E] tokens whose first choice is e in one layer and v in the next",
-    "choices": "[L, T, k] int64 experts of every token, best first, -1 for none; with RoutingMetrics(choices=True)",
+    "choices": "[L, T, k] int64 experts of every token b*S+s, best first, -1 for none; RoutingMetrics(choices=True)",
 }
 SCORED = ("token_entropy", "marginal_entropy", "mass")
 
@@ -52,17 +52,18 @@ class RoutingMetrics(Item):
     def local(self, tap: Taps) -> dict[str, Any]:
         """One layer's numbers, and each token's first choice."""
         load = tap.counts / tap.counts.sum().clamp_min(1)
-        pairs = tap.k * (tap.k - 1)
         found = {
             "experts": torch.full_like(tap.counts[0], tap.experts),
             "load": load,
             "max_violation": load.amax() * tap.experts - 1,
             "dead_experts": (tap.counts == 0).sum().to(tap.dtype),
-            "overlap": tap.mean(tap.overlap(1e-12)) / pairs if pairs else torch.zeros_like(tap.counts[0]),
+            "overlap": _overlap(tap) if tap.k > 1 else torch.zeros_like(tap.counts[0]),
             "first": tap.first,
         }
         if self.choices:
-            found["choices"] = torch.where(tap.ones > 0, tap.ranked, -1).to(torch.int64)
+            choices = torch.where(tap.counted.unsqueeze(-1) > 0, tap.ranked, -1).to(torch.int64)
+            # Whoever reads them has tokens [B, S].
+            found["choices"] = tap.by_sequence(choices).flatten(0, 1) if tap.layout == "sequence" else choices
         if tap.logits is None and tap.by_token is not None:
             tap = replace(tap, logits=tap.by_token, score="softmax")
         return found if tap.logits is None else found | _of_scores(tap)
@@ -84,6 +85,12 @@ class RoutingMetrics(Item):
         return stacked
 
 
+def _overlap(tap: Taps) -> Any:
+    """Mean over the pairs that there are: tokens of which choices were dropped make fewer."""
+    n_T = tap.ones.sum(-1)
+    return torch.where(n_T > 0, tap.overlap(1e-12), 0).sum() / (n_T * (n_T - 1)).sum().clamp_min(1)
+
+
 def _of_scores(tap: Taps) -> dict[str, Any]:
     mean, largest = tap.mean_rows(tap.scores), math.log(max(tap.experts, 2))
     return {
@@ -96,5 +103,6 @@ def _of_scores(tap: Taps) -> dict[str, Any]:
 def _transitions(first: Any, tap: Taps, then: Any, behind: Taps, E: int) -> Any:
     zeros = tap.counts.new_zeros((E * E,))
     if tap.chain == behind.chain:
-        zeros = zeros.index_add(0, first * E + then, tap.ones.select(-1, 0))
+        both = (first >= 0) & (then >= 0)  # a token without an expert in one of the layers takes part in neither
+        zeros = zeros.index_add(0, torch.where(both, first * E + then, 0), both.to(tap.dtype) * tap.counted)
     return zeros.view((E, E))

@@ -24,7 +24,8 @@ class Taps:
     Attributes:
         path: module path of the layer, for reports and errors.
         k, experts: choices per token and number E of routed experts; shared experts take no part.
-        idx: [T, k] int64 chosen experts, after bias and group limits.
+        idx: [T, k] int64 chosen experts, after bias and group limits. What lies outside of 0..E-1 is no choice: one
+            that was dropped (a capacity), or that stands for no routed expert (an identity). It counts nowhere.
         logits: [T, E] router logits; None for a router that is not known.
         score: how the router scores them, one of `SCORES`; "identity" is a softmax over the k chosen logits.
         full: [T, E] the router's own softmax over all E in `dtype`, if it computes that.
@@ -37,7 +38,8 @@ class Taps:
         order: [S] t * k + j of each row, -1 where the row holds none.
         router, gate: [E, H] and [E, I, H] weights of the router and of the gate (or up) product.
         mask: [T] bool, which tokens count; None for all.
-        batch: number of sequences that the T tokens are made of, or None when that is not known.
+        batch: number B of sequences that the T tokens are made of, or None when that, or their order, is not known.
+        layout: "batch" when row b*S+s is token s of sequence b, "sequence" when row s*B+b is; where `batch` is known.
         chain: layers of one chain see the same tokens in the same order.
         bias: dotted name of the correction bias of the router, or "".
         dtype: dtype in which scores and reductions are computed.
@@ -61,6 +63,7 @@ class Taps:
     gate: Any = None
     mask: Any = None
     batch: Any = None
+    layout: str = "batch"
     chain: str = ""
     bias: str = ""
     dtype: torch.dtype = torch.float32
@@ -107,42 +110,66 @@ class Taps:
     @cached_property
     def mass(self) -> Any:
         """[T] probability of the chosen experts together."""
-        return torch.gather(self.scores, -1, self.idx).sum(-1)
+        return torch.where(self.kept, torch.gather(self.scores, -1, self._inside), 0).sum(-1)
 
     @cached_property
     def worth(self) -> Any:
-        """[T, k] what a token's choices are ordered by: scores, or routing weights where scores are not known."""
-        return self.w if self.logits is None else torch.gather(self.scores, -1, self.idx)
+        """[T, k] what a token's choices are ordered by: scores, or routing weights where scores are not known.
+
+        Choices of no expert come last.
+        """
+        worth = self.w if self.logits is None else torch.gather(self.scores, -1, self._inside)
+        return torch.where(self.kept, worth, float("-inf"))
 
     @cached_property
     def first(self) -> Any:
-        """[T] the best of the chosen experts."""
-        return torch.gather(self.idx, -1, self.worth.argmax(-1, keepdim=True)).squeeze(-1)
+        """[T] the best of the chosen experts; -1 for none."""
+        return torch.gather(self._or_none, -1, self.worth.argmax(-1, keepdim=True)).squeeze(-1)
 
     @cached_property
     def ranked(self) -> Any:
-        """[T, k] the chosen experts, best first."""
-        return torch.gather(self.idx, -1, torch.topk(self.worth, self.k)[1])
+        """[T, k] the chosen experts, best first; -1 for none."""
+        return torch.gather(self._or_none, -1, torch.topk(self.worth, self.k)[1])
 
     # --- counts
 
     @cached_property
-    def ones(self) -> Any:
-        """[T, k] 1 for every choice of a token that counts, else 0."""
+    def kept(self) -> Any:
+        """[T, k] bool, which choices are one of the E experts."""
+        return (self.idx >= 0) & (self.idx < self.experts)
+
+    @cached_property
+    def _inside(self) -> Any:
+        """[T, k] the choices as an index; what is not kept reads expert 0, and is taken out of what is read."""
+        return torch.where(self.kept, self.idx, 0)
+
+    @cached_property
+    def _or_none(self) -> Any:
+        """[T, k] the choices, -1 for none."""
+        return torch.where(self.kept, self.idx, -1)
+
+    @cached_property
+    def counted(self) -> Any:
+        """[T] 1 for every token that counts, else 0."""
         if self.mask is None:
-            return torch.ones_like(self.idx, dtype=self.dtype)
-        return self.mask.to(self.dtype).unsqueeze(-1).expand_as(self.idx)
+            return torch.ones_like(self.idx.select(-1, 0), dtype=self.dtype)
+        return self.mask.to(self.dtype)
+
+    @cached_property
+    def ones(self) -> Any:
+        """[T, k] 1 for every choice of an expert by a token that counts, else 0."""
+        return self.kept.to(self.dtype) * self.counted.unsqueeze(-1)
 
     @cached_property
     def counts(self) -> Any:
         """[E] how many choices fell on each expert."""
         zeros = self.idx.new_zeros((self.experts,), dtype=self.dtype)
-        return zeros.index_add(0, self.idx.flatten(), self.ones.flatten())
+        return zeros.index_add(0, self._inside.flatten(), self.ones.flatten())
 
     @cached_property
     def chosen(self) -> Any:
         """[T, E] 1 for every choice, else 0."""
-        return torch.zeros_like(self.scores).scatter(-1, self.idx, self.ones)
+        return torch.zeros_like(self.scores).scatter_add(-1, self._inside, self.ones)
 
     # --- activations
 
@@ -157,6 +184,12 @@ class Taps:
         return ops.permute(rows, self.slot.flatten(), self.order.unsqueeze(-1)).unflatten(0, (-1, self.k))
 
     # --- reductions over tokens
+
+    def by_sequence(self, rows: Any) -> Any:
+        """[B, S, ..] of [T, ..]."""
+        if self.layout == "sequence":
+            return rows.unflatten(0, (-1, self.batch)).transpose(0, 1)
+        return rows.unflatten(0, (self.batch, -1))
 
     def mean(self, values_T: Any) -> Any:
         """Mean of one value per token over the tokens that count."""

@@ -23,6 +23,7 @@ from . import compat
 from .dialect.token_route import token_route
 from .errors import InputError
 from .graph.edit import find, value
+from .graph.trial import values_of
 
 Tensor = torch.Tensor
 GATES, LAYOUTS, NORMALISERS = ("router", "layer"), ("batch", "sequence"), ("softmax", "sigmoid")
@@ -248,7 +249,7 @@ def mark_layout(gm: fx.GraphModule, values: list[Any], names: dict[str, str], id
     other[at][0] = (
         other[at][0].flip(0).roll(1) if not bool((values[at][0] == values[at][0, 0]).all()) else values[at][1]
     )
-    was, now = (_until(gm, v, x) for v in (values, other))
+    was, now = (values_of(gm, [_own(v) for v in vs], [x])[x] for vs in (values, other))
     moved = (was != now).flatten(1).any(1)
     rows = torch.arange(B * S, device=moved.device)
     changed = values[at][0] != other[at][0]
@@ -285,28 +286,8 @@ def _check_experts(gm: fx.GraphModule, marker: fx.Node, values: list[Any]) -> No
         raise InputError("routing_idx gives a token one expert twice", todo="give k different experts for each token")
 
 
-def _until(gm: fx.GraphModule, values: list[Any], wanted: fx.Node) -> Tensor:
-    """The value of one node of a model graph; nothing behind it runs."""
-
-    class Until(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            out = super().run_node(n)
-            if n is wanted:
-                raise _Reached(out)
-            return out
-
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), compat.no_fake():
-        torch.manual_seed(0)
-        try:
-            Until(gm).run(*[v.clone() if isinstance(v, Tensor) else v for v in values], enable_io_processing=False)
-        except _Reached as e:
-            return e.found
-    raise AssertionError("the node is in the graph")
-
-
-class _Reached(BaseException):
-    def __init__(self, found: Tensor) -> None:
-        self.found = found
+def _own(v: Any) -> Any:
+    return v.clone() if isinstance(v, Tensor) else v
 
 
 __all__ = ["FutureTokensWarning", "Precomputed", "Routing", "as_routing", "check_causal", "mark_layout", "routed"]

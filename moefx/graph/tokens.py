@@ -21,7 +21,8 @@ from moefx.capture import Captured
 from moefx.errors import PassError
 
 from .edit import module_path, same_sizes, value
-from .effects import name_of, writers
+from .effects import writers
+from .trial import values_of
 
 Tensor = torch.Tensor
 LAYOUTS = ("batch", "sequence")
@@ -209,7 +210,6 @@ class Tokens:
     def _run(self, wanted: Sequence[fx.Node], changed: dict[fx.Node, Tensor]) -> dict[fx.Node, Tensor]:
         """Values of nodes with some inputs replaced. Nothing behind the last one runs, and no tensor is written to."""
         assert self.call is not None
-        assert self.graph.owning_module is not None
         values = [v.detach() if isinstance(v, Tensor) else v for v in self.call.values]
         written = writers(self.graph)
         for node, i in self.at.items():
@@ -217,17 +217,8 @@ class Tokens:
                 values[i] = changed[node]
             elif isinstance(values[i], Tensor) and written(node):
                 values[i] = values[i].clone()
-        devices = list({v.device for v in values if isinstance(v, Tensor) and v.device.type == "cuda"})
-        run = _Until(self.graph.owning_module, wanted)
-        with torch.random.fork_rng(devices=devices), torch.no_grad(), compat.no_fake():
-            torch.manual_seed(0)
-            try:
-                run.run(*values, enable_io_processing=False)
-            except _Reached:
-                return run.found
-            finally:
-                run.leave()
-        raise AssertionError("the nodes are in the graph")
+        assert self.graph.owning_module is not None
+        return values_of(self.graph.owning_module, values, wanted)
 
 
 def _first_sequence(B: int, S: int) -> tuple[Tensor, Tensor]:
@@ -248,36 +239,3 @@ def _other(t: Tensor, tokens: slice) -> Tensor:
         a, b = (known[0], known[1]) if len(known) > 1 else (known[0], known[0] - 1 if known[0] > 0 else known[0] + 1)
         new[0, tokens] = torch.where(part == a, b, a).to(part.dtype)
     return new
-
-
-class _Reached(BaseException):
-    """All wanted nodes were computed."""
-
-
-class _Until(fx.Interpreter):
-    """Runs a graph until the last of some nodes."""
-
-    def __init__(self, gm: fx.GraphModule, wanted: Sequence[fx.Node]) -> None:
-        super().__init__(gm)
-        self.missing, self.found = set(wanted), dict[fx.Node, Tensor]()
-        self.entered: dict[fx.Node, Any] = {}
-
-    def leave(self) -> None:
-        """Leave the regions (autocast) that the run ended in."""
-        for enter, region in reversed(self.entered.items()):
-            exits = [u.target for u in enter.users if name_of(u).startswith("_exit")]
-            for leave in exits[:1]:
-                leave(region)  # type: ignore[operator]
-
-    def run_node(self, n: fx.Node) -> Any:
-        out = super().run_node(n)
-        if name_of(n).startswith("_enter"):
-            self.entered[n] = out
-        elif name_of(n).startswith("_exit"):
-            self.entered.pop(n.args[0], None)  # type: ignore[arg-type]
-        if n in self.missing:
-            self.missing.discard(n)
-            self.found[n] = out.clone()
-            if not self.missing:
-                raise _Reached
-        return out

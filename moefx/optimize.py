@@ -69,7 +69,7 @@ def optimize(
     mesh: Any = None,
     strict: bool = False,
 ) -> OptimizedModule:
-    """Compile a Mixture-of-Experts model for training. The model keeps its parameters; nothing of it is changed.
+    """Compile a Mixture-of-Experts model for training. It keeps its parameters; none of its tensors is changed.
 
     Args:
         model: any nn.Module with MoE blocks that moefx can raise (transformers 5 models; docs/models.md).

@@ -26,7 +26,7 @@ from moefx.errors import InputError
 from moefx.raising.block import Raising
 from moefx.raising.find import Outcome, chains, raise_all, within
 from moefx.raising.outline import EXPERT_NAME, outline
-from moefx.raising.probe import Seen, observed, undisturbed
+from moefx.raising.probe import Seen, observed, undisturbed, unlike
 from moefx.raising.replay import Assembly
 
 Tensor = torch.Tensor
@@ -162,7 +162,7 @@ def _replaced(
                         m._parameters[name] = nn.Parameter(whole, requires_grad=any(p.requires_grad for p in params))
                     done[-1][2].append(name)
             new = o.raising.replay.forward(m, live=live, experts=None if experts is None else experts(o.path))
-            m.__dict__["forward"] = _in_mode(m, new, own) if live else new
+            m.__dict__["forward"] = _as_proven(m, o.raising.seen, new, own) if live else new
         yield
     finally:
         for m, forward, names in done:
@@ -173,12 +173,12 @@ def _replaced(
                 m.__dict__["forward"] = forward
 
 
-def _in_mode(module: nn.Module, new: Any, own: Any) -> Any:
-    """The new forward in the mode that it was proven in, and the block's own in others."""
+def _as_proven(module: nn.Module, seen: Seen, new: Any, own: Any) -> Any:
+    """The new forward in the mode and with the constants that it was proven with, and the block's own with others."""
     modes = [m.training for m in module.modules()]
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        same = [m.training for m in module.modules()] == modes
+        same = [m.training for m in module.modules()] == modes and unlike(seen.call, (args, kwargs)) is None
         return new(*args, **kwargs) if same else own(*args, **kwargs)
 
     return forward

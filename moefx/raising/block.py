@@ -23,16 +23,19 @@ from .outline import nearest_in_code
 from .pattern import weights_differ
 from .probe import Inputs, Seen, copy_of
 from .reading import Reading
-from .record import Record, objects, record
+from .record import Record, has_hooks, objects, record
 from .replay import Assembly, Replay, emit
 from .slice import NoSlice, Program, Region, cut, drawn_inside
 
 RUNS = ((2, 12), (3, 7), (5, 10))
+FINAL = 6
 _VARIANTS = 4  # ways to read a record that are tried before giving up
 
 
 class NotRaised(Exception):  # noqa: N818  an answer, not a fault
-    """Why a module is left as it is. `stage` counts how far it came, for choosing among reasons."""
+    """Why a module is left as it is. `stage` counts how far it came, for choosing among reasons; from `FINAL` on, what is
+    around the module need not be tried.
+    """
 
     def __init__(self, why: str, stage: int = 0) -> None:
         super().__init__(why)
@@ -41,11 +44,12 @@ class NotRaised(Exception):  # noqa: N818  an answer, not a fault
 
 @dataclass
 class Raising:
-    """A raised block: how it runs now, and the proof that it computes what it did."""
+    """A raised block: how it runs now, the proof that it computes what it did, and the call that it is proven for."""
 
     idiom: str
     replay: Replay
     certificate: Certificate
+    seen: Seen
 
     @property
     def assemblies(self) -> dict[str, Assembly]:
@@ -69,6 +73,8 @@ def raise_block(block: nn.Module, seen: Seen, low: torch.dtype | None = None) ->
     if not banks:
         raise NotRaised("no parameters that come once per expert")
     _refuse_hooks(block, banks)
+    if (what := seen.difference()) is not None:
+        raise NotRaised(f"{nearest_in_code(block)}, but it is called in several ways: with {what}", FINAL)
     own = next((p.dtype for p in block.parameters() if p.is_floating_point()), torch.float32)
     inputs = Inputs(seen)
     try:
@@ -100,7 +106,7 @@ def certify_like(block: nn.Module, seen: Seen, first: Raising, low: torch.dtype 
     except Refuted as e:
         near = nearest_to(first.idiom.partition(":")[0])
         raise NotRaised(f"{near} like one that was raised, but {_for_case(e)}", 4) from e
-    return Raising(first.idiom, first.replay, proof)
+    return Raising(first.idiom, first.replay, proof, seen)
 
 
 @dataclass
@@ -174,7 +180,7 @@ def _raise_bank(copied: nn.Module, inputs: Inputs, bank: Bank, runs: list[_Run],
                 continue
             replay = emit(program, runs[0].args, runs[0].kwargs, copied, first.out_type)
             proof = certify(copied, replay.forward(copied, live=True), inputs, (*FULL, *more, *beyond(copied)))
-            return Raising(f"{idiom(first, bank, program)}: {replay.spec}", replay, proof)
+            return Raising(f"{idiom(first, bank, program)}: {replay.spec}", replay, proof, inputs.seen)
         except NoSlice as e:
             worst = max(worst or NotRaised(str(e), 3), NotRaised(str(e), 3), key=lambda e: e.stage)
         except Refuted as e:
@@ -218,10 +224,15 @@ def _programs(
 
 
 def _refuse_hooks(block: nn.Module, banks: list[Bank]) -> None:
+    """Hooks on experts, on what is in them and on lists of them: these modules are not called any more."""
     names = frozenset().union(*(b.names for b in banks))
+    experts: list[str] = []  # paths of modules that hold nothing but parameters of experts
     for path, module in block.named_modules():
-        inside = any(n.startswith(f"{path}.") for n in names) if path else False
-        if inside and (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks):
+        own = {f"{path}.{n}" for n, _ in module.named_parameters(remove_duplicate=False)} if path else set()
+        if own and own <= names:
+            experts.append(path)
+        inside = bool(own & names) or any(path.startswith(f"{e}.") for e in experts)
+        if inside and has_hooks(module):
             raise NotRaised(f"{nearest_in_code(block)}, but {path} has hooks, which would no longer run")
 
 
@@ -272,11 +283,11 @@ def _plain(v: Any, depth: int = 0) -> str:
 
 
 def likeness(block: nn.Module) -> Any:
-    """What two blocks must have in common to be raised by one program: classes, tensors' shapes, plain attributes."""
+    """What two blocks must have in common to be raised by one program: classes, hooks, tensors' shapes, attributes."""
     tensors = [
         (n, tuple(t.shape), t.dtype, t.requires_grad) for n, t in (*block.named_parameters(), *block.named_buffers())
     ]
-    kinds = [(n, type(m), m.training) for n, m in block.named_modules()]
+    kinds = [(n, type(m), m.training, has_hooks(m)) for n, m in block.named_modules()]
     index = {
         k: v for k, v in attributes(block).items() if not re.search(r"(^|\.)(layer_idx|layer_id|layer_number)$", k)
     }

@@ -12,7 +12,7 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,15 +25,71 @@ Tensor = torch.Tensor
 
 @dataclass
 class Seen:
-    """How a module was called: arguments, with tensors as they were."""
+    """How a module was called: arguments, with tensors as they were.
+
+    `later` are its other calls, of each of which the shapes of tensors are kept.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    later: list[Seen] = field(default_factory=list)
+
+    @property
+    def call(self) -> tuple[Any, ...]:
+        """Positional arguments and keywords, as `unlike` compares them."""
+        return self.args, self.kwargs
+
+    def difference(self) -> str | None:
+        """What is another constant, keyword or kind of tensor in a later call; None if all calls are alike."""
+        for other in self.later:
+            if (what := unlike(self.call, other.call)) is not None:
+                return what
+        return None
+
+
+def unlike(a: Any, b: Any) -> str | None:
+    """How two calls, (args, kwargs), differ in more than sizes and values of tensors; None if they do not."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        # A raised block is proven in all floating dtypes.
+        first, other = ((t.dim(), "floating" if t.is_floating_point() else str(t.dtype)) for t in (a, b))
+        return None if first == other else f"a {first[1]} tensor of {first[0]} axes, then a {other[1]} one of {other[0]}"
+    if isinstance(a, tuple | list) and type(a) is type(b) and len(a) == len(b):
+        return next((what for pair in zip(a, b, strict=True) if (what := unlike(*pair)) is not None), None)
+    if isinstance(a, dict) and isinstance(b, dict):
+        if a.keys() != b.keys():
+            return f"the keywords {', '.join(map(str, a))}, then {', '.join(map(str, b))}"
+        return next((what for k in a if (what := unlike(a[k], b[k])) is not None), None)
+    return None if _equal(a, b) else f"{_shown(a)}, then {_shown(b)}"
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two arguments that are no tensors are the same for a block; objects (a cache) by their plain attributes."""
+    if a is b or type(a) is not type(b):
+        return a is b
+    if type(a).__eq__ is object.__eq__ and hasattr(a, "__dict__"):
+        mine, other = ({k: v for k, v in vars(o).items() if type(v) in _PLAIN} for o in (a, b))
+        return mine == other
+    try:
+        return bool(a == b)
+    except Exception:  # what does not say is not known to be the same
+        return False
+
+
+def _shown(v: Any) -> str:
+    if isinstance(v, Tensor):
+        return "a tensor"
+    return repr(v) if type(v) in _PLAIN else f"a {type(v).__name__}"
+
+
+_PLAIN = (bool, int, float, str, type(None))
 
 
 @contextmanager
 def observed(modules: dict[str, nn.Module]) -> Iterator[dict[str, Seen]]:
-    """While active, the first call of each module is noted. Tensors are copied, for the model may write into them."""
+    """While active, the calls of each module are noted.
+
+    Tensors of the first are copied, for the model may write into them; of later ones the shapes are enough.
+    """
     calls: dict[str, Seen] = {}
     kept = [(m, m.__dict__.get("forward")) for m in modules.values()]
 
@@ -44,6 +100,8 @@ def observed(modules: dict[str, nn.Module]) -> Iterator[dict[str, Seen]]:
         def run(*args: Any, **kwargs: Any) -> Any:
             if path not in calls:
                 calls[path] = Seen(*mapped((args, kwargs), _copied))
+            else:
+                calls[path].later.append(Seen(*mapped((args, kwargs), _shaped)))
             return forward(*args, **kwargs)
 
         module.__dict__["forward"] = run
@@ -99,6 +157,10 @@ def _is_plain(key: str, v: Any) -> bool:
 
 def _copied(v: Any) -> Any:
     return v.detach().clone() if isinstance(v, Tensor) else v
+
+
+def _shaped(v: Any) -> Any:
+    return torch.empty_like(v, device="meta") if isinstance(v, Tensor) else v
 
 
 class Inputs:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from moefx.errors import first_line
 
 from .align import align
 from .bank import Bank, find_banks
-from .certify import FULL, SHORT, Case, Certificate, Refuted, beyond, certify, own_cases, under_autocast
+from .capacity import CapacityRule, Dropping, told_apart
+from .certify import FULL, SHORT, Case, Certificate, Refuted, agrees, beyond, own_cases, prove, under_autocast
 from .explain import explain
 from .fit import NoFit, fit
 from .nearest import difference
@@ -33,8 +35,9 @@ _VARIANTS = 4  # ways to read a record that are tried before giving up
 
 
 class NotRaised(Exception):  # noqa: N818  an answer, not a fault
-    """Why a module is left as it is. `stage` counts how far it came, for choosing among reasons; from `FINAL` on, what is
-    around the module need not be tried.
+    """Why a module is left as it is. `stage` counts how far it came, for choosing among reasons.
+
+    From `FINAL` on, the modules around it need not be tried.
     """
 
     def __init__(self, why: str, stage: int = 0) -> None:
@@ -44,12 +47,12 @@ class NotRaised(Exception):  # noqa: N818  an answer, not a fault
 
 @dataclass
 class Raising:
-    """A raised block: how it runs now, the proof that it computes what it did, and the call that it is proven for."""
+    """A raised block: how it runs now, the proof that it computes what it did, and inputs as it is proven for."""
 
     idiom: str
     replay: Replay
     certificate: Certificate
-    seen: Seen
+    inputs: Inputs
 
     @property
     def assemblies(self) -> dict[str, Assembly]:
@@ -76,17 +79,16 @@ def raise_block(block: nn.Module, seen: Seen, low: torch.dtype | None = None) ->
     if (what := seen.difference()) is not None:
         raise NotRaised(f"{nearest_in_code(block)}, but it is called in several ways: with {what}", FINAL)
     own = next((p.dtype for p in block.parameters() if p.is_floating_point()), torch.float32)
-    inputs = Inputs(seen)
     try:
         copied = copy_of(block)
     except Exception as e:
         raise NotRaised(f"it cannot be copied: {type(e).__name__}: {e}") from e
-    runs = _runs(copied, inputs, banks[0])
+    inputs, runs = _read(copied, seen, banks[0])
     records = [r.record for r in runs]
     worst, nearest = NotRaised("no bank of experts explains what it computes", -1), banks[0]
     for bank in banks:
         try:
-            return _raise_bank(copied, inputs, bank, runs, (*own_cases(own), *under_autocast(low)))
+            return _raise_bank(block, copied, inputs, bank, runs, (*own_cases(own), *under_autocast(low)))
         except NotRaised as e:
             if e.stage > worst.stage:
                 worst, nearest = e, bank
@@ -101,12 +103,13 @@ def raise_block(block: nn.Module, seen: Seen, low: torch.dtype | None = None) ->
 def certify_like(block: nn.Module, seen: Seen, first: Raising, low: torch.dtype | None = None) -> Raising:
     """A block that is built like one that was raised: the same program, with a (shorter) proof of its own."""
     try:
-        copied, cases = copy_of(block, 1), (*SHORT, *under_autocast(low))
-        proof = certify(copied, first.replay.forward(copied, live=True), Inputs(seen), cases)
+        copied, cases = copy.deepcopy(block), (*SHORT, *under_autocast(low))
+        inputs = Inputs(seen, first.inputs.reading)
+        proof = prove(block, copied, first.replay.forward(copied, live=True), inputs, cases)
     except Refuted as e:
         near = nearest_to(first.idiom.partition(":")[0])
         raise NotRaised(f"{near} like one that was raised, but {_for_case(e)}", 4) from e
-    return Raising(first.idiom, first.replay, proof, seen)
+    return Raising(first.idiom, first.replay, proof, inputs)
 
 
 @dataclass
@@ -115,6 +118,21 @@ class _Run:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     dtype: torch.dtype
+
+
+def _read(copied: nn.Module, seen: Seen, bank: Bank) -> tuple[Inputs, list[_Run]]:
+    """Runs on inputs of other sizes, by the first reading of what sizes mean with which the block runs at all."""
+    failed: NotRaised | None = None
+    for reading in Inputs(seen).readings:
+        inputs = Inputs(seen, reading)
+        try:
+            return inputs, _runs(copied, inputs, bank)
+        except NotRaised as e:
+            failed = failed or e
+            if not isinstance(e.__cause__, Exception):  # it ran
+                break
+    assert failed is not None
+    raise failed
 
 
 def _runs(copied: nn.Module, inputs: Inputs, bank: Bank) -> list[_Run]:
@@ -132,7 +150,8 @@ def _runs(copied: nn.Module, inputs: Inputs, bank: Bank) -> list[_Run]:
                 plan.insert(i + 1, ((rows, inner), torch.float32))
                 continue
             line = first_line(e)
-            raise NotRaised(f"it fails on random inputs in float32: {type(e).__name__}: {line}", 1) from e
+            drawn = "random inputs and buffers" if buffers else "random inputs"
+            raise NotRaised(f"it fails on {drawn} in float32: {type(e).__name__}: {line}", 1) from e
         finally:
             copied.float()
             with torch.no_grad():
@@ -159,7 +178,9 @@ def _run(copied: nn.Module, inputs: Inputs, sizes: Any, seed: int, dtype: torch.
         return _Run(record(copied, args, kwargs), args, kwargs, dtype)
 
 
-def _raise_bank(copied: nn.Module, inputs: Inputs, bank: Bank, runs: list[_Run], more: tuple[Case, ...]) -> Raising:
+def _raise_bank(
+    block: nn.Module, copied: nn.Module, inputs: Inputs, bank: Bank, runs: list[_Run], more: tuple[Case, ...]
+) -> Raising:
     paths = {
         p: frozenset(f"{p}.{n}" for n, _ in m.named_parameters(remove_duplicate=False))
         for p, m in copied.named_modules()
@@ -173,21 +194,44 @@ def _raise_bank(copied: nn.Module, inputs: Inputs, bank: Bank, runs: list[_Run],
     first = runs[0].record
     worst: NotRaised | None = None
     variants = range(min(_VARIANTS, *map(len, options)))
-    for variant, rule, guarded in itertools.product(variants, range(_VARIANTS), (False, True)):
+    for variant, guarded in itertools.product(variants, (False, True)):
         try:
-            program = align([o[variant] for o in options], shapes, dtypes, numbers, rule, guarded)
+            program = align([o[variant] for o in options], shapes, dtypes, numbers, guarded)
             if program is None:
                 continue
+            program = _settled(program, copied, inputs, runs[0], first.out_type)
             replay = emit(program, runs[0].args, runs[0].kwargs, copied, first.out_type)
-            proof = certify(copied, replay.forward(copied, live=True), inputs, (*FULL, *more, *beyond(copied)))
-            return Raising(f"{idiom(first, bank, program)}: {replay.spec}", replay, proof, inputs.seen)
+            forward = replay.forward(copied, live=True)
+            proof = prove(block, copied, forward, inputs, (*FULL, *more, *beyond(copied)))
+            return Raising(f"{idiom(first, bank, program)}: {replay.spec}", replay, proof, inputs)
         except NoSlice as e:
             worst = max(worst or NotRaised(str(e), 3), NotRaised(str(e), 3), key=lambda e: e.stage)
         except Refuted as e:
             worst = NotRaised(_for_case(e), 4)
-        finally:
-            copied.float()
     raise worst or NotRaised("nothing was found")
+
+
+def _settled(program: Program, copied: nn.Module, inputs: Inputs, run: _Run, out_type: type | None) -> Program:
+    """The program with the one capacity rule that the block follows."""
+    at = next(i for i, o in enumerate(program.ops) if o.kind == "experts")
+    drop: Dropping | None = program.ops[at].kwargs["capacity"]
+    if drop is None:
+        return program
+
+    def ruled(rule: CapacityRule) -> Program:
+        op = program.ops[at]
+        op = replace(op, kwargs={**op.kwargs, "capacity": drop.of(rule)})
+        return replace(program, ops=[*program.ops[:at], op, *program.ops[at + 1 :]])
+
+    def keeps(tokens: int, rows: int) -> bool | None:
+        replay = emit(ruled(CapacityRule(fixed=rows)), run.args, run.kwargs, copied, out_type)
+        case = Case(1, tokens, "alike", backward=False)
+        return agrees(copied, replay.forward(copied, live=True), inputs, case)
+
+    try:
+        return ruled(told_apart(drop.rules, keeps))
+    except NoFit as e:
+        raise NoSlice(str(e)) from e
 
 
 def _for_case(e: Refuted) -> str:

@@ -1,7 +1,7 @@
 """Inputs like those that a block was seen with, in other sizes; and the block's copy, with random weights.
 
 The copy is what is run: the model's own parameters, gradients, buffers and random state are never touched. Its weights
-are drawn anew because those of a fresh model may be zeros, or the same for all experts, and prove nothing.
+are drawn anew (`draw`) because those of a fresh model may be zeros, or the same for all experts, and prove nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .draw import alone, redraw, varied
 from .record import leaves, mapped
 
 Tensor = torch.Tensor
@@ -52,7 +53,9 @@ def unlike(a: Any, b: Any) -> str | None:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         # A raised block is proven in all floating dtypes.
         first, other = ((t.dim(), "floating" if t.is_floating_point() else str(t.dtype)) for t in (a, b))
-        return None if first == other else f"a {first[1]} tensor of {first[0]} axes, then a {other[1]} one of {other[0]}"
+        return (
+            None if first == other else f"a {first[1]} tensor of {first[0]} axes, then a {other[1]} one of {other[0]}"
+        )
     if isinstance(a, tuple | list) and type(a) is type(b) and len(a) == len(b):
         return next((what for pair in zip(a, b, strict=True) if (what := unlike(*pair)) is not None), None)
     if isinstance(a, dict) and isinstance(b, dict):
@@ -63,10 +66,11 @@ def unlike(a: Any, b: Any) -> str | None:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    """Whether two arguments that are no tensors are the same for a block; objects (a cache) by their plain attributes."""
+    """Whether arguments that are no tensors are the same for a block; objects (a cache) by their plain attributes."""
     if a is b or type(a) is not type(b):
         return a is b
-    if type(a).__eq__ is object.__eq__ and hasattr(a, "__dict__"):
+    by_identity: Any = type(a).__eq__
+    if by_identity is object.__eq__ and hasattr(a, "__dict__"):
         mine, other = ({k: v for k, v in vars(o).items() if type(v) in _PLAIN} for o in (a, b))
         return mine == other
     try:
@@ -168,10 +172,13 @@ class Inputs:
 
     The first tensor tells what the sizes mean: its leading axes (all but the features; all of an integer tensor) may be
     of any size, and axes of other tensors that have the same size follow them.
+
+    Sizes may be the same by accident: as many rows as tokens in a row, or as experts. What a tensor of one axis follows
+    is then a matter of `reading`: `first`, the first axis of its size; `last`, the last; `none`.
     """
 
-    def __init__(self, seen: Seen) -> None:
-        self.seen = seen
+    def __init__(self, seen: Seen, reading: str = "first") -> None:
+        self.seen, self.reading = seen, reading
         tensors = [v for v in leaves((seen.args, seen.kwargs)) if isinstance(v, Tensor)]
         self.tensors = tensors
         first = next((t for t in tensors if t.is_floating_point() and t.dim() > 1), tensors[0] if tensors else None)
@@ -191,14 +198,20 @@ class Inputs:
         """Arguments of the given leading sizes.
 
         Kinds: `random` (rows with a part in common, so that some experts are favoured), `alike` (nearly equal rows, all
-        of which want the same experts), `ties` (zero rows, for which all experts are equal), `large` (of norm 200).
+        of which want the same experts), `ties` (zero rows, for which all experts are equal), `large` (of norm 200),
+        `seen` (those of the call itself, whatever the sizes).
         """
         gen = torch.Generator().manual_seed(seed)
 
         def one(v: Any) -> Any:
             if not isinstance(v, Tensor):
                 return v
+            if kind == "seen":
+                return v.detach().clone().to(dtype if v.is_floating_point() else v.dtype)
             shape = self._shape(v, sizes)
+            if v is not self.first and alone(v):
+                drawn = varied(v, shape, gen, kind)
+                return drawn.to(dtype) if v.is_floating_point() and v.dim() > 1 else drawn
             if not v.is_floating_point() or v.dim() < 2 or (v is not self.first and _is_mask(v)):
                 count = int(torch.Size(shape).numel())
                 flat = v.detach().reshape(-1)
@@ -220,8 +233,19 @@ class Inputs:
         made = mapped((self.seen.args, self.seen.kwargs), one)
         return tuple(made[0]), dict(made[1])
 
+    @property
+    def readings(self) -> tuple[str, ...]:
+        """The readings that make a difference, the likeliest first."""
+        single = [t.shape[0] for t in self.tensors if t is not self.first and t.dim() == 1 and t.shape[0] > 1]
+        if not any(n in self.lead for n in single):
+            return ("first",)
+        return ("first", "last", "none") if any(self.lead.count(n) > 1 for n in single) else ("first", "none")
+
     def _shape(self, v: Tensor, sizes: Sequence[int]) -> tuple[int, ...]:
         shape = list(v.shape)
+        if v.dim() == 1 and v is not self.first and self.reading != "first":
+            last = [size for size, seen in zip(sizes, self.lead, strict=True) if seen == shape[0] > 1][-1:]
+            return tuple(last or shape) if self.reading == "last" else tuple(shape)
         features = v.is_floating_point() and (v is self.first or not _is_mask(v))
         for axis, size in enumerate(shape):
             if axis < len(self.lead) and size == self.lead[axis]:
@@ -237,23 +261,11 @@ def _is_mask(v: Tensor) -> bool:
 
 
 def copy_of(block: nn.Module, seed: int = 0) -> nn.Module:
-    """A copy with random weights in float32. Frozen ones stay frozen; buffers of zeros are drawn, too.
+    """A copy with random weights and buffers in float32. Frozen weights stay frozen.
 
     Raises whatever `copy.deepcopy` raises for modules that cannot be copied.
     """
     # What the block shares with other modules beyond parameters (a dict, a config) is copied with it.
     new = copy.deepcopy(block)
-    gen = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in new.parameters():
-            if p.is_floating_point():
-                draw = torch.randn(p.shape, generator=gen)
-                scale = p.shape[-1] ** -0.5 if p.dim() > 1 else 0.3
-                # Vectors may be gains around one or biases around zero; both are met by neither.
-                p.data = (draw * scale + (0.5 if p.dim() == 1 else 0)).to(p.device)
-                p.grad = None
-        for b in new.buffers():
-            if b.is_floating_point() and b.dim() == 1 and b.numel() > 1 and bool((b == 0).all()):
-                b.copy_(0.1 * torch.randn(b.shape, generator=gen))
-    new.float()
+    redraw(new, block, seed)
     return new

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import moefx
 from moefx.passes.raise_experts import raised
+from moefx.raising.probe import Seen
 
 from .harness import differences, step
 
@@ -151,3 +153,43 @@ def test_a_later_call_with_another_constant_runs_the_layers_own_code() -> None:
         assert block.raised, block.reason
         for args in ((X, 1), (X, 2), (X,)):
             assert differences(step(layer, args), step(own, args)) == []
+
+
+class Hidden(Layer):
+    """Takes a mask of positions that count, or none."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(x) if mask is None else super().forward(x * 1.0) * mask[..., None]
+
+
+class Skips(nn.Module):
+    """Leaves a mask out that hides nothing, where it can know that: transformers does so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moe = Hidden()
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        known = not torch.compiler.is_compiling()
+        return self.moe(x, None if known and bool(mask.all()) else mask)
+
+
+@torch.no_grad()
+def test_a_mask_that_is_left_out_of_the_example_counts_later() -> None:
+    model, mask = Skips(), torch.ones(2, 7, dtype=torch.long)
+    padded = mask.clone()
+    padded[1, 3:] = 0
+    opt = moefx.optimize(model, (X, mask), codegen="eager", strict=True)
+    for m in (mask, padded):
+        torch.testing.assert_close(opt(X, m), model(X, m), rtol=1e-5, atol=1e-6)
+    assert len(opt.variants()) == 1
+
+
+@torch.no_grad()
+def test_an_argument_that_only_a_capture_gives_runs_the_layers_own_code() -> None:
+    """What was not there when the layer was seen is not ignored."""
+    layer, mask = Hidden(), torch.tensor([[1] * 7, [1] * 3 + [0] * 4])
+    own = copy.deepcopy(layer)
+    with raised(layer, calls={"": Seen((X, None), {})}, live=False) as (block,):
+        assert block.raised, block.reason
+        torch.testing.assert_close(layer(X, mask), own(X, mask))

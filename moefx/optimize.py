@@ -229,19 +229,21 @@ def _calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
     if modules and any(a is not b for a, b in zip(*map(pytree.tree_leaves, ((args, kwargs), padded)), strict=True)):
         with contextlib.suppress(InputError), observed(modules) as again:
             warm_up(model, *padded)
+            for seen in again.values():
+                seen.hidden = True
             return again
     return calls
 
 
 def _with_padding(v: Any) -> Any:
-    """A mask of ones with its last position hidden; anything else as it is."""
-    if not isinstance(v, torch.Tensor) or v.is_floating_point() or v.is_complex() or v.dim() != 2 or v.shape[1] < 2:
+    """A mask of ones (or zeros) with its last position the other way round; anything else as it is."""
+    if not isinstance(v, torch.Tensor) or v.is_complex() or v.dim() < 2 or v.numel() < 2:
         return v
-    if not bool((v == 1).all()):
+    flat = v.detach().clone().reshape(-1)
+    if not bool((flat == flat[0]).all()) or flat[0] not in (0, 1):
         return v
-    v = v.clone()
-    v[-1:, -1] = 0
-    return v
+    flat[-1] = 1 - flat[-1].long()
+    return flat.view(v.shape)
 
 
 class Stages:

@@ -190,13 +190,15 @@ def _as_proven(module: nn.Module, seen: Seen, new: Any, own: Any) -> Any:
 def _as_seen(module: nn.Module, seen: Seen, new: Any, own: Any) -> Any:
     """For a capture: the block's own code where an argument is there that was not there when the model ran.
 
-    Models leave masks out that have nothing to hide, but cannot know that while they are traced.
+    Models leave masks out that have nothing to hide, but cannot know that while they are traced. Where the model is
+    given no mask, None is what the block always gets, whatever a tracer makes of it.
     """
     given, named = [v is None for v in seen.args], {k: v is None for k, v in seen.kwargs.items()}
+    strict = seen.hidden
     mine, its = new.__func__, getattr(own, "__func__", None)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if [v is None for v in args] == given and {k: v is None for k, v in kwargs.items()} == named:
+        if not strict or ([v is None for v in args] == given and {k: v is None for k, v in kwargs.items()} == named):
             return mine(self, *args, **kwargs)
         return own(*args, **kwargs) if its is None else its(self, *args, **kwargs)
 

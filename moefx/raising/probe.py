@@ -28,12 +28,14 @@ Tensor = torch.Tensor
 class Seen:
     """How a module was called: arguments, with tensors as they were.
 
-    `later` are its other calls, of each of which the shapes of tensors are kept.
+    `later` are its other calls, of each of which the shapes of tensors are kept. `hidden`: whether a
+    mask among the model's inputs was made to hide a position for this call.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     later: list[Seen] = field(default_factory=list)
+    hidden: bool = False
 
     @property
     def call(self) -> tuple[Any, ...]:

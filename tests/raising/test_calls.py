@@ -190,6 +190,6 @@ def test_an_argument_that_only_a_capture_gives_runs_the_layers_own_code() -> Non
     """What was not there when the layer was seen is not ignored."""
     layer, mask = Hidden(), torch.tensor([[1] * 7, [1] * 3 + [0] * 4])
     own = copy.deepcopy(layer)
-    with raised(layer, calls={"": Seen((X, None), {})}, live=False) as (block,):
+    with raised(layer, calls={"": Seen((X, None), {}, hidden=True)}, live=False) as (block,):
         assert block.raised, block.reason
         torch.testing.assert_close(layer(X, mask), own(X, mask))

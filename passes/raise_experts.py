@@ -194,11 +194,12 @@ def _as_seen(module: nn.Module, seen: Seen, new: Any, own: Any) -> Any:
     given no mask, None is what the block always gets, whatever a tracer makes of it.
     """
     given, named = [v is None for v in seen.args], {k: v is None for k, v in seen.kwargs.items()}
-    strict = seen.hidden
+    if not seen.hidden or True not in (*given, *named.values()):
+        return new
     mine, its = new.__func__, getattr(own, "__func__", None)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not strict or ([v is None for v in args] == given and {k: v is None for k, v in kwargs.items()} == named):
+        if [v is None for v in args] == given and {k: v is None for k, v in kwargs.items()} == named:
             return mine(self, *args, **kwargs)
         return own(*args, **kwargs) if its is None else its(self, *args, **kwargs)
 

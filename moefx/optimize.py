@@ -30,7 +30,7 @@ from .passes.raise_experts import Block, raised, to_observe
 from .precision.recipe import Recipe, get_recipe
 from .precision_metrics import Meter
 from .program import Assemblies, Program
-from .raising.probe import observed
+from .raising.probe import Seen, observed
 from .report import Report
 from .routing import Routing, as_routing, check_causal, check_vocabulary, mark_layout, routed
 from .verify import Verifier
@@ -159,8 +159,8 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*model.parameters(), *leaves))
 
     own = {k: v for k, v in kwargs.items() if o.routing is None or k not in o.routing.extra}
-    with stage("warm-up"), observed(to_observe(model)) as calls:
-        warm_up(model, args, own)
+    with stage("warm-up"):
+        calls = _calls(model, args, own)
     with contextlib.ExitStack() as undo:
         with stage("raise"):  # stage 1; what it installs stays until the joint graph is there
             blocks = undo.enter_context(raised(model, calls=calls, live=False))
@@ -227,6 +227,36 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
     opt.report.signatures.append(signature)
     guard = _guard(joint, len(pytree.tree_leaves((args, kwargs)))) if o.dynamic else None
     return Variant(program, signature, guard, meter=Meter.of(joint), routed=by_token)
+
+
+def _calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Seen]:
+    """How hand-written blocks are called, by a forward of the unchanged model.
+
+    A model may leave out a mask that hides nothing, which it cannot do while it is traced; so where the example has no
+    padding, a forward with one hidden position shows how blocks are called then.
+    """
+    modules = to_observe(model)
+    with observed(modules) as calls:
+        warm_up(model, args, kwargs)
+    padded = pytree.tree_map(_with_padding, (args, kwargs))
+    if modules and any(a is not b for a, b in zip(*map(pytree.tree_leaves, ((args, kwargs), padded)), strict=True)):
+        with contextlib.suppress(InputError), observed(modules) as again:
+            warm_up(model, *padded)
+            for seen in again.values():
+                seen.hidden = True
+            return again
+    return calls
+
+
+def _with_padding(v: Any) -> Any:
+    """A mask of ones (or zeros) with its last position the other way round; anything else as it is."""
+    if not isinstance(v, torch.Tensor) or v.is_complex() or v.dim() < 2 or v.numel() < 2:
+        return v
+    flat = v.detach().clone().reshape(-1)
+    if not bool((flat == flat[0]).all()) or flat[0] not in (0, 1):
+        return v
+    flat[-1] = 1 - flat[-1].long()
+    return flat.view(v.shape)
 
 
 class Stages:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +27,7 @@ from moefx.errors import InputError
 from moefx.raising.block import Raising
 from moefx.raising.find import Outcome, chains, raise_all, within
 from moefx.raising.outline import EXPERT_NAME, outline
-from moefx.raising.probe import Seen, observed, undisturbed
+from moefx.raising.probe import Seen, observed, undisturbed, unlike
 from moefx.raising.replay import Assembly
 
 Tensor = torch.Tensor
@@ -161,7 +162,9 @@ def _replaced(
                         m._parameters[name] = nn.Parameter(whole, requires_grad=any(p.requires_grad for p in params))
                     done[-1][2].append(name)
             new = o.raising.replay.forward(m, live=live, experts=None if experts is None else experts(o.path))
-            m.__dict__["forward"] = _in_mode(m, new, own) if live else new
+            m.__dict__["forward"] = (
+                _as_proven(m, o.raising.inputs.seen, new, own) if live else _as_seen(m, o.raising.inputs.seen, new, own)
+            )
         yield
     finally:
         for m, forward, names in done:
@@ -172,15 +175,34 @@ def _replaced(
                 m.__dict__["forward"] = forward
 
 
-def _in_mode(module: nn.Module, new: Any, own: Any) -> Any:
-    """The new forward in the mode that it was proven in, and the block's own in others."""
+def _as_proven(module: nn.Module, seen: Seen, new: Any, own: Any) -> Any:
+    """The new forward in the mode and with the constants that it was proven with, and the block's own with others."""
     modes = [m.training for m in module.modules()]
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        same = [m.training for m in module.modules()] == modes
+        same = [m.training for m in module.modules()] == modes and unlike(seen.call, (args, kwargs)) is None
         return new(*args, **kwargs) if same else own(*args, **kwargs)
 
     return forward
+
+
+def _as_seen(module: nn.Module, seen: Seen, new: Any, own: Any) -> Any:
+    """For a capture: the block's own code where an argument is there that was not there when the model ran.
+
+    Models leave masks out that have nothing to hide, but cannot know that while they are traced. Where the model is
+    given no mask, None is what the block always gets, whatever a tracer makes of it.
+    """
+    given, named = [v is None for v in seen.args], {k: v is None for k, v in seen.kwargs.items()}
+    if not seen.hidden or True not in (*given, *named.values()):
+        return new
+    mine, its = new.__func__, getattr(own, "__func__", None)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if [v is None for v in args] == given and {k: v is None for k, v in kwargs.items()} == named:
+            return mine(self, *args, **kwargs)
+        return own(*args, **kwargs) if its is None else its(self, *args, **kwargs)
+
+    return types.MethodType(forward, module)
 
 
 @contextlib.contextmanager

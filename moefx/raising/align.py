@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from .explain import Capacity, CapacityRule, capacity_rules
+from .capacity import Dropping, capacity_rules
+from .explain import Capacity
 from .fit import NoFit
 from .slice import NoSlice, Op, Program
 
@@ -54,16 +55,6 @@ class Size:
 @dataclass(frozen=True)
 class InputDtype:
     """The dtype that the block is run in."""
-
-
-@dataclass(frozen=True)
-class Dropping:
-    """A capacity for all sizes: groups and tokens as expressions, rows by rule."""
-
-    order: str
-    groups: Any
-    tokens: Any
-    rule: CapacityRule
 
 
 class _Solver:
@@ -114,7 +105,6 @@ def align(
     shapes: Sequence[Shapes],
     dtypes: Sequence[torch.dtype],
     numbers: Sequence[float],
-    option: int = 0,
     guarded: bool = False,
 ) -> Program | None:
     """The program that all of `programs` are cases of.
@@ -123,8 +113,7 @@ def align(
         shapes: for each program the shapes of the block's tensor arguments.
         dtypes: for each program the dtype that the block was run in.
         numbers: what the block's modules carry, of which a capacity may be made.
-        option: which of several capacity rules to take.
-        guarded: whether divisors that follow sizes are at least one. The result is None where an option does not exist.
+        guarded: whether divisors that follow sizes are at least one; None where there are no such.
 
     Raises:
         NoSlice: they differ in more than sizes.
@@ -142,10 +131,7 @@ def align(
     for ops in zip(*(p.ops for p in programs), strict=True):
         first = ops[0]
         if first.kind == "experts":
-            op = _experts(ops, solve, numbers, option)
-            if op is None:
-                return None
-            merged.append(op)
+            merged.append(_experts(ops, solve, numbers))
             continue
         if len({o.grad for o in ops}) > 1:
             raise NoSlice("gradients are switched on and off depending on the input")
@@ -189,7 +175,7 @@ def _merge(values: Sequence[Any], solve: _Solver) -> Any:
     return first
 
 
-def _experts(ops: Sequence[Op], solve: _Solver, numbers: Sequence[float], option: int) -> Op | None:
+def _experts(ops: Sequence[Op], solve: _Solver, numbers: Sequence[float]) -> Op:
     if any(o.target != ops[0].target for o in ops):
         raise NoSlice("the experts were read in different ways for different inputs")
     details = [dict(o.kwargs) for o in ops]
@@ -197,10 +183,7 @@ def _experts(ops: Sequence[Op], solve: _Solver, numbers: Sequence[float], option
     # Rows of the routed sum are a layout matter: `shape` follows sizes like any other number.
     tokens = [d.pop("tokens") for d in details]
     merged = _merge(details, solve)
-    options = _dropping(capacities, tokens, solve, details[0], numbers)
-    if option >= len(options):
-        return None
-    merged["capacity"] = options[option]
+    merged["capacity"] = _dropping(capacities, tokens, solve, details[0], numbers)
     return Op("experts", ops[0].target, (), merged)
 
 
@@ -210,10 +193,11 @@ def _dropping(
     solve: _Solver,
     detail: dict[str, Any],
     numbers: Sequence[float],
-) -> list[Dropping | None]:
+) -> Dropping | None:
+    """A capacity by all rules that explain what was seen."""
     cases = [c for c in seen if c is not None]
     if not cases:
-        return [None]
+        return None
     if len(cases) < len(seen):
         raise NoSlice("choices are dropped for some inputs and not for others of more tokens")
     if len({c.order for c in cases}) > 1:
@@ -225,4 +209,4 @@ def _dropping(
         )
     except NoFit as e:
         raise NoSlice(str(e)) from e
-    return [Dropping(cases[0].order, solve([c.groups for c in cases]), solve(per_group), rule) for rule in rules]
+    return Dropping(cases[0].order, solve([c.groups for c in cases]), solve(per_group), tuple(rules))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from moefx.errors import first_line
 
 from .align import align
 from .bank import Bank, find_banks
-from .certify import FULL, SHORT, Case, Certificate, Refuted, beyond, certify, own_cases, under_autocast
+from .capacity import CapacityRule, Dropping, told_apart
+from .certify import FULL, SHORT, Case, Certificate, Refuted, agrees, beyond, own_cases, prove, under_autocast
 from .explain import explain
 from .fit import NoFit, fit
 from .nearest import difference
@@ -23,16 +25,20 @@ from .outline import nearest_in_code
 from .pattern import weights_differ
 from .probe import Inputs, Seen, copy_of
 from .reading import Reading
-from .record import Record, objects, record
+from .record import Record, has_hooks, objects, record
 from .replay import Assembly, Replay, emit
 from .slice import NoSlice, Program, Region, cut, drawn_inside
 
 RUNS = ((2, 12), (3, 7), (5, 10))
+FINAL = 6
 _VARIANTS = 4  # ways to read a record that are tried before giving up
 
 
 class NotRaised(Exception):  # noqa: N818  an answer, not a fault
-    """Why a module is left as it is. `stage` counts how far it came, for choosing among reasons."""
+    """Why a module is left as it is. `stage` counts how far it came, for choosing among reasons.
+
+    From `FINAL` on, the modules around it need not be tried.
+    """
 
     def __init__(self, why: str, stage: int = 0) -> None:
         super().__init__(why)
@@ -41,11 +47,12 @@ class NotRaised(Exception):  # noqa: N818  an answer, not a fault
 
 @dataclass
 class Raising:
-    """A raised block: how it runs now, and the proof that it computes what it did."""
+    """A raised block: how it runs now, the proof that it computes what it did, and inputs as it is proven for."""
 
     idiom: str
     replay: Replay
     certificate: Certificate
+    inputs: Inputs
 
     @property
     def assemblies(self) -> dict[str, Assembly]:
@@ -69,18 +76,19 @@ def raise_block(block: nn.Module, seen: Seen, low: torch.dtype | None = None) ->
     if not banks:
         raise NotRaised("no parameters that come once per expert")
     _refuse_hooks(block, banks)
+    if (what := seen.difference()) is not None:
+        raise NotRaised(f"{nearest_in_code(block)}, but it is called in several ways: with {what}", FINAL)
     own = next((p.dtype for p in block.parameters() if p.is_floating_point()), torch.float32)
-    inputs = Inputs(seen)
     try:
         copied = copy_of(block)
     except Exception as e:
         raise NotRaised(f"it cannot be copied: {type(e).__name__}: {e}") from e
-    runs = _runs(copied, inputs, banks[0])
+    inputs, runs = _read(copied, seen, banks[0])
     records = [r.record for r in runs]
     worst, nearest = NotRaised("no bank of experts explains what it computes", -1), banks[0]
     for bank in banks:
         try:
-            return _raise_bank(copied, inputs, bank, runs, (*own_cases(own), *under_autocast(low)))
+            return _raise_bank(block, copied, inputs, bank, runs, (*own_cases(own), *under_autocast(low)))
         except NotRaised as e:
             if e.stage > worst.stage:
                 worst, nearest = e, bank
@@ -95,12 +103,13 @@ def raise_block(block: nn.Module, seen: Seen, low: torch.dtype | None = None) ->
 def certify_like(block: nn.Module, seen: Seen, first: Raising, low: torch.dtype | None = None) -> Raising:
     """A block that is built like one that was raised: the same program, with a (shorter) proof of its own."""
     try:
-        copied, cases = copy_of(block, 1), (*SHORT, *under_autocast(low))
-        proof = certify(copied, first.replay.forward(copied, live=True), Inputs(seen), cases)
+        copied, cases = copy.deepcopy(block), (*SHORT, *under_autocast(low))
+        inputs = Inputs(seen, first.inputs.reading)
+        proof = prove(block, copied, first.replay.forward(copied, live=True), inputs, cases)
     except Refuted as e:
         near = nearest_to(first.idiom.partition(":")[0])
         raise NotRaised(f"{near} like one that was raised, but {_for_case(e)}", 4) from e
-    return Raising(first.idiom, first.replay, proof)
+    return Raising(first.idiom, first.replay, proof, inputs)
 
 
 @dataclass
@@ -109,6 +118,21 @@ class _Run:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     dtype: torch.dtype
+
+
+def _read(copied: nn.Module, seen: Seen, bank: Bank) -> tuple[Inputs, list[_Run]]:
+    """Runs on inputs of other sizes, by the first reading of what sizes mean with which the block runs at all."""
+    failed: NotRaised | None = None
+    for reading in Inputs(seen).readings:
+        inputs = Inputs(seen, reading)
+        try:
+            return inputs, _runs(copied, inputs, bank)
+        except NotRaised as e:
+            failed = failed or e
+            if not isinstance(e.__cause__, Exception):  # it ran
+                break
+    assert failed is not None
+    raise failed
 
 
 def _runs(copied: nn.Module, inputs: Inputs, bank: Bank) -> list[_Run]:
@@ -126,7 +150,8 @@ def _runs(copied: nn.Module, inputs: Inputs, bank: Bank) -> list[_Run]:
                 plan.insert(i + 1, ((rows, inner), torch.float32))
                 continue
             line = first_line(e)
-            raise NotRaised(f"it fails on random inputs in float32: {type(e).__name__}: {line}", 1) from e
+            drawn = "random inputs and buffers" if buffers else "random inputs"
+            raise NotRaised(f"it fails on {drawn} in float32: {type(e).__name__}: {line}", 1) from e
         finally:
             copied.float()
             with torch.no_grad():
@@ -153,7 +178,9 @@ def _run(copied: nn.Module, inputs: Inputs, sizes: Any, seed: int, dtype: torch.
         return _Run(record(copied, args, kwargs), args, kwargs, dtype)
 
 
-def _raise_bank(copied: nn.Module, inputs: Inputs, bank: Bank, runs: list[_Run], more: tuple[Case, ...]) -> Raising:
+def _raise_bank(
+    block: nn.Module, copied: nn.Module, inputs: Inputs, bank: Bank, runs: list[_Run], more: tuple[Case, ...]
+) -> Raising:
     paths = {
         p: frozenset(f"{p}.{n}" for n, _ in m.named_parameters(remove_duplicate=False))
         for p, m in copied.named_modules()
@@ -167,21 +194,44 @@ def _raise_bank(copied: nn.Module, inputs: Inputs, bank: Bank, runs: list[_Run],
     first = runs[0].record
     worst: NotRaised | None = None
     variants = range(min(_VARIANTS, *map(len, options)))
-    for variant, rule, guarded in itertools.product(variants, range(_VARIANTS), (False, True)):
+    for variant, guarded in itertools.product(variants, (False, True)):
         try:
-            program = align([o[variant] for o in options], shapes, dtypes, numbers, rule, guarded)
+            program = align([o[variant] for o in options], shapes, dtypes, numbers, guarded)
             if program is None:
                 continue
+            program = _settled(program, copied, inputs, runs[0], first.out_type)
             replay = emit(program, runs[0].args, runs[0].kwargs, copied, first.out_type)
-            proof = certify(copied, replay.forward(copied, live=True), inputs, (*FULL, *more, *beyond(copied)))
-            return Raising(f"{idiom(first, bank, program)}: {replay.spec}", replay, proof)
+            forward = replay.forward(copied, live=True)
+            proof = prove(block, copied, forward, inputs, (*FULL, *more, *beyond(copied)))
+            return Raising(f"{idiom(first, bank, program)}: {replay.spec}", replay, proof, inputs)
         except NoSlice as e:
             worst = max(worst or NotRaised(str(e), 3), NotRaised(str(e), 3), key=lambda e: e.stage)
         except Refuted as e:
             worst = NotRaised(_for_case(e), 4)
-        finally:
-            copied.float()
     raise worst or NotRaised("nothing was found")
+
+
+def _settled(program: Program, copied: nn.Module, inputs: Inputs, run: _Run, out_type: type | None) -> Program:
+    """The program with the one capacity rule that the block follows."""
+    at = next(i for i, o in enumerate(program.ops) if o.kind == "experts")
+    drop: Dropping | None = program.ops[at].kwargs["capacity"]
+    if drop is None:
+        return program
+
+    def ruled(rule: CapacityRule) -> Program:
+        op = program.ops[at]
+        op = replace(op, kwargs={**op.kwargs, "capacity": drop.of(rule)})
+        return replace(program, ops=[*program.ops[:at], op, *program.ops[at + 1 :]])
+
+    def keeps(tokens: int, rows: int) -> bool | None:
+        replay = emit(ruled(CapacityRule(fixed=rows)), run.args, run.kwargs, copied, out_type)
+        case = Case(1, tokens, "alike", backward=False)
+        return agrees(copied, replay.forward(copied, live=True), inputs, case)
+
+    try:
+        return ruled(told_apart(drop.rules, keeps))
+    except NoFit as e:
+        raise NoSlice(str(e)) from e
 
 
 def _for_case(e: Refuted) -> str:
@@ -218,10 +268,15 @@ def _programs(
 
 
 def _refuse_hooks(block: nn.Module, banks: list[Bank]) -> None:
+    """Hooks on experts, on what is in them and on lists of them: these modules are not called any more."""
     names = frozenset().union(*(b.names for b in banks))
+    experts: list[str] = []  # paths of modules that hold nothing but parameters of experts
     for path, module in block.named_modules():
-        inside = any(n.startswith(f"{path}.") for n in names) if path else False
-        if inside and (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks):
+        own = {f"{path}.{n}" for n, _ in module.named_parameters(remove_duplicate=False)} if path else set()
+        if own and own <= names:
+            experts.append(path)
+        inside = bool(own & names) or any(path.startswith(f"{e}.") for e in experts)
+        if inside and has_hooks(module):
             raise NotRaised(f"{nearest_in_code(block)}, but {path} has hooks, which would no longer run")
 
 
@@ -272,11 +327,11 @@ def _plain(v: Any, depth: int = 0) -> str:
 
 
 def likeness(block: nn.Module) -> Any:
-    """What two blocks must have in common to be raised by one program: classes, tensors' shapes, plain attributes."""
+    """What two blocks must have in common to be raised by one program: classes, hooks, tensors' shapes, attributes."""
     tensors = [
         (n, tuple(t.shape), t.dtype, t.requires_grad) for n, t in (*block.named_parameters(), *block.named_buffers())
     ]
-    kinds = [(n, type(m), m.training) for n, m in block.named_modules()]
+    kinds = [(n, type(m), m.training, has_hooks(m)) for n, m in block.named_modules()]
     index = {
         k: v for k, v in attributes(block).items() if not re.search(r"(^|\.)(layer_idx|layer_id|layer_number)$", k)
     }

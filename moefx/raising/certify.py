@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,8 @@ from torch.utils import _pytree as pytree
 
 from moefx.errors import first_line
 
-from .probe import Inputs
+from .draw import as_given, redraw
+from .probe import Inputs, Seen
 
 Tensor = torch.Tensor
 # Largest relative difference (Frobenius norm) per dtype, of outputs and of gradients.
@@ -33,13 +35,15 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One kind of inputs: `rows` by `inner` tokens."""
+    """One kind of inputs: `rows` by `inner` tokens, or leading axes of given `sizes`."""
 
     rows: int
     inner: int
     kind: str = "random"
     dtype: torch.dtype = torch.float32
     autocast: torch.dtype | None = None  # of a region around the block
+    sizes: tuple[int, ...] | None = None
+    backward: bool = True  # whether gradients are compared, too
 
     @property
     def precision(self) -> torch.dtype:
@@ -53,7 +57,10 @@ class Case:
         return f"autocast to {plain}" if self.autocast else plain
 
     def __str__(self) -> str:
-        return f"{self.rows * self.inner} tokens, {self.kind}, {self.name}"
+        if self.kind == "seen":
+            return f"the call that was seen, {self.name}"
+        tokens = self.rows * self.inner if self.sizes is None else math.prod(self.sizes)
+        return f"{tokens} tokens, {self.kind}, {self.name}"
 
 
 FULL = (
@@ -95,6 +102,15 @@ def beyond(block: nn.Module) -> tuple[Case, ...]:
 SHORT = (Case(3, 19), Case(3, 13, dtype=torch.bfloat16))
 
 
+def as_called(seen: Seen) -> tuple[Case, ...]:
+    """Rows that want the same experts, in exactly the sizes of the calls that were seen: capacities follow them."""
+    sizes = dict.fromkeys(Inputs(s).lead for s in (seen, *seen.later))
+    return tuple(Case(0, 0, "alike", sizes=s, backward=False) for s in sizes)
+
+
+GIVEN = (Case(0, 0, "seen", sizes=(), backward=False),)  # the call itself, for the block's own weights
+
+
 class Refuted(Exception):  # noqa: N818  an answer, not a fault
     """Original and raised block differ; the text says in what, and by how much."""
 
@@ -128,19 +144,43 @@ class _Run:
     random: Tensor
 
 
-def certify(block: nn.Module, forward: Callable[..., Any], inputs: Inputs, cases: tuple[Case, ...]) -> Certificate:
-    """Compare `block` (a copy made by `probe.copy_of`) with itself under `forward`; raises `Refuted`.
+def prove(
+    block: nn.Module, copied: nn.Module, forward: Callable[..., Any], inputs: Inputs, cases: tuple[Case, ...]
+) -> Certificate:
+    """Compare a copy of `block`, made by `probe.copy_of`, with itself under `forward`; raises `Refuted`.
+
+    Weights and buffers are drawn once more, or numbers of the copy that was recorded could pass for constants. The call
+    that was seen is compared with the block's own.
+    """
+    try:
+        redraw(copied, block, 1)
+        done = certify(copied, forward, inputs, (*cases, *as_called(inputs.seen)))
+        as_given(copied, block)
+        return certify(copied, forward, inputs, GIVEN, done)
+    except Refuted:
+        redraw(copied, block, 0)  # as it was recorded, for another try
+        raise
+
+
+def certify(
+    block: nn.Module,
+    forward: Callable[..., Any],
+    inputs: Inputs,
+    cases: tuple[Case, ...],
+    done: Certificate | None = None,
+) -> Certificate:
+    """Compare `block`, a copy, with itself under `forward`; raises `Refuted`. `done`: what was measured before.
 
     The copy is left in the dtype of the last case.
     """
-    done = Certificate()
+    first, done = done is None, done or Certificate()
     for number, case in enumerate(cases):
         block.to(case.dtype)
-        sizes = inputs.sizes(case.rows, case.inner)
+        sizes = inputs.sizes(case.rows, case.inner) if case.sizes is None else case.sizes
         try:
             want = _run(block, None, inputs, sizes, case, number)
         except Exception as e:  # the user's own code, on inputs that it may not be made for
-            if number == 0:
+            if first and number == 0:
                 raise Refuted(f"the block itself fails on random inputs: {type(e).__name__}: {first_line(e)}") from e
             done.skipped[str(case)] = f"the block itself fails: {type(e).__name__}: {first_line(e)}"
             continue
@@ -170,6 +210,19 @@ def _agrees(block: nn.Module, forward: Callable[..., Any], inputs: Inputs, sizes
     return True
 
 
+def agrees(block: nn.Module, forward: Callable[..., Any], inputs: Inputs, case: Case) -> bool | None:
+    """Whether a copy of a block and its new forward give the same for one case; None where the block itself fails."""
+    sizes = inputs.sizes(case.rows, case.inner)
+    try:
+        _run(block, None, inputs, sizes, case, 0)
+    except Exception:
+        return None
+    try:
+        return _agrees(block, forward, inputs, sizes, case, 0)
+    except Exception:  # only the new forward fails
+        return False
+
+
 def _exact(block: nn.Module, inputs: Inputs, sizes: Any, case: Case, seed: int) -> _Run:
     """The block's own run in float32, from the same rounded weights and inputs."""
     block.float()
@@ -193,13 +246,15 @@ def _run(
         args, kwargs = pytree.tree_map(
             lambda t: t.detach().to(dtype).requires_grad_() if _differentiable(t) else t, (args, kwargs)
         )
-    leaves = {f"input {i}": t for i, t in enumerate(pytree.tree_leaves((args, kwargs))) if _differentiable(t)}
-    leaves |= {n: p for n, p in block.named_parameters() if p.requires_grad}
+    leaves: dict[str, Tensor] = {}
+    if case.backward:
+        leaves = {f"input {i}": t for i, t in enumerate(pytree.tree_leaves((args, kwargs))) if _differentiable(t)}
+        leaves |= {n: p for n, p in block.named_parameters() if p.requires_grad}
     kept = {n: b.clone() for n, b in block.named_buffers()}
     # Copies of the leaves: a block may write into its inputs.
     args, kwargs = pytree.tree_map(lambda t: t.clone() if _differentiable(t) else t, (args, kwargs))
     low = case.autocast if dtype is None else None
-    with torch.random.fork_rng(), torch.enable_grad(), _under(block, forward):
+    with torch.random.fork_rng(), torch.set_grad_enabled(case.backward), _under(block, forward):
         torch.manual_seed(seed)
         with torch.autocast(device_of(block), low) if low else contextlib.nullcontext():
             out = block.forward(*args, **kwargs)

@@ -2,14 +2,12 @@
 
 A capacity drops choices: an expert keeps its first C rows in some order of priority. The order is found by trying, C by
 looking at the last row kept and the first one dropped; how C depends on the number of tokens is found by comparing runs
-of different sizes (`CapacityRule`).
+of different sizes (`capacity`).
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -147,42 +145,3 @@ def capacities(fit: Fit, kept: Tensor) -> list[Capacity]:
         if tokens and int(rank[kept].max()) + 1 == int(rank[~kept].min()):
             found.append(Capacity(order, groups, int(rank[~kept].min())))
     return found
-
-
-@dataclass(frozen=True)
-class CapacityRule:
-    """Rows per expert as a function of the tokens in a group: max(least, min(tokens, rounding(share * tokens)))."""
-
-    share: float = 0.0
-    rounding: str = "floor"
-    least: int = 0
-    fixed: int | None = None
-
-    def __call__(self, tokens: int) -> int:
-        """Rows that an expert keeps of a group of so many tokens."""
-        if self.fixed is not None:
-            return self.fixed
-        raw = self.share * tokens
-        return max(self.least, math.ceil(raw) if self.rounding == "ceil" else int(raw))
-
-
-def capacity_rules(
-    seen: Sequence[tuple[int, int]], experts: int, k: int, numbers: Iterable[float]
-) -> list[CapacityRule]:
-    """Rules behind (tokens, rows) pairs, made of numbers that the module carries; `NoFit` if there is none.
-
-    Several may agree on what was seen: with or without a least number of rows, rounded up or down.
-    """
-    rows = {c for _, c in seen}
-    if len(rows) == 1:
-        return [CapacityRule(fixed=rows.pop())]
-    factors = dict.fromkeys([*(float(n) for n in numbers if 0 < n < 1e4), 1.0, 1.25, 1.5, 2.0])
-    shares = dict.fromkeys([f * m / experts for f in factors for m in (k, 1)] + [*factors])
-    rules = [
-        rule
-        for share, rounding, least in itertools.product(shares, ("floor", "ceil"), (1, 0, *range(2, min(rows) + 1)))
-        if all((rule := CapacityRule(share, rounding, least))(t) == c for t, c in seen)
-    ]
-    if not rules:
-        raise NoFit(f"the capacity of an expert is {sorted(seen)} (tokens, rows), which no rule explains")
-    return rules

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .bank import find_banks
-from .block import NotRaised, Raising, certify_like, likeness, raise_block
+from .block import FINAL, NotRaised, Raising, certify_like, likeness, raise_block
 from .certify import device_of
 from .probe import Seen, undisturbed
 
@@ -62,19 +62,21 @@ def raise_all(model: nn.Module, tries: list[list[str]], calls: dict[str, Seen]) 
                 if path not in calls:
                     raise NotRaised("it is not called when the model runs, or not as a module")
                 found.append(Outcome(path, module, _raise(module, calls[path], known)))
+                best = None
                 break
             except NotRaised as e:
                 if best is None or e.stage > best[1].stage:
                     best = (path, e)
-        else:
-            assert best is not None
+                if e.stage >= FINAL:
+                    break
+        if best is not None:
             where = "" if best[0] == chain[0] else f"{best[0] or 'the model'}: "
             found.append(Outcome(chain[0], model.get_submodule(chain[0]), None, where + str(best[1])))
     return found
 
 
 def _raise(module: nn.Module, seen: Seen, known: dict[Any, Raising | NotRaised]) -> Raising:
-    key = (likeness(module), str([_like(v) for v in (*seen.args, *seen.kwargs.items())]))
+    key = (likeness(module), str([_like(v) for v in (*seen.args, *seen.kwargs.items())]), seen.difference())
     first = known.get(key)
     if isinstance(first, NotRaised):
         raise first

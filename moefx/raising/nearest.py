@@ -160,7 +160,7 @@ def _made_of_outputs(run: Run, t: Table, known: bool) -> str | None:
     late = [s for s in run.record.snaps if s.time >= run.start and sound(s.value)]
     z = directions(t.z)
     for s in late:
-        if k > 1 and s.value.shape[-1] == k * width and s.value.numel() == n * k * width:
+        if k > 1 and s.value.shape[-1:] == (k * width,) and s.value.numel() == n * k * width:
             other = directions(s.value.reshape(n, k, width).float())
             if bool((torch.minimum((z - other).norm(dim=-1), (z + other).norm(dim=-1)) < TOLERANCE).all()):
                 return f"the {k} outputs of a token are concatenated to {k * width} features, not added"

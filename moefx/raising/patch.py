@@ -16,10 +16,10 @@ from moefx import compat
 from moefx.errors import first_line
 from moefx.graph.effects import mutated
 
-from .align import Dropping
+from .capacity import CapacityRule, Dropping
 from .certify import LIMITS, relative
 from .colour import tensor
-from .explain import CapacityRule, Weights
+from .explain import Weights
 from .fit import Fit
 from .record import Obj
 from .replay import Emitter
@@ -71,7 +71,7 @@ def make_patch(stretch: Stretch, fit: Fit, weights: Weights) -> Patch:
     capacity = weights.capacity
     drop = None
     if capacity is not None:
-        drop = Dropping(capacity.order, capacity.groups, detail["tokens"], CapacityRule(fixed=capacity.rows))
+        drop = Dropping(capacity.order, capacity.groups, detail["tokens"], (CapacityRule(fixed=capacity.rows),))
     y = stretch.node_of(fit.y.obj)
     shape = tensor(y)
     assert shape is not None

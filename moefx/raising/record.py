@@ -88,7 +88,7 @@ class Record:
     inputs: list[Obj] = field(default_factory=list)
     out: Any = None
     out_type: type | None = None  # of a dict with attributes, such as transformers' outputs
-    hooked: frozenset[str] = frozenset()  # paths of submodules with forward hooks
+    hooked: frozenset[str] = frozenset()  # paths of submodules with hooks
 
 
 def function_name(func: Any) -> str:
@@ -194,9 +194,7 @@ def record(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
     """
     named = {id(t): (n, t) for n, t in (*block.named_buffers(), *block.named_parameters())}
     mode = _Recorder(named)
-    mode.record.hooked = frozenset(
-        p for p, m in block.named_modules() if p and (m._forward_hooks or m._forward_pre_hooks)
-    )
+    mode.record.hooked = frozenset(p for p, m in block.named_modules() if p and has_hooks(m))
     # Copies of what requires a gradient, for a block may write into its inputs.
     args, kwargs = mapped(
         (tuple(args), dict(kwargs)), lambda v: v.clone() if isinstance(v, Tensor) and v.requires_grad else v
@@ -208,6 +206,12 @@ def record(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
         mode.record.out = mode.refs(_plain(out))
         mode.record.out_type = type(out) if isinstance(out, dict) and type(out) is not dict else None
     return mode.record
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something of the user's runs when the module is called, or when its gradient is there."""
+    before = module._forward_pre_hooks or module._backward_pre_hooks
+    return bool(before or module._forward_hooks or module._backward_hooks)
 
 
 def _plain(out: Any) -> Any:

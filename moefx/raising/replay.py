@@ -21,8 +21,9 @@ from torch import fx, nn
 
 from moefx.dialect.experts import ExpertsSpec
 
-from .align import Dropping, InputDtype, Size
+from .align import InputDtype, Size
 from .bank import Stack
+from .capacity import Dropping, evaluated
 from .reading import Reading, Role, swap_halves
 from .record import function_name
 from .slice import Op, Program, Ref
@@ -328,7 +329,7 @@ class Emitter:
         if rule.fixed is not None:
             rows: Any = rule.fixed
         else:
-            rows = call(operator.mul, (tokens, rule.share))
+            rows = evaluated(rule.expr, tokens, lambda op, a, b: call(op, (a, b)))
             rows = call(torch.sym_int, (rows,)) if rule.rounding == "floor" else call(_ceil, (rows,))
             if rule.least:
                 rows = call(torch.sym_max, (rows, rule.least))

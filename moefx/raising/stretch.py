@@ -59,6 +59,9 @@ class Stretch:
             if any(compat.is_symbol(s) and not _backed(s) for s in t.shape):
                 raise NoStretchError(f"it reads {n.name} from above, whose number of rows depends on data")
             shape = [compat.size_hint(s) for s in t.shape]
+            if t.dtype == torch.bool:  # both values, or a mask could not be told from none
+                found[n] = (torch.rand(shape, generator=gen) < 0.75).to(t.device)
+                continue
             if not t.is_floating_point():
                 found[n] = self._integers(n, shape, gen).to(t.device, t.dtype)
                 continue

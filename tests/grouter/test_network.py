@@ -20,6 +20,8 @@ import moefx
 from moefx.errors import InputError
 from moefx.models.grouter import FutureTokensWarning, Grouter, GrouterCache
 
+from ..profile import often
+
 KINDS = ("mha", "mla", "linear", "conv")
 VOCAB, E = 50, 8
 SIZES: dict[str, Any] = dict(
@@ -169,7 +171,7 @@ def test_routing_does_not_depend_on_the_rest_of_the_batch(kind: str) -> None:
     assert not torch.equal(idx.transpose(0, 1).reshape(-1, 2), idx.reshape(-1, 2))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", often(KINDS, list(KINDS)[:2]))
 def test_traces_whole_with_a_dynamic_batch(kind: str) -> None:
     torch._dynamo.reset()
     counter = CompileCounter()

@@ -17,6 +17,7 @@ from moefx.models.moe_lm import IDIOMS, MoELM
 from moefx.passes import ExpandExperts, RaiseIdioms, SharePlans
 from moefx.raising import refine
 from tests.passes.subject import E, H, I, Made, Rewritten, Subject, as_subject, count, rand, rewrite, trained, weights
+from tests.profile import often
 from tests.raising import almost, lookalikes  # noqa: F401  (they add their cases)
 from tests.raising.ordinary import CASES
 
@@ -40,7 +41,7 @@ def raised(done: Rewritten, times: int = 1, op: str = "experts") -> None:
     assert count(done.graph, op) == times
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", often([torch.float32, torch.bfloat16], [torch.float32]), ids=["fp32", "bf16"])
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("idiom", CAPTURABLE)
 def test_idioms(idiom: str, options: str, dtype: torch.dtype) -> None:

@@ -410,7 +410,7 @@ def surely(condition: Any) -> bool:
 
 @contextlib.contextmanager
 def disable_autocast() -> Iterator[None]:
-    """Run a traced graph as traced: the casts that autocast asked for are nodes in it already."""
+    """Run operations in the dtypes of their operands; of a traced graph, the casts are nodes in it already."""
     with torch._C._DisableAutocast():
         yield
 

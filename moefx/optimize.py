@@ -30,6 +30,7 @@ from .passes.raise_experts import Block, raised, to_observe
 from .precision.recipe import Recipe, get_recipe
 from .precision_metrics import Meter
 from .program import Assemblies, Program
+from .raising.draw import alone
 from .raising.probe import Seen, observed
 from .report import Report
 from .routing import Routing, as_routing, check_causal, check_vocabulary, mark_layout, routed
@@ -253,7 +254,7 @@ def _with_padding(v: Any) -> Any:
     if not isinstance(v, torch.Tensor) or v.is_complex() or v.dim() < 2 or v.numel() < 2:
         return v
     flat = v.detach().clone().reshape(-1)
-    if not bool((flat == flat[0]).all()) or flat[0] not in (0, 1):
+    if not alone(flat) or flat[0] not in (0, 1):
         return v
     flat[-1] = 1 - flat[-1].long()
     return flat.view(v.shape)

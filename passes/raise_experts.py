@@ -162,9 +162,7 @@ def _replaced(
                         m._parameters[name] = nn.Parameter(whole, requires_grad=any(p.requires_grad for p in params))
                     done[-1][2].append(name)
             new = o.raising.replay.forward(m, live=live, experts=None if experts is None else experts(o.path))
-            m.__dict__["forward"] = (
-                _as_proven(m, o.raising.inputs.seen, new, own) if live else _as_seen(m, o.raising.inputs.seen, new, own)
-            )
+            m.__dict__["forward"] = (_as_proven if live else _as_seen)(m, o.raising.inputs.seen, new, own)
         yield
     finally:
         for m, forward, names in done:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..train.identity import state_digest
 from .windows import Tokens, window_batches
 
 if TYPE_CHECKING:
@@ -172,11 +173,7 @@ class RoutingRecords:
 
 def fingerprint(grouter: Grouter) -> str:
     """SHA-256 of the Grouter's config and of every tensor of its state, dtypes included."""
-    digest = hashlib.sha256(json.dumps(dataclasses.asdict(grouter.config), sort_keys=True).encode())
-    for name, tensor in sorted(grouter.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return state_digest(grouter, json.dumps(dataclasses.asdict(grouter.config), sort_keys=True))
 
 
 def read_header(directory: Path) -> Header | None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
+from .. import compat
 from ..errors import InputError, nearest
 from .distributed import Place, agreed, as_laid_out, check_placements, grad_of, is_dtensor, local, place_of
 from .lite import LiteConfig
@@ -190,7 +190,8 @@ class GroupedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with without_autocast(self.param_groups):
+        # With some factors of a product in autocast's dtype, an update would lose digits, or fail.
+        with compat.disable_autocast():
             for group in self.param_groups:
                 for index, p in enumerate(group["params"]):
                     if p.grad is not None:
@@ -306,16 +307,6 @@ class GroupedOptimizer(Optimizer):
         self.__setstate__({"state": state, "param_groups": groups})
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
-
-
-@contextmanager
-def without_autocast(groups: list[Group]) -> Iterator[None]:
-    """Products keep the dtypes of their factors: with some of them in autocast's, an update loses digits or fails."""
-    with ExitStack() as off:
-        for kind in {p.device.type for group in groups for p in group["params"]}:
-            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-                off.enter_context(torch.autocast(kind, enabled=False))
-        yield
 
 
 def parts(x: Tensor, group: Group) -> list[tuple[str, Tensor]]:

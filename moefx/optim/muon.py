@@ -6,9 +6,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+from .. import compat
 from ..errors import InputError, nearest
 from .adamw import ADAMW
-from .base import Algorithm, Group, GroupedOptimizer, Item, State, need_matrices, parts, usable, without_autocast
+from .base import Algorithm, Group, GroupedOptimizer, Item, State, need_matrices, parts, usable
 from .diagnostics import diagnose
 from .distributed import Place, check_copies, check_placements, is_dtensor, per_matrix
 from .exchange import Cuts, Tensors, run
@@ -338,7 +339,7 @@ class Muon(GroupedOptimizer):
                     )
                 for suffix, grad in parts(p.grad, group):
                     flip, state = flipped(group, grad.shape), self._state_of(p, suffix)
-                    with without_autocast([group]):
+                    with compat.disable_autocast():
                         metrics, rows = diagnose(grad, state, group, values, flip, before.get((p, suffix)))
                     if rows is not None:
                         before[p, suffix] = rows

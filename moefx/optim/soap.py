@@ -43,9 +43,8 @@ def _state(p: Tensor, group: Group) -> State:
         "exp_avg_sq": torch.zeros_like(p, dtype=dtype),
         "updates": each(torch.zeros((), dtype=torch.int64, device=p.device)),  # of each matrix
         "skipped": each(torch.zeros((), dtype=torch.int64, device=p.device)),
-        "calls": torch.zeros(
-            (), dtype=torch.int64, device="cpu"
-        ),  # steps with a gradient, on the CPU: says when to refresh
+        # Steps with a gradient, on the CPU: says when to refresh.
+        "calls": torch.zeros((), dtype=torch.int64, device="cpu"),
     }
     for side, size in zip(_SIDES, (m, n), strict=True):
         # A side that is too large keeps the identity, and no tensor.

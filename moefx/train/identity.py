@@ -56,7 +56,12 @@ def digest_of(module: nn.Module) -> str:
     Reads all of the weights once: about a second per GB.
     """
     about = _described(module, None) or repr(getattr(module, "config", None))
-    digest = hashlib.sha256(json.dumps(about, default=str, sort_keys=True).encode())
+    return state_digest(module, json.dumps(about, default=str, sort_keys=True))
+
+
+def state_digest(module: nn.Module, about: str) -> str:
+    """SHA-256 of a text and of every tensor of a module's state, names and dtypes included."""
+    digest = hashlib.sha256(about.encode())
     for name, value in sorted(module.state_dict().items()):
         if isinstance(value, torch.Tensor):
             digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())

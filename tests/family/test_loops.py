@@ -62,11 +62,10 @@ def test_training_step_equals_the_original(case: Any) -> None:
 
 
 def test_three_steps_follow_the_original(case: Any) -> None:
-    entry, model, _ = case
-    first, second = copy.deepcopy(model), copy.deepcopy(model)
-    opt = moefx.optimize(second, loops.batch(entry), codegen="eager")
+    entry, model, opt = case
+    first, before = copy.deepcopy(model), copy.deepcopy(model.state_dict())
     losses = []
-    for runner, owner in ((first, first), (opt, second)):
+    for runner, owner in ((first, first), (opt, model)):
         sgd = torch.optim.SGD(owner.parameters(), lr=0.05)
         losses.append([])
         for seed in (1, 2, 3):
@@ -77,8 +76,12 @@ def test_three_steps_follow_the_original(case: Any) -> None:
             sgd.step()
             losses[-1].append(float(loss.detach()))
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    for (name, p), q in zip(first.named_parameters(), second.parameters(), strict=True):
-        assert relative(q.detach(), p.detach()) < 1e-5, name
+    after = {n: p.detach().clone() for n, p in model.named_parameters()}
+    assert sum(not torch.equal(p, before[n]) for n, p in after.items()) > 10
+    model.load_state_dict(before)  # the other tests' model
+    model.zero_grad()
+    for name, p in first.named_parameters():
+        assert relative(after[name], p.detach()) < 1e-5, name
 
 
 def test_evaluation_equals_the_original(case: Any) -> None:
@@ -92,7 +95,7 @@ def test_evaluation_equals_the_original(case: Any) -> None:
     model.train()
 
 
-@pytest.mark.parametrize("name", often(loops.NAMES, ("switch", "nllb_moe", "dbrx")))
+@pytest.mark.parametrize("name", often(loops.NAMES, ("nllb_moe", "dbrx")))
 def test_padded_batch_equals_the_original(name: str) -> None:
     entry = loops.get(name)
     model, inputs = loops.build(entry), loops.batch(entry, padded=True)
@@ -104,7 +107,7 @@ def test_padded_batch_equals_the_original(name: str) -> None:
     assert faults(train_step(model, without), want) != []  # the mask matters
 
 
-@pytest.mark.parametrize("name", often(loops.NAMES, ("switch", "dbrx")))
+@pytest.mark.parametrize("name", often(loops.NAMES, ("dbrx",)))
 def test_bf16_trains(name: str) -> None:
     entry = loops.get(name)
     model, inputs = loops.build(entry, dtype=torch.bfloat16), loops.batch(entry)

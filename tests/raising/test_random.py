@@ -152,7 +152,7 @@ def is_raised(config: Config) -> bool:
 
 
 @given(config=configs())
-@settings(max_examples=50, **QUIET)
+@settings(max_examples=25, **QUIET)
 def test_raised_or_refused_but_never_different(config: Config) -> None:
     """500 more are in benchmarks/results/random_layers.csv."""
     check_raising(config)

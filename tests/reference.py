@@ -178,6 +178,13 @@ def assert_same(got: Step, want: Step, value: float = 1e-5, grad: float = 1e-4) 
         assert error(g, w) <= grad, f"gradient of {name}"
 
 
+def check(opt: moefx.OptimizedModule, inputs: Any, of: Callable[[Any], Tensor] = loss) -> Step:
+    """A step that equals the original's; the step."""
+    got = step(opt, inputs, of)
+    assert_same(got, step(opt.original, inputs, of))
+    return got
+
+
 def differ(a: Step, b: Step) -> bool:
     """Whether two steps differ clearly, in value and in some gradient: the control of `assert_same`."""
     pairs = [(a.grads.get(n), w) for n, w in b.grads.items()]
@@ -208,3 +215,7 @@ def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
 def programs(opt: moefx.OptimizedModule) -> list[Any]:
     """The compiled programs of a module, each once, in the order of compilation."""
     return list({id(v.program): v.program for v in opt._variants.values()}.values())
+
+
+def count(opt: moefx.OptimizedModule) -> int:
+    return len(programs(opt))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -28,30 +27,19 @@ def opt(compiled: moefx.OptimizedModule) -> moefx.OptimizedModule:
     return copy.deepcopy(compiled)
 
 
-def check(opt: moefx.OptimizedModule, inputs: Any, of: Callable[[Any], Tensor] = ref.loss) -> ref.Step:
-    """A step that equals the original's; the step."""
-    got = ref.step(opt, inputs, of)
-    ref.assert_same(got, ref.step(opt.original, inputs, of))
-    return got
-
-
-def count(opt: moefx.OptimizedModule) -> int:
-    return len(ref.programs(opt))
-
-
 # --- modes
 
 
 def test_train_and_eval_have_graphs_of_their_own() -> None:
     opt = ref.optimize(ref.Dropped(), (ref.hidden(),))
-    train = check(opt, (ref.hidden(),))
+    train = ref.check(opt, (ref.hidden(),))
     assert opt.eval().training is False
-    evaluated = check(opt, (ref.hidden(),))
+    evaluated = ref.check(opt, (ref.hidden(),))
     assert ref.differ(train, evaluated)
-    assert count(opt) == 2
+    assert ref.count(opt) == 2
     opt.train()
-    assert torch.equal(check(opt, (ref.hidden(),)).value, train.value)
-    assert count(opt) == 2
+    assert torch.equal(ref.check(opt, (ref.hidden(),)).value, train.value)
+    assert ref.count(opt) == 2
 
 
 def test_one_submodule_in_eval_mode() -> None:
@@ -64,9 +52,9 @@ def test_one_submodule_in_eval_mode() -> None:
             return self.drop(self.moe(x)).square().mean()
 
     opt = ref.optimize(Sub(), (ref.hidden(),))
-    both = check(opt, (ref.hidden(),))
+    both = ref.check(opt, (ref.hidden(),))
     opt.drop.eval()
-    assert ref.differ(check(opt, (ref.hidden(),)), both)
+    assert ref.differ(ref.check(opt, (ref.hidden(),)), both)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -83,7 +71,7 @@ def test_without_gradients_a_graph_runs_that_saves_nothing(opt: moefx.OptimizedM
     assert inference.bw_graph is None
     assert inference.saved == []
     assert opt(**ref.batch()).loss.requires_grad  # and training goes on as before
-    assert count(opt) == 2
+    assert ref.count(opt) == 2
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -94,70 +82,70 @@ def test_optimizing_for_inference_first(mode: Any) -> None:
         assert ref.error(opt(**ref.batch()).loss, model(**ref.batch()).loss) <= 1e-5
     assert [p.bw_graph for p in ref.programs(opt)] == [None]
     assert opt.report.signatures[0]["grad"] is False
-    check(opt, ref.batch())
+    ref.check(opt, ref.batch())
     with torch.no_grad():
         assert ref.error(opt(**ref.batch()).loss, model(**ref.batch()).loss) <= 1e-5
-    assert count(opt) == 2
+    assert ref.count(opt) == 2
 
 
 # --- the model changes after compiling
 
 
 def test_requires_grad_toggled(opt: moefx.OptimizedModule) -> None:
-    everything = check(opt, ref.batch())
+    everything = ref.check(opt, ref.batch())
     opt.lm_head.weight.requires_grad_(False)
-    assert check(opt, ref.batch()).grads["lm_head.weight"] is None
-    assert count(opt) == 2
+    assert ref.check(opt, ref.batch()).grads["lm_head.weight"] is None
+    assert ref.count(opt) == 2
     opt.lm_head.weight.requires_grad_(True)
-    assert torch.equal(check(opt, ref.batch()).value, everything.value)
-    assert count(opt) == 2
+    assert torch.equal(ref.check(opt, ref.batch()).value, everything.value)
+    assert ref.count(opt) == 2
 
 
 def test_dtype_changed(opt: moefx.OptimizedModule) -> None:
-    single = check(opt, ref.batch())
+    single = ref.check(opt, ref.batch())
     assert opt.to(torch.bfloat16) is opt
     got, want = ref.step(opt, ref.batch()), ref.step(opt.original, ref.batch())
     ref.assert_same(got, want, value=1e-2, grad=5e-2)
     assert {g.dtype for g in got.grads.values() if g is not None} == {torch.bfloat16}
     assert not torch.equal(got.value, single.value)
-    assert count(opt) == 2
+    assert ref.count(opt) == 2
 
 
 def test_submodule_replaced_by_one_of_the_same_shape(opt: moefx.OptimizedModule) -> None:
-    before = check(opt, ref.batch())
+    before = ref.check(opt, ref.batch())
     opt.model.layers[0].mlp.experts.act_fn = nn.GELU()
-    assert ref.differ(check(opt, ref.batch()), before)
+    assert ref.differ(ref.check(opt, ref.batch()), before)
 
 
 def test_submodule_replaced_by_one_without_parameters(opt: moefx.OptimizedModule) -> None:
-    before = check(opt, ref.batch())
+    before = ref.check(opt, ref.batch())
     opt.original.model.layers[0].input_layernorm = nn.Identity()
-    got = check(opt, ref.batch())
+    got = ref.check(opt, ref.batch())
     assert ref.differ(got, before)
     assert "model.layers.0.input_layernorm.weight" not in got.grads
 
 
 def test_parameter_replaced(opt: moefx.OptimizedModule) -> None:
-    before = check(opt, ref.batch())
+    before = ref.check(opt, ref.batch())
     opt.lm_head.weight = nn.Parameter(opt.lm_head.weight.detach() * -1)
-    assert ref.differ(check(opt, ref.batch()), before)
-    assert count(opt) == 1
+    assert ref.differ(ref.check(opt, ref.batch()), before)
+    assert ref.count(opt) == 1
 
 
 def test_embeddings_resized(opt: moefx.OptimizedModule) -> None:
     opt.resize_token_embeddings(ref.VOCAB + 16)
     assert opt(**ref.batch()).logits.shape[-1] == ref.VOCAB + 16
-    check(opt, ref.batch())
+    ref.check(opt, ref.batch())
 
 
 def test_config_changed(opt: moefx.OptimizedModule) -> None:
     assert opt(**ref.batch()).router_logits is not None
     opt.config.output_router_logits = False
     assert list(opt(**ref.batch())) == list(opt.original(**ref.batch())) == ["loss", "logits"]
-    got = check(opt, ref.batch())
+    got = ref.check(opt, ref.batch())
     opt.config.output_router_logits = True
-    assert not torch.equal(check(opt, ref.batch()).value, got.value)  # with the auxiliary loss
-    assert count(opt) == 2
+    assert not torch.equal(ref.check(opt, ref.batch()).value, got.value)  # with the auxiliary loss
+    assert ref.count(opt) == 2
 
 
 def test_saving_the_model_changes_its_config_but_needs_no_new_graph(opt: moefx.OptimizedModule, tmp_path: Any) -> None:
@@ -165,33 +153,33 @@ def test_saving_the_model_changes_its_config_but_needs_no_new_graph(opt: moefx.O
     opt.save_pretrained(tmp_path)
     assert dict(vars(opt.config)) != before
     opt(**ref.batch())
-    assert count(opt) == 1
+    assert ref.count(opt) == 1
 
 
 def test_moving_a_model_that_compiled_graphs_hold_no_tensor_of(opt: moefx.OptimizedModule) -> None:
     """New storage under the same parameters, as after a move to another device and back."""
     for p in opt.parameters():
         p.data = p.data.clone() * 1.1
-    check(opt, ref.batch())
-    assert count(opt) == 1
+    ref.check(opt, ref.batch())
+    assert ref.count(opt) == 1
 
 
 # --- hooks
 
 
 def test_forward_hooks_of_submodules_are_traced(opt: moefx.OptimizedModule) -> None:
-    before = check(opt, ref.batch())
+    before = ref.check(opt, ref.batch())
     handle = opt.model.layers[0].mlp.register_forward_hook(lambda module, args, out: out * 2)
-    assert ref.differ(check(opt, ref.batch()), before)
+    assert ref.differ(ref.check(opt, ref.batch()), before)
     handle.remove()
-    assert torch.equal(check(opt, ref.batch()).value, before.value)
-    assert count(opt) == 2
+    assert torch.equal(ref.check(opt, ref.batch()).value, before.value)
+    assert ref.count(opt) == 2
 
 
 def test_forward_pre_hooks_of_submodules_are_traced(opt: moefx.OptimizedModule) -> None:
-    before = check(opt, ref.batch())
+    before = ref.check(opt, ref.batch())
     opt.model.layers[0].mlp.register_forward_pre_hook(lambda module, args: (args[0] * 1.5,))
-    assert ref.differ(check(opt, ref.batch()), before)
+    assert ref.differ(ref.check(opt, ref.batch()), before)
 
 
 def test_a_hook_with_a_side_effect_is_reported(opt: moefx.OptimizedModule) -> None:
@@ -210,7 +198,7 @@ def test_backward_hooks_of_submodules_are_refused(opt: moefx.OptimizedModule) ->
 @pytest.mark.parametrize("on", ["optimized", "original"])
 def test_hooks_of_the_model_itself_run_at_every_call(opt: moefx.OptimizedModule, on: str) -> None:
     module = opt if on == "optimized" else opt.original
-    before, calls = check(opt, ref.batch()), list[str]()
+    before, calls = ref.check(opt, ref.batch()), list[str]()
 
     def pre(module: nn.Module, args: Any, kwargs: Any) -> Any:
         calls.append("pre")
@@ -230,8 +218,8 @@ def test_hooks_of_the_model_itself_run_at_every_call(opt: moefx.OptimizedModule,
     ref.assert_same(got, ref.step(opt.original, ref.batch()))
     for handle in handles:
         handle.remove()
-    assert torch.equal(check(opt, ref.batch()).value, before.value)
-    assert count(opt) == 1
+    assert torch.equal(ref.check(opt, ref.batch()).value, before.value)
+    assert ref.count(opt) == 1
 
 
 def test_full_backward_hooks_of_the_model_itself() -> None:
@@ -246,7 +234,7 @@ def test_hooks_of_parameters(opt: moefx.OptimizedModule) -> None:
     opt.lm_head.weight.register_hook(lambda g: g * 2)
     accumulated = []
     opt.lm_head.weight.register_post_accumulate_grad_hook(lambda p: accumulated.append(p.grad.norm().item()))
-    check(opt, ref.batch())
+    ref.check(opt, ref.batch())
     assert len(accumulated) == 2
     assert accumulated[0] == pytest.approx(accumulated[1], rel=1e-4)
 
@@ -255,13 +243,13 @@ def test_hooks_of_parameters(opt: moefx.OptimizedModule) -> None:
 
 
 def test_a_new_shape_compiles_a_new_variant(opt: moefx.OptimizedModule) -> None:
-    check(opt, ref.batch(3, 5))
-    check(opt, ref.batch())
-    assert count(opt) == 2
+    ref.check(opt, ref.batch(3, 5))
+    ref.check(opt, ref.batch())
+    assert ref.count(opt) == 2
     block = ref.optimize(ref.Block(), (ref.hidden(),))
     for i, (B, S) in enumerate([(2, 8), (3, 8), (2, 11), (1, 8), (2, 8)]):
-        check(block, (torch.randn(B, S, ref.HIDDEN, generator=torch.Generator().manual_seed(S)),))
-        assert count(block) == min(i + 1, 4)
+        ref.check(block, (torch.randn(B, S, ref.HIDDEN, generator=torch.Generator().manual_seed(S)),))
+        assert ref.count(block) == min(i + 1, 4)
     shapes = [s["inputs"][0].removeprefix("float32") for s in block.report.signatures]
     assert shapes == ["[2, 8, 32]", "[3, 8, 32]", "[2, 11, 32]", "[1, 8, 32]"]
 
@@ -270,9 +258,9 @@ def test_labels_absent_and_present(opt: moefx.OptimizedModule) -> None:
     ids = {"input_ids": ref.batch()["input_ids"]}
     out = opt(**ids)
     assert out.loss is None
-    check(opt, ids, lambda out: out.logits.square().mean())
-    check(opt, ref.batch())
-    check(opt, {**ids, "labels": None}, lambda out: out.logits.square().mean())
+    ref.check(opt, ids, lambda out: out.logits.square().mean())
+    ref.check(opt, ref.batch())
+    ref.check(opt, {**ids, "labels": None}, lambda out: out.logits.square().mean())
 
 
 def test_the_same_tensor_twice_at_first_and_two_tensors_later() -> None:
@@ -280,10 +268,10 @@ def test_the_same_tensor_twice_at_first_and_two_tensors_later() -> None:
     model = ref.tiny()
     ids = ref.batch()["input_ids"]
     opt = ref.optimize(model, {"input_ids": ids, "labels": ids})
-    same = check(opt, {"input_ids": ids, "labels": ids})
-    assert ref.differ(check(opt, ref.batch()), same)
-    assert ref.differ(check(opt, {"input_ids": ids, "labels": ids.flip(1)}), same)
-    assert count(opt) == 1
+    same = ref.check(opt, {"input_ids": ids, "labels": ids})
+    assert ref.differ(ref.check(opt, ref.batch()), same)
+    assert ref.differ(ref.check(opt, {"input_ids": ids, "labels": ids.flip(1)}), same)
+    assert ref.count(opt) == 1
 
 
 def test_the_same_differentiable_tensor_twice() -> None:
@@ -310,14 +298,14 @@ def test_a_parameter_as_an_input() -> None:
 
     model = Scaled()
     opt = ref.optimize(model, (ref.hidden(), model.moe.gate.weight))
-    check(opt, (ref.hidden(), model.moe.gate.weight))
-    check(opt, (ref.hidden(), nn.Parameter(model.moe.gate.weight.detach() * 3)))
+    ref.check(opt, (ref.hidden(), model.moe.gate.weight))
+    ref.check(opt, (ref.hidden(), nn.Parameter(model.moe.gate.weight.detach() * 3)))
 
 
 def test_keywords_in_any_order(opt: moefx.OptimizedModule) -> None:
     b = ref.batch()
-    check(opt, {"labels": b["labels"], "input_ids": b["input_ids"]})
-    assert count(opt) == 1
+    ref.check(opt, {"labels": b["labels"], "input_ids": b["input_ids"]})
+    assert ref.count(opt) == 1
 
 
 def test_positional_and_keyword_arguments(opt: moefx.OptimizedModule) -> None:
@@ -328,7 +316,7 @@ def test_positional_and_keyword_arguments(opt: moefx.OptimizedModule) -> None:
 def test_inputs_of_any_layout(opt: moefx.OptimizedModule) -> None:
     strided = {k: v.mT.contiguous().mT for k, v in ref.batch().items()}
     assert not strided["input_ids"].is_contiguous()
-    check(opt, strided)
+    ref.check(opt, strided)
 
     class Copies(ref.Block):
         def forward(self, x: Tensor) -> Any:
@@ -342,8 +330,8 @@ def test_inputs_of_any_layout(opt: moefx.OptimizedModule) -> None:
         x[:1].expand(2, -1, -1),
     ]
     for layout in layouts:
-        check(block, (layout,))
-        check(block, (layout.detach().requires_grad_(),))
+        ref.check(block, (layout,))
+        ref.check(block, (layout.detach().requires_grad_(),))
 
 
 @pytest.mark.parametrize(
@@ -355,7 +343,7 @@ def test_inputs_of_any_layout(opt: moefx.OptimizedModule) -> None:
     ],
 )
 def test_numbers_truth_values_none_and_masks_as_arguments(opt: moefx.OptimizedModule, constants: Any) -> None:
-    check(opt, {**ref.batch(), **constants})
+    ref.check(opt, {**ref.batch(), **constants})
 
 
 def test_constants_are_part_of_the_signature() -> None:
@@ -370,8 +358,8 @@ def test_constants_are_part_of_the_signature() -> None:
         {}, {"power": 3}, {"power": 2.0}, {"power": True}, {"power": 1}, {"flip": True}, {"name": "sum"},
         {"scale": {"by": 0.5}}, {"scale": {"by": torch.tensor(0.5)}},
     ]  # fmt: skip
-    values = [check(opt, {"x": ref.hidden(), **c}).value for c in calls * 2]
-    assert count(opt) == len(calls)
+    values = [ref.check(opt, {"x": ref.hidden(), **c}).value for c in calls * 2]
+    assert ref.count(opt) == len(calls)
     assert torch.equal(torch.stack(values[: len(calls)]), torch.stack(values[len(calls) :]))
 
 
@@ -387,7 +375,7 @@ def test_nested_inputs_and_outputs() -> None:
     assert ref.error(got["y"][0], want["y"][0]) <= 1e-5
     assert got["y"][1][1:] == [3, None, "text"]
     assert got["x"] is x["a"]
-    check(opt, {"x": x}, lambda out: out["y"][1][0])
+    ref.check(opt, {"x": x}, lambda out: out["y"][1][0])
 
 
 def test_a_graph_returns_no_cache_and_computes_what_the_original_computes_without_one() -> None:
@@ -395,7 +383,7 @@ def test_a_graph_returns_no_cache_and_computes_what_the_original_computes_withou
     assert opt.config.use_cache is True
     want = opt.original(**ref.batch())
     assert list(opt(**ref.batch())) == [k for k in want if k != "past_key_values"]
-    check(opt, ref.batch())
+    ref.check(opt, ref.batch())
     # Positions that restart mean packed sequences to transformers, but only where there is no cache.
     packed = {**ref.batch(), "position_ids": torch.arange(8)[None] % 4}
     got = ref.step(opt, packed)
@@ -419,7 +407,7 @@ def test_outputs_that_are_views_of_one_another() -> None:
     opt = ref.optimize(Views(), (ref.hidden(),))
     for module in (opt, opt.original):
         assert [o.shape for o in module(ref.hidden())] == [(2, 8, 32), (8, 2, 32), (8, 32)]
-    check(opt, (ref.hidden(),), lambda out: out[0].square().sum() + out[1].sum() + out[2].exp().sum())
+    ref.check(opt, (ref.hidden(),), lambda out: out[0].square().sum() + out[1].sum() + out[2].exp().sum())
 
 
 def test_a_model_that_writes_into_its_input() -> None:
@@ -430,75 +418,5 @@ def test_a_model_that_writes_into_its_input() -> None:
 
     opt = ref.optimize(Writes(), (ref.hidden(), torch.zeros(3)))
     seen = torch.zeros(3)
-    check(opt, (ref.hidden(), seen))
+    ref.check(opt, (ref.hidden(), seen))
     assert seen.tolist() == [2, 2, 2]  # once by each of the two models
-
-
-# --- symbolic sizes
-
-
-@pytest.fixture(scope="module")
-def dynamic() -> moefx.OptimizedModule:
-    return ref.optimize(ref.tiny(), dynamic=ref.DYNAMIC)
-
-
-def test_one_variant_serves_many_sizes(dynamic: moefx.OptimizedModule) -> None:
-    opt = copy.deepcopy(dynamic)
-    for B, S in [(2, 8), (3, 8), (2, 16), (5, 7), (4, 4), (2, 8)]:
-        check(opt, ref.batch(B, S))
-    assert count(opt) == 1
-    assert ref.programs(opt)[0].saved_bytes is None
-
-
-def test_sizes_outside_what_was_assumed_compile_another_variant(dynamic: moefx.OptimizedModule) -> None:
-    opt = copy.deepcopy(dynamic)
-    for B, S, variants in [(1, 8, 2), (1, 12, 2), (3, 9, 2)]:  # one sequence is a broadcast, not a batch
-        check(opt, ref.batch(B, S))
-        assert count(opt) == variants
-
-
-def test_other_signatures_of_a_dynamic_module(dynamic: moefx.OptimizedModule) -> None:
-    opt = copy.deepcopy(dynamic)
-    for B in (3, 4):
-        check(opt, {"input_ids": ref.batch(B)["input_ids"]}, lambda out: out.logits.square().mean())
-    assert count(opt) == 2
-    opt.eval()
-    with torch.no_grad():
-        for B in (2, 3):
-            assert ref.error(opt(**ref.batch(B)).loss, opt.original(**ref.batch(B)).loss) <= 1e-5
-    assert count(opt) == 3
-
-
-def test_a_dynamic_module_takes_inputs_of_any_layout(dynamic: moefx.OptimizedModule) -> None:
-    opt = copy.deepcopy(dynamic)
-    check(opt, {k: v.mT.contiguous().mT for k, v in ref.batch(3, 5).items()})
-
-
-def test_constants_beside_dynamic_inputs() -> None:
-    """A number that happens to equal a size is not that size."""
-
-    class Scales(ref.Block):
-        def forward(self, x: Tensor, by: int = 1, name: Any = None) -> Any:
-            return self.moe(x * by).square().mean() if name is None else self.moe(x).sum()
-
-    opt = ref.optimize(Scales(), {"x": ref.hidden(), "by": 8, "name": None}, dynamic={"x": (0, 1)})
-    for S, by, name, variants in [(8, 8, None, 1), (5, 8, None, 1), (5, 5, None, 2), (6, 5, None, 2), (6, 8, "n", 3)]:
-        x = torch.randn(2, S, ref.HIDDEN, generator=torch.Generator().manual_seed(S))
-        check(opt, {"x": x, "by": by, "name": name})
-        assert count(opt) == variants
-
-
-def test_partly_dynamic_inputs() -> None:
-    opt = ref.optimize(ref.Block(), {"x": ref.hidden()}, dynamic={"x": (1,)})
-    for B, S, variants in [(2, 8, 1), (2, 5, 1), (3, 5, 2), (3, 7, 2)]:
-        check(opt, {"x": torch.randn(B, S, ref.HIDDEN, generator=torch.Generator().manual_seed(S))})
-        assert count(opt) == variants
-
-
-def test_dynamic_sizes_with_inductor() -> None:
-    opt = ref.optimize(ref.Two(), {"x": ref.hidden()}, dynamic={"x": (0, 1)}, codegen="inductor")
-    for B, S in [(2, 8), (3, 5), (7, 2)]:
-        x = {"x": torch.randn(B, S, ref.HIDDEN, generator=torch.Generator().manual_seed(S))}
-        check(opt, x, lambda out: out[0] + out[1])
-        check(opt, x, lambda out: out[0])
-    assert count(opt) == 1

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .entries import BATCH, HIDDEN, IGNORED_PREFIX, INTERMEDIATE, SEQ, VOCAB, WEIGHT_STD
+from .entry import BATCH, HIDDEN, IGNORED_PREFIX, INTERMEDIATE, SEQ, VOCAB, WEIGHT_STD
 
 EXPERTS = 6
 _COMMON: dict[str, Any] = dict(vocab_size=VOCAB, use_cache=False)

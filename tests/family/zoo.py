@@ -23,16 +23,8 @@ from typing import Any
 
 import torch
 
-from .entries import (
-    BATCH,
-    BIAS_STD,
-    ENTRIES,
-    IGNORED_PREFIX,
-    NORM_SPREAD,
-    SEQ,
-    WEIGHT_STD,
-    Entry,
-)
+from .entries import ENTRIES
+from .entry import BATCH, BIAS_STD, IGNORED_PREFIX, NORM_SPREAD, SEQ, WEIGHT_STD, Entry
 
 NAMES: tuple[str, ...] = tuple(e.name for e in ENTRIES)
 _BY_NAME = {e.name: e for e in ENTRIES}

@@ -123,7 +123,8 @@ class Program:
             for i in self.no_grad_inputs:
                 if isinstance(primals[i], Tensor) and primals[i].requires_grad:
                     primals[i] = primals[i].detach()
-            outs = _Run.apply(self, push, kept, codes, *primals)  # type: ignore[no-untyped-call]
+            anchors = [_anchor(p) for p in primals if isinstance(p, Tensor) and p.requires_grad]
+            outs = _Run.apply(self, push, kept, codes, anchors, *primals)  # type: ignore[no-untyped-call]
             if push is not None and self.history_output is not None:
                 push(outs[self.history_output])
         return outs
@@ -185,13 +186,19 @@ class _Run(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, program: Program, push: Push | None, kept: KeptCodes | None, codes: dict[str, Tensor], *primals: Any
+        ctx: Any,
+        program: Program,
+        push: Push | None,
+        kept: KeptCodes | None,
+        codes: dict[str, Tensor],
+        anchors: list[Tensor],
+        *primals: Any,
     ) -> tuple[Any, ...]:
         with compat.disable_autocast():
             outs = program.fw(program._arguments(primals, codes))
         values = outs[program.count :]
         tensors = [v for v in values if isinstance(v, Tensor)]
-        ctx.program, ctx.push, ctx.kept = program, push, kept
+        ctx.program, ctx.push, ctx.kept, ctx.anchors = program, push, kept, anchors
         ctx.save_for_backward(*tensors)
         ctx.others = [None if isinstance(v, Tensor) else v for v in values]
         ctx.set_materialize_grads(False)
@@ -220,15 +227,17 @@ class _Run(torch.autograd.Function):
             if ctx.push is not None and gradients[i] is not None:
                 ctx.push(gradients[i])
             gradients[i] = None
-        return (None, None, None, None, *(_refuse_second(gradients) if torch.is_grad_enabled() else gradients))
+        if torch.is_grad_enabled():
+            gradients = _refuse_second(gradients, ctx.anchors)
+        return (None, None, None, None, None, *gradients)
 
 
 class _Once(torch.autograd.Function):
     """Lets gradients through; going through it backward means a second derivative."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return gradients
+    def forward(ctx: Any, anchors: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tensors[anchors:]
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -239,13 +248,22 @@ class _Once(torch.autograd.Function):
         )
 
 
-def _refuse_second(gradients: Sequence[Any]) -> list[Any]:
+def _anchor(x: Tensor) -> Tensor:
+    """What leads to the place of `x` in the autograd graph, without keeping the memory of an activation."""
+    if x.is_leaf:
+        return x
+    with torch.enable_grad():
+        return x.reshape(-1)[:0].clone() if x.dim() == 0 else x.narrow(0, 0, 0).clone()
+
+
+def _refuse_second(gradients: Sequence[Any], anchors: Sequence[Tensor]) -> list[Any]:
     """Under `create_graph=True`: the same gradients, attached to the graph so that differentiating them is an error.
 
-    Left alone they would count as constants, and a gradient penalty would silently train nothing.
+    Left alone they would count as constants, and a gradient penalty would silently train nothing. They hang on what the
+    gradients are of: a backward that is asked for these alone goes nowhere else.
     """
     tensors = [g for g in gradients if isinstance(g, Tensor)]
-    attached = iter(_Once.apply(torch.empty(0, requires_grad=True), *tensors))  # type: ignore[no-untyped-call]
+    attached = iter(_Once.apply(len(anchors), *anchors, *tensors))  # type: ignore[no-untyped-call]
     return [next(attached) if isinstance(g, Tensor) else g for g in gradients]
 
 

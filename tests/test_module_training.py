@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -115,11 +116,27 @@ def test_second_derivatives_are_refused_and_first_ones_are_right(
     grads = torch.autograd.grad(loss, parameters, create_graph=True, retain_graph=keep)
     for g, w in zip(grads, want.values(), strict=True):
         assert ref.error(g, w) <= 1e-4
-    penalty = sum(g.square().sum() for g in grads)
-    with pytest.raises(moefx.InputError, match="differentiated again") as caught:
-        (loss + penalty).backward()
-    assert "opt.original" in str(caught.value)
+    total = loss + sum(g.square().sum() for g in grads)
+    ways: list[Callable[[], Any]] = [
+        lambda: total.backward(inputs=parameters, retain_graph=True),
+        lambda: torch.autograd.grad(total, parameters, retain_graph=True),
+        lambda: torch.autograd.grad(grads[0].sum(), parameters[0], retain_graph=True),
+        lambda: total.backward(),
+    ]
+    for way in ways:
+        with pytest.raises(moefx.InputError, match="differentiated again") as caught:
+            way()
+        assert "opt.original" in str(caught.value)
     opt.zero_grad()
+
+
+def test_second_derivatives_by_an_activation_are_refused() -> None:
+    opt = ref.optimize(ref.Block(), {"x": ref.hidden()})
+    x = ref.hidden().requires_grad_()
+    inside = x * 2
+    (grad,) = torch.autograd.grad(opt(inside).sum(), x, create_graph=True)
+    with pytest.raises(moefx.InputError, match="differentiated again"):
+        torch.autograd.grad(grad.square().sum(), x)
 
 
 def test_a_weight_changed_in_place_before_the_backward_is_an_error_as_in_eager(

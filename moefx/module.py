@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
+import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,7 +39,7 @@ REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_se
               "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")  # fmt: skip
 _OWN = frozenset({
     "_history", "_indices", "_original", "_options", "_compile", "_variants", "_structure", "_report", "_refs",
-    "_extras", "_counts", "_kept",
+    "_extras", "_counts", "_kept", "_signed",
 })  # fmt: skip
 
 
@@ -57,6 +59,16 @@ class Variant:
     routed: tuple[RoutedLayer, ...] = ()
 
 
+class _Signed:
+    """Binds a method so that `inspect.signature` gives the original model's, by which trainers pick their columns."""
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self.method = method
+
+    def __get__(self, opt: OptimizedModule | None, owner: type) -> Callable[..., Any]:
+        return self.method if opt is None else types.MethodType(opt.__dict__["_signed"], opt)
+
+
 class OptimizedModule(nn.Module):
     """What `moefx.optimize` returns. Calls run the compiled graphs; everything else is the original's.
 
@@ -64,6 +76,10 @@ class OptimizedModule(nn.Module):
     which runs its own, unoptimized code for them; `generate` of a model that is routed by token ids does so with that
     routing (`moefx.decoding`). `original` is the model itself, `report` says what was done, `graphs`
     maps stage and pass names to graphs.
+
+    It passes for the original where code asks `isinstance(opt, PreTrainedModel)` or reads the signature of `forward`,
+    as transformers' Trainer does; `type(opt)` is this class. A method that is assigned (`opt.forward = ...`, as
+    accelerate does for autocast) takes the place of this module's, not of the original's.
     """
 
     def __init__(self, original: nn.Module, compile_variant: Callable[..., Variant], options: Any, report: Any) -> None:
@@ -73,6 +89,7 @@ class OptimizedModule(nn.Module):
         own["_variants"], own["_structure"], own["_refs"] = {}, None, {}
         own["_extras"], own["_counts"], own["_kept"] = {}, {}, None
         own["_history"], own["_indices"] = AmaxHistory(options.recipe.amax_history), {}
+        own["_signed"] = _with_signature(OptimizedModule.forward, original.forward)
         super().__init__()
         del own["_is_full_backward_hook"]
         for registry in (*REGISTRIES, *compat.HOOKS):
@@ -140,8 +157,15 @@ class OptimizedModule(nn.Module):
             return routed_method(self, name, found)
         return found
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # type: ignore[override]
+        return type(self.__dict__["_original"]) if "_original" in self.__dict__ else OptimizedModule
+
+    def _get_name(self) -> str:
+        return OptimizedModule.__name__
+
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _OWN:
+        if name in _OWN or _is_method(name):
             self.__dict__[name] = value
         elif name == "training" or isinstance(value, nn.Module | nn.Parameter) or name in self._buffers:
             super().__setattr__(name, value)
@@ -192,6 +216,8 @@ class OptimizedModule(nn.Module):
             new.__dict__["_structure"] = Structure(new.original, *([new.router] if new.router is not None else []))
             new.__dict__["_variants"] = dict(self._variants)
         new.load_precision_state(self.precision_state())
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self._assigned(), memo))
         return new
 
     def __copy__(self) -> nn.Module:
@@ -200,7 +226,12 @@ class OptimizedModule(nn.Module):
 
     def __reduce__(self) -> Any:
         """Pickle the original and the options; graphs are compiled again when next called."""
-        return (_rebuild, (without_recorders(self.original), self._options, self.precision_state()))
+        rebuilt = (without_recorders(self.original), self._options, self.precision_state())
+        return (_rebuild, rebuilt, *([assigned] if (assigned := self._assigned()) else []))
+
+    def _assigned(self) -> dict[str, Any]:
+        """Methods that were put in the place of this module's."""
+        return {name: v for name, v in self.__dict__.items() if _is_method(name)}
 
     def extra_repr(self) -> str:
         """One line for `print(module)`."""
@@ -214,6 +245,7 @@ class OptimizedModule(nn.Module):
     # --- calls
     # ------------------------------------------------------------------------------------------------------------------
 
+    @_Signed
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the variant of this call's signature, compiling it when it is new."""
         variant, leaves = self.prepare(args, kwargs)
@@ -402,6 +434,24 @@ class OptimizedModule(nn.Module):
         return next(
             (v for v in dynamic.values() if v.loose_key == loose and v.guard is not None and v.guard(leaves)), None
         )
+
+
+def _is_method(name: str) -> bool:
+    return isinstance(OptimizedModule.__dict__.get(name), types.FunctionType | _Signed)
+
+
+def _with_signature(method: Callable[..., Any], like: Callable[..., Any]) -> Callable[..., Any]:
+    """The method as a function of its own, with the signature of a bound one."""
+    assert isinstance(method, types.FunctionType)
+    new = types.FunctionType(method.__code__, method.__globals__, method.__name__, None, method.__closure__)
+    new.__doc__, new.__kwdefaults__ = method.__doc__, method.__kwdefaults__
+    signature = inspect.signature(like)
+    this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    try:
+        new.__signature__ = signature.replace(parameters=[this, *signature.parameters.values()])  # type: ignore[attr-defined]
+    except ValueError:  # a parameter of its own that is called self
+        pass
+    return new
 
 
 class _Inside(nn.Module):

@@ -7,12 +7,12 @@ autocast, shapes, dtypes, constants, which parameters train) and compiled when a
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +27,10 @@ from .graph.routed import RoutedLayer
 from .losses import BiasUpdate, sign_update
 from .pickled import without_recorders
 from .precision_metrics import Meter
+from .primals import Inside, assembled, reference
 from .program import Program
-from .raising.replay import Assembly
 from .routing import INSIDE
-from .signature import Structure, context_key, leaf_key
+from .signature import Signature, Structure, context_key, leaf_key, names_of, warn_of_many
 from .weights import KeptCodes
 
 Tensor = torch.Tensor
@@ -132,7 +132,7 @@ class OptimizedModule(nn.Module):
     def _owner(self, slot: compat.Slot) -> nn.Module:
         """The module under which a graph's parameter or buffer is found by its name."""
         inside = str(slot.key).startswith(f"{INSIDE}.")
-        return _Inside(self.router) if inside else self.original
+        return Inside(self.router) if inside else self.original
 
     @property
     def training(self) -> bool:
@@ -213,7 +213,8 @@ class OptimizedModule(nn.Module):
         """A copy with its own parameters. Compiled programs are shared: they hold no tensor of the model."""
         new = OptimizedModule(copy.deepcopy(self.original, memo), self.__dict__["_compile"], self._options, self.report)
         if self._structure is not None and self._structure.holds():
-            new.__dict__["_structure"] = Structure(new.original, *([new.router] if new.router is not None else []))
+            new.__dict__["_structure"] = new._present_structure()
+            new.__dict__["_structure"].watch_as(self._structure)
             new.__dict__["_variants"] = dict(self._variants)
         new.load_precision_state(self.precision_state())
         memo[id(self)] = new
@@ -256,7 +257,7 @@ class OptimizedModule(nn.Module):
 
         def target(slot: compat.Slot) -> Tensor:
             kind = slot.kind.split(":")[1]
-            where = _reference(self._owner(slot), compat.Slot(kind, slot.key))
+            where = reference(self._owner(slot), compat.Slot(kind, slot.key))
             found: Tensor = leaves[where] if isinstance(where, int) else where[0][where[1]]
             return found
 
@@ -264,7 +265,7 @@ class OptimizedModule(nn.Module):
             self._keep(program.returned_extras(outs))
         return program.finish(outs, primals, target)
 
-    @contextmanager
+    @contextlib.contextmanager
     def microbatches(self) -> Iterator[None]:
         """Within, casts of weights are made once and shared by all calls, until a parameter changes.
 
@@ -358,9 +359,9 @@ class OptimizedModule(nn.Module):
         refs = self._refs.get(id(program))
         if refs is None:
             refs = self._refs[id(program)] = [
-                _assembled(self.original, *program.assemblies[str(s.key)])
+                assembled(self.original, *program.assemblies[str(s.key)])
                 if s.kind == "param" and s.key in program.assemblies
-                else _reference(self._owner(s), s)
+                else reference(self._owner(s), s)
                 for s in program.inputs
             ]
         index = None if program.history_input is None else self._index(program)
@@ -397,7 +398,7 @@ class OptimizedModule(nn.Module):
         kwargs = dict(sorted(kwargs.items()))
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if self._structure is None or not self._structure.holds():
-            self.__dict__["_structure"] = Structure(self.original, *([self.router] if self.router is not None else []))
+            self.__dict__["_structure"] = self._present_structure()
             self.__dict__["_refs"], self.__dict__["_variants"] = {}, {}
         variant = self._variants.get(self._key(leaves, spec, exact=True))
         if variant is None:
@@ -405,16 +406,25 @@ class OptimizedModule(nn.Module):
                 variant = self._new_variant(args, kwargs, leaves, spec)
         return variant, leaves
 
+    def _present_structure(self) -> Structure:
+        return Structure(self.original, *([self.router] if self.router is not None else []))
+
     def _new_variant(self, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any], spec: Any) -> Variant:
         # Another thread may have made it meanwhile.
         variant: Variant | None = self._variants.get(self._key(leaves, spec, exact=True))
         if variant is None:
-            variant = self._find_dynamic(leaves, spec)
+            variant, found = self._find_dynamic(leaves, spec), None
             if variant is None:
+                before = self._structure.plain_values()
                 variant = found = self._compile(self, args, kwargs)
+                self._structure.leave_out_changed(before)
                 found.loose_key = self._key(leaves, spec, exact=False)
             # The key is taken after compiling: a first forward may install hooks (transformers' recorders).
-            self._variants[self._key(leaves, spec, exact=True)] = variant
+            key = self._key(leaves, spec, exact=True)
+            self._variants[key] = variant
+            if found is not None:
+                each = {id(v): k for k, v in self._variants.items()}.values()
+                warn_of_many(key, each, self._structure, names_of(self.original, args, kwargs))
         return variant
 
     def variants(self) -> list[Variant]:
@@ -422,9 +432,10 @@ class OptimizedModule(nn.Module):
         valid = self._structure is not None and self._structure.holds()
         return list({id(v): v for v in self._variants.values()}.values()) if valid else []
 
-    def _key(self, leaves: list[Any], spec: Any, *, exact: bool) -> Any:
+    def _key(self, leaves: list[Any], spec: Any, *, exact: bool) -> Signature:
         """The signature of a call; not `exact` leaves sizes out, for variants with symbolic sizes."""
-        return (spec, *(leaf_key(v, exact=exact) for v in leaves), self._structure.mode(), context_key())
+        inputs = tuple([leaf_key(v, exact=exact) for v in leaves])
+        return Signature(spec, inputs, self._structure.mode(), context_key())
 
     def _find_dynamic(self, leaves: list[Any], spec: Any) -> Variant | None:
         dynamic = {id(v): v for v in self._variants.values() if v.guard is not None}
@@ -447,19 +458,9 @@ def _with_signature(method: Callable[..., Any], like: Callable[..., Any]) -> Cal
     new.__doc__, new.__kwdefaults__ = method.__doc__, method.__kwdefaults__
     signature = inspect.signature(like)
     this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    try:
+    with contextlib.suppress(ValueError):  # a parameter of its own that is called self
         new.__signature__ = signature.replace(parameters=[this, *signature.parameters.values()])  # type: ignore[attr-defined]
-    except ValueError:  # a parameter of its own that is called self
-        pass
     return new
-
-
-class _Inside(nn.Module):
-    """The router where captures saw it."""
-
-    def __init__(self, router: nn.Module | None) -> None:
-        super().__init__()
-        self.add_module(INSIDE, router)
 
 
 def _rebuild(original: nn.Module, options: Any, state: Mapping[str, Any]) -> nn.Module:
@@ -468,32 +469,3 @@ def _rebuild(original: nn.Module, options: Any, state: Mapping[str, Any]) -> nn.
     opt = reoptimize(original, options)
     opt.load_precision_state(state)
     return opt
-
-
-def _reference(model: nn.Module, slot: compat.Slot) -> Any:
-    """Where a program input lives: a position in the flat call, or (registry, name) on the module that owns it."""
-    if slot.kind == "input":
-        return int(slot.key)
-    if slot.kind == "state":
-        return None
-    path, _, leaf = str(slot.key).rpartition(".")
-    owner = model.get_submodule(path)
-    return (owner._parameters if leaf in owner._parameters else owner._buffers, leaf)
-
-
-def _assembled(model: nn.Module, path: str, assembly: Assembly) -> Callable[[], Tensor]:
-    """Expert parameters as one tensor, through which autograd brings each of them its gradient.
-
-    They are copied at every call: whether one has changed since the last cannot be known, for `p.data.mul_(...)` leaves
-    no trace on its version counter. Gradients are not copied, each parameter gets its slice of the one buffer.
-    """
-    block = model.get_submodule(path)
-    owners = {n: (block.get_submodule(n.rpartition(".")[0])._parameters, n.rpartition(".")[2]) for n in assembly.names}
-
-    def get(name: str) -> Tensor:
-        registry, leaf = owners[name]
-        found = registry[leaf]
-        assert found is not None
-        return found
-
-    return lambda: assembly.build(get)

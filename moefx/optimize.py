@@ -154,9 +154,10 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
     """Stages 1 to 6 for one call signature, in the model's present mode and the caller's grad mode and autocast."""
     model, o, first = opt.original, opt.options, not opt.report.signatures
     report = opt.report if first else Report(opt.report.model, o.recipe.name, o.codegen)
-    stage = Stages(report, show=type(model).__qualname__)
     args, kwargs = distinct(model, args, kwargs)
     leaves = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
+    again = "" if first else f", signature {len(opt.report.signatures) + 1} of {', '.join(shapes(leaves))}"
+    stage = Stages(report, show=f"{type(model).__qualname__}{again}")
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*model.parameters(), *leaves))
 
     own = {k: v for k, v in kwargs.items() if o.routing is None or k not in o.routing.extra}
@@ -299,8 +300,13 @@ class Stages:
 
 def describe(model: nn.Module, leaves: Sequence[torch.Tensor], grad: bool, seconds: float) -> dict[str, Any]:
     """A signature for the report."""
-    shapes = [f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in leaves]
-    return {"mode": "train" if model.training else "eval", "grad": grad, "inputs": shapes, "seconds": seconds}
+    mode = "train" if model.training else "eval"
+    return {"mode": mode, "grad": grad, "inputs": shapes(leaves), "seconds": seconds}
+
+
+def shapes(leaves: Sequence[torch.Tensor]) -> list[str]:
+    """Tensors as `int64[2, 16]`."""
+    return [f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in leaves]
 
 
 @contextmanager

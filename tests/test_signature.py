@@ -58,13 +58,17 @@ def hook(m: nn.Module) -> None:
     m[0].register_forward_hook(lambda *_: None)
 
 
+def number(m: nn.Module) -> None:
+    m[2].momentum = 0.3 if m[2].momentum == 0.1 else 0.1
+
+
 def nothing(m: nn.Module) -> None:
     pass
 
 
 Edit = Callable[[nn.Module], None]
 Around = Callable[[], contextlib.AbstractContextManager[object]]
-EDITS: tuple[Edit, ...] = (tie, replace, freeze, cast, turn, cut, remove_bias, evaluate, hook, nothing)
+EDITS: tuple[Edit, ...] = (tie, replace, freeze, cast, turn, cut, remove_bias, evaluate, hook, number, nothing)
 AROUND: tuple[Around, ...] = (
     contextlib.nullcontext, torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16),
 )  # fmt: skip
@@ -84,7 +88,7 @@ def test_a_remembered_key_is_the_key_of_what_is_there(steps: list[tuple[Edit, Ar
         assert hash(now) == hash(fresh)
         if edit is nothing:
             assert now == before
-        elif edit in (freeze, cast, evaluate, hook):
+        elif edit in (freeze, cast, evaluate, hook, number):
             assert now != before
         before = now
 
@@ -99,3 +103,30 @@ def test_an_unchanged_model_is_not_described_again(monkeypatch: pytest.MonkeyPat
 def test_a_model_without_tensors() -> None:
     kept = Structure(nn.Sequential(nn.ReLU()))
     assert kept.mode() == kept.mode() == Structure(nn.Sequential(nn.ReLU())).mode()
+
+
+def test_one_true_and_a_float_are_three_values() -> None:
+    m = model()
+    kept, keys = Structure(m), []
+    for value in (1, True, 1.0, 1):
+        m[2].eps = value
+        keys.append(kept.mode())
+    assert [keys.index(k) for k in keys] == [0, 1, 2, 0]
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda m: m[0].register_parameter("more", nn.Parameter(torch.zeros(2))),
+        lambda m: m[0].register_buffer("more", torch.zeros(2)),
+        lambda m: m[0].__dict__.update(forward=lambda x: x),
+        lambda m: m.append(nn.ReLU()),
+    ],
+)
+def test_what_is_added_makes_another_tree(edit: Edit) -> None:
+    m = model()
+    kept = Structure(m)
+    assert kept.holds()
+    edit(m)
+    assert not kept.holds()
+    assert Structure(m).holds()

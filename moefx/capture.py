@@ -25,6 +25,7 @@ from .errors import CaptureError, InputError, first_line, nearest
 from .graph.checkpointed import inline_checkpointed
 
 Tensor = torch.Tensor
+RECORDING = "transformers/utils/output_capturing.py"
 
 
 @dataclass
@@ -73,12 +74,10 @@ def check_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         unknown = next((k for k in kwargs if k not in signature.parameters), None)
         hint = nearest(unknown, signature.parameters) if unknown else f"the signature is forward{signature}"
         raise InputError(
-            "the example inputs do not fit the model's forward", where=type(model).__qualname__, why=str(e), todo=hint
+            "the inputs do not fit the model's forward", where=type(model).__qualname__, why=str(e), todo=hint
         ) from e
     if not any(isinstance(v, Tensor) for v in pytree.tree_leaves((args, kwargs))):
-        raise InputError(
-            "the example inputs hold no tensor", where=type(model).__qualname__, todo="pass at least one tensor"
-        )
+        raise InputError("the inputs hold no tensor", where=type(model).__qualname__, todo="pass at least one tensor")
     flat = dict(bound.arguments)
     for p in signature.parameters.values():
         if p.kind is p.VAR_KEYWORD:
@@ -206,7 +205,7 @@ def warm_up(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             known = inspect.signature(model.forward).parameters
             odd = [f"; forward names no argument {k!r}: {nearest(k, known)}" for k in kwargs if k not in known]
             raise InputError(
-                "the model itself fails on the example inputs, before anything was traced",
+                "the model itself fails on these inputs, before anything was traced",
                 where=type(model).__qualname__,
                 why=f"{type(e).__name__}: {e}",
                 todo=f"call model(...) with the same inputs and mend that first{''.join(odd)}",
@@ -263,6 +262,21 @@ def _explained(e: Exception, model: nn.Module) -> CaptureError:
     first = first_line(e, type(e).__name__)
     if inner := re.search(r"raised exception (\w+\(.*\))", str(e)):
         first = f"{first} {inner[1]}"
+    if frames and frames[-1].filename.endswith(RECORDING):
+        return CaptureError(
+            f"{type(model).__qualname__} is part of a model whose outputs transformers records inside of it",
+            where=where,
+            why="a hook hands router logits or hidden states to the model around, which a graph of this part cannot do",
+            todo="optimize the whole model: moefx.optimize(model, ...)",
+        )
+    hooked = [path for path, m in model.named_modules() if path and (m._backward_hooks or m._backward_pre_hooks)]
+    if hooked and "backwards hooks" in str(e):
+        return CaptureError(
+            f"{type(model).__qualname__} could not be traced into one graph",
+            where=", ".join(hooked),
+            why="a backward hook of a submodule has no place in a compiled backward",
+            todo="remove it (handle.remove()), or hook the tensor in a forward: x.register_hook(...)",
+        )
     parameters = inspect.signature(model.forward).parameters
     unmasked = "NoneType" in first and any(name.endswith("attention_mask") for name in parameters)
     loop = re.search(r"data-dependent|dynamic shape operator|iterat", str(e))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import builtins
 import contextlib
+import logging
 import operator
 import re
 import threading
@@ -39,6 +40,12 @@ HOOKS = (
 )
 # Held while a graph is made: Dynamo, AOT and the registries of transformers keep their state per process.
 compiling = threading.RLock()
+# Calls that a forward may make to tell people something, all of which return None: no part of a graph.
+_TELLING = (
+    print,
+    warnings.warn,
+    *(getattr(logging.Logger, n) for n in ("debug", "info", "warning", "error", "exception", "critical", "log")),
+)
 _SIDE_EFFECTS = re.compile(r"side effects happened in the model.forward.*?(\[.*\])", re.DOTALL)
 
 
@@ -63,7 +70,9 @@ def capture_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict
     """
     from torch._dynamo.functional_export import dynamo_graph_capture_for_export
 
-    settings = torch._dynamo.config.patch(
+    config: Any = torch._dynamo.config
+    telling = "ignore_logging_functions" if hasattr(config, "ignore_logging_functions") else "ignore_logger_methods"
+    settings = config.patch(
         # Data-dependent sizes (nonzero, where) become unbacked symbols instead of graph breaks.
         capture_dynamic_output_shape_ops=True,
         capture_scalar_outputs=True,
@@ -74,6 +83,7 @@ def capture_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict
         # A checkpointed region may change Python state (transformers' recorders of router logits do); it is not run
         # again in the backward, only its nodes are.
         skip_fwd_side_effects_in_bwd_under_checkpoint=True,
+        **{telling: {*_TELLING, *getattr(config, telling)}},
     )
     with settings, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

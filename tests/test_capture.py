@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import warnings
 from typing import Any
@@ -160,6 +161,37 @@ def test_state_that_a_graph_does_not_repeat_is_reported() -> None:
 
     with pytest.warns(UserWarning, match=r"Counts's forward changes Python state.*L\['self'\]"):
         ref.optimize(Counts(), (ref.hidden(),))
+
+
+def test_a_forward_may_tell_people_something(capsys: pytest.CaptureFixture[str]) -> None:
+    """Once, when it is compiled."""
+    logger = logging.getLogger("tests")
+
+    class Tells(ref.Block):
+        def forward(self, x: Tensor) -> Any:
+            logger.info("x is %s", tuple(x.shape))
+            print("here")
+            warnings.warn("careful", RuntimeWarning, stacklevel=1)
+            return self.moe(x).square().mean()
+
+    with pytest.warns(RuntimeWarning, match="careful"):
+        opt = ref.optimize(Tells(), (ref.hidden(),))
+    assert capsys.readouterr().out.startswith("here")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = ref.step(opt, (ref.hidden(),))
+        warnings.simplefilter("ignore")
+        ref.assert_same(got, ref.step(opt.original, (ref.hidden(),)))
+    assert capsys.readouterr().out.count("here") == 1  # the original's
+
+
+def test_a_part_whose_outputs_transformers_records_is_refused_with_the_reason() -> None:
+    model = ref.tiny()
+    model(**ref.batch())  # installs the recorders
+    with pytest.raises(moefx.CaptureError, match="part of a model whose outputs transformers records") as caught:
+        ref.optimize(model.model.layers[0].mlp, (ref.hidden(),))
+    assert "optimize the whole model" in str(caught.value.todo)
+    ref.optimize(model)
 
 
 @pytest.mark.parametrize("model", [ref.tiny, ref.Norm])

@@ -154,7 +154,7 @@ CASES: dict[str, Case] = {
     "a model that fails by itself": (
         lambda: call(Fails(), ref.hidden()),
         moefx.InputError,
-        ["the model itself fails on the example inputs", "where: Fails", "RuntimeError: ", "mend that first"],
+        ["the model itself fails on these inputs", "where: Fails", "RuntimeError: ", "mend that first"],
     ),
     "a branch on a value": (
         lambda: call(Branches(), ref.hidden()),
@@ -214,7 +214,7 @@ CASES: dict[str, Case] = {
     "no tensor": (
         lambda: call(ref.Block(), 3),
         moefx.InputError,
-        ["the example inputs hold no tensor", "where: Block"],
+        ["the inputs hold no tensor", "where: Block"],
     ),
     "an object among the inputs": (
         lambda: moefx.optimize(ref.tiny(), {**ref.batch(), "past_key_values": cache()}, codegen="eager"),

@@ -127,7 +127,7 @@ class Structure:
 
 
 class _Key:
-    """A hashable value with an entry for every tensor of a model, whose hash is computed once."""
+    """A hashable value with many entries, whose hash is computed once."""
 
     __slots__ = ("hash", "value")
 

@@ -7,12 +7,13 @@ random cotangents; a training graph already computes its gradients from its tang
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from . import compat
 from .errors import PassError
@@ -34,6 +35,7 @@ class Verifier:
     grad: bool
     seed: int = 0
     _before: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _computed_in: set[torch.dtype] = field(default_factory=set, repr=False)
 
     def start(self, gm: fx.GraphModule) -> None:
         """Run the graph as it is before the first pass."""
@@ -51,14 +53,14 @@ class Verifier:
                 why=f"{type(e).__name__}: {str(e).strip()}",
                 todo="mend the rewrite: what it put in has the right types, but cannot be computed or differentiated",
             ) from e
-        worst, noise = 0.0, _noise(before)
+        worst, noise = 0.0, _noise(before, self._rounding)
         todo = "mend the rewrite, or declare the numerics class it really has"
         if numerics != "changes" and (odd := sorted(before.keys() ^ after.keys())):
             change = "lost" if odd[0] in before else "added"
             raise PassError(f"pass {name} {change} {', '.join(odd)}", where=where, todo=todo)
         for label in [k for k in before if k in after]:
             x, y = before[label], after[label]
-            error, allowed = _difference(x, y), 0.0 if numerics == "exact" else ROUNDING.get(x.dtype, 0.0)
+            error, allowed = _difference(x, y), 0.0 if numerics == "exact" else self._rounding(x.dtype)
             if numerics == "changes":
                 allowed = float("inf") if bool(torch.isfinite(y).all()) or not bool(torch.isfinite(x).all()) else 0.0
             tiny = numerics == "rounding" and x.shape == y.shape and _rms(x.double() - y.double()) <= noise[label]
@@ -66,12 +68,19 @@ class Verifier:
                 raise PassError(
                     f"pass {name} changed {label} by {error:.1e}",
                     where=where,
-                    why=f"its numerics class is {numerics!r}, which allows {allowed:.1e} for {x.dtype}",
+                    why=f"its numerics class is {numerics!r}, which allows {allowed:.1e} here",
                     todo=todo,
                 )
             worst = max(worst, 0.0 if tiny and error > allowed else min(error, sys.float_info.max))
         self._before = after
         return worst
+
+    def _rounding(self, dtype: torch.dtype) -> float:
+        """What reordering may change a value by: of its own dtype, or of a coarser one that the graph computes in.
+
+        Under autocast, or in a model of several dtypes, a float32 output is made of bfloat16 products.
+        """
+        return max((ROUNDING.get(d, 0.0) for d in self._computed_in), default=0.0) if dtype in ROUNDING else 0.0
 
     def _run(self, gm: fx.GraphModule) -> dict[str, Tensor]:
         """Outputs, gradients and written inputs by name. Interpreted: to compile a graph module takes longer."""
@@ -86,7 +95,7 @@ class Verifier:
         devices = list({v.device for v in values if isinstance(v, Tensor) and v.device.type == "cuda"})
         with torch.random.fork_rng(devices=devices), compat.no_fake(), torch.set_grad_enabled(self.grad):
             torch.manual_seed(self.seed)
-            outs = fx.Interpreter(gm).run(*inputs, enable_io_processing=False)
+            outs = _Noting(gm, self._computed_in).run(*inputs, enable_io_processing=False)
             found = {f"output {i}": o for i, o in enumerate(outs) if isinstance(o, Tensor)}
             # Views share the version counter: zero means that nobody wrote into this input.
             for label, v in zip(names, values, strict=True):
@@ -110,18 +119,32 @@ class Verifier:
         return {f"gradient of {n}": g for n, g in zip(leaves, grads, strict=True) if g is not None}
 
 
+class _Noting(fx.Interpreter):
+    """Runs a graph and notes the floating dtypes of its values."""
+
+    def __init__(self, gm: fx.GraphModule, dtypes: set[torch.dtype]) -> None:
+        super().__init__(gm)
+        self.dtypes = dtypes
+
+    def run_node(self, n: fx.Node) -> Any:
+        """As the interpreter does."""
+        made = super().run_node(n)
+        self.dtypes |= {v.dtype for v in pytree.tree_leaves(made) if isinstance(v, Tensor) and v.dtype in ROUNDING}
+        return made
+
+
 def _rms(x: Tensor) -> float:
     return float(x.double().square().mean().sqrt())
 
 
-def _noise(found: dict[str, Tensor]) -> dict[str, float]:
+def _noise(found: dict[str, Tensor], rounding: Callable[[torch.dtype], float]) -> dict[str, float]:
     """What a value may differ by however small it is itself: for gradients, rounding noise of the largest of them.
 
     A gradient that is zero by symmetry (of a shift in front of a softmax) is all noise, and has no relative error.
     """
     grads = [v for k, v in found.items() if k.startswith("gradient") and v.numel()]
     largest = max(map(_rms, grads), default=0.0)
-    return {k: 0.05 * ROUNDING.get(v.dtype, 0.0) * largest * k.startswith("gradient") for k, v in found.items()}
+    return {k: 0.05 * rounding(v.dtype) * largest * k.startswith("gradient") for k, v in found.items()}
 
 
 def _difference(x: Tensor, y: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import fx
+from torch.nn import functional as F
 
 import moefx
 from moefx import Pass, PassError, PassManager
@@ -93,6 +95,27 @@ def test_honest_classes_pass(graph: Subject, by: float, klass: str) -> None:
     s, report = graph.copy(), Report()
     PassManager((Edit(scaled(by), klass),)).run("model", s.gm, report, s.fake_mode, Verifier(s.values, grad=True))
     assert report.passes[0].error == pytest.approx(by - 1, rel=0.2, abs=1e-9)
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_outputs_may_differ_by_the_rounding_of_what_they_are_made_of(low: bool) -> None:
+    """As under autocast: a float32 output of a bfloat16 product. A float32 graph is held to float32."""
+
+    def fn(m: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            return F.linear(x, m.p).float() * 2
+
+    subject = model_graph(Made(fn, p=rand(H, H)), rand(T, H))
+
+    def run(by: float) -> None:
+        s = subject.copy()
+        verifier = Verifier(s.values, grad=True)
+        PassManager((Edit(scaled(by), "rounding"),)).run("model", s.gm, Report(), s.fake_mode, verifier)
+
+    with contextlib.nullcontext() if low else pytest.raises(PassError, match=r"changed output 0 by 1\.0e-03"):
+        run(1 + 1e-3)
+    with pytest.raises(PassError, match=r"changed output 0 by 5\.0e-01"):
+        run(1.5)
 
 
 def test_infinities_are_compared_as_they_are() -> None:

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moefx.errors import InputError, nearest
+from moefx.errors import InputError, first_line, nearest
+from moefx.files import replacing
 from moefx.packages import optional
 from moefx.routing import FutureTokensWarning
 
@@ -228,21 +229,30 @@ class Grouter(nn.Module):
                 )
 
     def save_pretrained(self, directory: str | Path) -> Path:
-        """Write config.json and model.safetensors into a folder, which is made if need be; returns it."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write config.json and model.safetensors into a folder, which is made if need be; returns it.
+
+        Raises:
+            InputError: the system does not let us write; a Grouter that was in the folder is still there.
+            MissingPackageError: safetensors is not installed.
+        """
+        writer = _safetensors()
         tensors = {name: t.detach().contiguous().cpu() for name, t in self.state_dict().items()}
-        _safetensors().save_file(tensors, folder / WEIGHTS)
         config = {"model_type": MODEL_TYPE, **asdict(self.config)}
-        (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        return folder
+        with replacing(directory, "the Grouter") as new:
+            try:
+                writer.save_file(tensors, new / WEIGHTS)
+            except _refused() as e:  # what the system said is in its text
+                raise OSError(first_line(e)) from e
+            (new / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        return Path(directory)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Grouter:
         """Read what `save_pretrained` wrote, in the dtypes of the file. Nothing is downloaded.
 
         Raises:
-            InputError: the folder holds no Grouter, or one whose files do not fit together.
+            InputError: the folder holds no Grouter, or one whose files are damaged or do not fit together.
+            MissingPackageError: safetensors is not installed.
         """
         folder = Path(directory)
         try:
@@ -253,7 +263,7 @@ class Grouter(nn.Module):
             with torch.random.fork_rng():  # random weights that the file's replace
                 grouter = cls.from_config(**entries)
             grouter.load_state_dict(tensors, assign=True)
-        except (OSError, ValueError, TypeError, RuntimeError) as e:
+        except (OSError, ValueError, TypeError, RuntimeError, _refused()) as e:
             raise InputError(
                 "no Grouter can be read from this folder",
                 where=str(folder),
@@ -295,3 +305,9 @@ def _padded(groups: tuple[tuple[int, ...], ...] | None, experts: int) -> Tensor 
 
 def _safetensors() -> Any:
     return optional("safetensors.torch", "to save and load a Grouter")
+
+
+def _refused() -> type[Exception]:
+    """What safetensors raises for a file that it cannot read or write; it is no OSError."""
+    found: type[Exception] = optional("safetensors", "to save and load a Grouter").SafetensorError
+    return found

@@ -48,7 +48,7 @@ LAYERS = (
     ("moefx.optim",),
     ("moefx.kernels",),
     ("moefx.precision",),
-    ("moefx.compat", "moefx.packages"),
+    ("moefx.compat", "moefx.packages", "moefx.files"),
     ("moefx.errors",),
 )
 DEPTH = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, first_line
+from ..files import replacing
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -53,8 +53,10 @@ class AffinityResult:
         return self.chosen / self.tokens
 
     def save(self, path: str | Path) -> None:
-        """Write the counts as a NumPy .npz archive."""
-        with Path(path).open("wb") as file:
+        """Write the counts as a NumPy .npz archive. After InputError, for a full disk, an earlier file is unchanged."""
+        path = Path(path)
+        # Through an open file: given a name, numpy would add an ending to it.
+        with replacing(path.parent, "the affinity") as new, (new / path.name).open("wb") as file:
             np.savez(file, pairs=self.pairs, chosen=self.chosen, tokens=self.tokens, k=self.k)
 
     @classmethod
@@ -62,12 +64,18 @@ class AffinityResult:
         """Read what `save` wrote. Raises InputError for another file."""
         try:
             with np.load(path) as found:
-                return cls(found["pairs"], found["chosen"], int(found["tokens"]), int(found["k"]))
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+                read = cls(found["pairs"], found["chosen"], int(found["tokens"]), int(found["k"]))
+            E = len(read.chosen)
+            if {read.pairs.dtype, read.chosen.dtype} != {np.dtype(np.int64)} or read.pairs.shape != (E, E):
+                raise ValueError(f"pairs {read.pairs.dtype} {list(read.pairs.shape)} of {E} experts")
+            if read.tokens < 1 or not 1 <= read.k <= E:
+                raise ValueError(f"{read.tokens} tokens, top-{read.k} of {E} experts")
+            return read
+        except Exception as error:  # zipfile, and numpy's reading of a head as Python text, raise many kinds
             raise InputError(
                 "no affinity can be read from this file",
                 where=str(path),
-                why=str(error),
+                why=first_line(error, type(error).__name__),
                 todo="name an affinity.npz that moefx grouter affinity wrote",
             ) from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..routing import TOLERANCE, compare_prefixes
+from .modes import modes_kept
 
 Router = nn.Module | Callable[[Tensor], Tensor]
 GRID = 16  # prefixes that are tried unless some are named
@@ -51,7 +53,8 @@ def prefix_consistency(
         tolerance: relative to the largest logit.
 
     Raises:
-        InputError: the window is too short, or a length is not inside of it.
+        InputError: the window is too short, a length is not inside of it, or an id is outside of the vocabulary of a
+            Grouter.
     """
     S = ids.shape[1]
     if S < 2:
@@ -60,14 +63,12 @@ def prefix_consistency(
         lengths = torch.linspace(1, S - 1, min(GRID, S - 1)).round().int().unique().tolist()
     if not lengths or not all(0 < n < S for n in lengths):
         raise InputError(f"prefix lengths {list(lengths)} do not all lie in 1..{S - 1}", todo="name other lengths")
-    training = isinstance(router, nn.Module) and router.training
-    if isinstance(router, nn.Module):
-        router.eval()
-    try:
-        full, alone = compare_prefixes(lambda cut: router(cut["input_ids"]), {"input_ids": ids}, lengths)
-    finally:
+    if check := getattr(router, "check_ids", None):
+        check(ids)
+    with modes_kept(router) if isinstance(router, nn.Module) else nullcontext():
         if isinstance(router, nn.Module):
-            router.train(training)
+            router.eval()
+        full, alone = compare_prefixes(lambda cut: router(cut["input_ids"]), {"input_ids": ids}, lengths)
     if not 1 <= k <= full.shape[-1]:
         raise InputError(f"top-{k} of {full.shape[-1]} experts", todo="choose another k")
     difference = float((full - alone).abs().max() / full.abs().max().clamp_min(torch.finfo(torch.float64).tiny))

@@ -13,9 +13,11 @@ import numpy.typing as npt
 import typer
 
 from ..errors import InputError
+from ..files import replacing
 from .affinity import AffinityResult
 from .affinity import affinity as count_affinity
 from .cli_training import register
+from .clusters import SEEDS
 from .expand import expand as expand_grouter
 from .fold import fold as fold_grouter
 from .fold import fold_report
@@ -39,11 +41,13 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on s
 Folder = Annotated[Path, typer.Argument(help="Folder of a Grouter (save_pretrained).")]
 Out = Annotated[Path, typer.Option(help="Folder for the result and its report.")]
 Data = Annotated[
-    list[Path] | None, typer.Option(help="Text files, or one .bin file of tokens; none: the embedded corpus.")
+    list[Path] | None,
+    typer.Option(help="Text files or folders (as bytes), or one .bin or .npy file of ids; none: the embedded corpus."),
 ]
 Split = Annotated[str, typer.Option(help="train or val.")]
-Window = Annotated[int, typer.Option(help="Tokens per window, as in training.")]
-MaxTokens = Annotated[int, typer.Option(help="Use evenly spaced windows with up to so many tokens.")]
+Window = Annotated[int, typer.Option(help="Tokens per window, as in training.", min=1)]
+MaxTokens = Annotated[int, typer.Option(help="Use evenly spaced windows with up to so many tokens.", min=1)]
+ClusterSeed = Annotated[int, typer.Option(help="Seed of k-means.", min=0, max=SEEDS - 1)]
 K = Annotated[int, typer.Option("--k", help="Experts per token.")]
 EodId = Annotated[int | None, typer.Option(help="Token that ends a document; keeps documents of a window apart.")]
 
@@ -63,8 +67,7 @@ def affinity(
     """Count which experts are chosen together: affinity.npz, for `fold`."""
     model = load_grouter(grouter)
     require_folder(out)
-    counts = _count(model, _tokens(data, split), k, window, max_tokens, eod_id)
-    counts.save(out / "affinity.npz")
+    counts = _count(model, _tokens(model, data, split), k, window, max_tokens, eod_id)
     i, j = np.triu_indices(counts.num_experts, 1)
     top = np.argsort(-counts.P[i, j], kind="stable")[:10]
     pairs = [(int(i[n]), int(j[n])) for n in top]
@@ -79,7 +82,7 @@ def affinity(
         "MaxVio of the load": f"{result['max_vio']:.3f}",
         "most often together": "; ".join(f"{a} and {b} ({share(float(counts.P[a, b]))})" for a, b in pairs[:3]),
     }
-    _emit(out, "affinity", "Affinity of experts", result, rows, as_json)
+    _emit(out, "affinity", "Affinity of experts", result, rows, as_json, lambda new: counts.save(new / "affinity.npz"))
 
 
 @app.command()
@@ -109,10 +112,9 @@ def fold(
     elif k is None:
         raise InputError("no affinity to fold by", todo="give --affinity, or the router's --k to count it from --data")
     else:
-        counts = _count(model, _tokens(data, split), k, window, max_tokens, eod_id)
+        counts = _count(model, _tokens(model, data, split), k, window, max_tokens, eod_id)
     groups = group_experts(counts, targets, method=method)
     folded = fold_grouter(model, groups, reduce=reduce)
-    folded.save_pretrained(out)
     report = fold_report(counts, groups)
     result: dict[str, Any] = {"method": method, "reduce": reduce, "tokens": counts.tokens, **report.to_dict()}
     rows = {
@@ -122,10 +124,10 @@ def fold(
         "MaxVio of summed loads": f"{report.max_vio:.3f}",
     }
     if target_k is not None:
-        after = _count(folded, _tokens(data, split), target_k, window, max_tokens, eod_id)
+        after = _count(folded, _tokens(folded, data, split), target_k, window, max_tokens, eod_id)
         result["routed"] = {"k": target_k, "load": after.load.tolist(), "max_vio": max_over_mean(after.load) - 1}
         rows[f"MaxVio of the folded router, top-{target_k}"] = f"{result['routed']['max_vio']:.3f}"
-    _emit(out, "fold", "Folded Grouter", result, rows, as_json)
+    _emit(out, "fold", "Folded Grouter", result, rows, as_json, folded.save_pretrained)
 
 
 @app.command()
@@ -138,18 +140,20 @@ def expand(
     window: Window = 128,
     max_tokens: MaxTokens = 1 << 18,
     eod_id: EodId = None,
-    quantile: Annotated[float, typer.Option(help="Share of the tokens that counts as claimed by no expert.")] = 0.2,
-    seed: Annotated[int, typer.Option(help="Seed of k-means.")] = 0,
+    quantile: Annotated[
+        float, typer.Option(help="Share of the tokens that counts as claimed by no expert.", min=0, max=1)
+    ] = 0.2,
+    seed: ClusterSeed = 0,
     out: Out = Path("runs/expand"),
     as_json: AsJson = False,
 ) -> None:
     """Expand a Grouter to more experts, aimed at tokens that none claims; tune it afterwards."""
-    model, tokens = load_grouter(grouter), _tokens(data, split)
+    model = load_grouter(grouter)
     require_folder(out)
+    tokens = _tokens(model, data, split)
     larger = expand_grouter(
         model, tokens, targets, window=window, eod_id=eod_id, max_tokens=max_tokens, quantile=quantile, seed=seed
     )
-    larger.save_pretrained(out)
     before, after = (_count(m, tokens, k, window, max_tokens, eod_id) for m in (model, larger))
     old = before.num_experts
     result = {
@@ -162,7 +166,7 @@ def expand(
         f"slots of the new experts, top-{k}": share(float(after.load[old:].sum() / k)),
         "MaxVio before, after": f"{result['max_vio_before']:.3f}, {result['max_vio']:.3f}",
     }
-    _emit(out, "expand", "Expanded Grouter", result, rows, as_json)
+    _emit(out, "expand", "Expanded Grouter", result, rows, as_json, larger.save_pretrained)
 
 
 @app.command()
@@ -172,7 +176,7 @@ def precompute(
     data: Data = None,
     split: Split = "train",
     window: Window = 128,
-    batch: Annotated[int, typer.Option(help="Windows per forward pass.")] = 8,
+    batch: Annotated[int, typer.Option(help="Windows per forward pass.", min=1)] = 8,
     scale: Annotated[float, typer.Option(help="Sum of the gates of a token.")] = 1.0,
     normalise: Annotated[str, typer.Option(help="softmax or sigmoid.")] = "softmax",
     gates: Annotated[str, typer.Option(help="Store gates as bf16 or fp32.")] = "bf16",
@@ -181,7 +185,8 @@ def precompute(
     as_json: AsJson = False,
 ) -> None:
     """Route a data set once and store ids and gates; run again after an interruption, it goes on."""
-    model, tokens = load_grouter(grouter), _tokens(data, split)
+    model = load_grouter(grouter)
+    tokens = _tokens(model, data, split)
     with _progress() as progress:
         records = write_records(
             model, tokens, k, out, window=window, batch=batch, scale=scale, normalise=normalise, gates=gates,
@@ -205,7 +210,7 @@ def place(
     places: Annotated[int, typer.Option(help="Devices of a node, or nodes; divides the number of experts.")],
     equal: Annotated[bool, typer.Option(help="Equally many samples per place.")] = True,
     max_entropy: Annotated[float | None, typer.Option(help="Leave flatter samples (bits) out of clusters.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of k-means.")] = 42,
+    seed: ClusterSeed = 42,
     out: Out = Path("runs/placement"),
     as_json: AsJson = False,
 ) -> None:
@@ -215,7 +220,6 @@ def place(
     placement = place_routing(
         found.idx, found.header.num_experts, places, equal=equal, max_entropy=max_entropy, seed=seed
     )
-    placement.save(out / "placement.json")
     r = placement.report
     rows = {
         "experts, k, places": f"{found.header.num_experts}, {found.header.k}, {places}",
@@ -225,7 +229,9 @@ def place(
         "expert work per place, max/mean, before, after": f"{r.work_before:.3f}, {r.work_after:.3f}",
         "samples per place": f"{min(r.samples)} to {max(r.samples)}",
     }
-    _emit(out, "place", "Placement of experts and samples", {"places": places, **r.to_dict()}, rows, as_json)
+    result = {"places": places, **r.to_dict()}
+    title = "Placement of experts and samples"
+    _emit(out, "place", title, result, rows, as_json, lambda new: placement.save(new / "placement.json"))
 
 
 def load_grouter(folder: Path) -> Grouter:
@@ -243,10 +249,11 @@ def sum_affinities(files: list[Path]) -> AffinityResult:
     return first
 
 
-def _tokens(data: list[Path] | None, split: str) -> npt.NDArray[Any]:
-    from ..train.data import open_dataset
+def _tokens(model: Grouter, data: list[Path] | None, split: str) -> npt.NDArray[Any]:
+    """Ids of the Grouter's vocabulary."""
+    from .sources import load_data
 
-    return open_dataset(data or ()).tokens(split)
+    return load_data(data or [], model.config.vocab_size, None).tokens(split)
 
 
 def _count(
@@ -266,8 +273,19 @@ def _progress() -> Iterator[Callable[[int, int | None], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _emit(out: Path, name: str, title: str, result: Mapping[str, Any], rows: Mapping[str, str], as_json: bool) -> None:
-    text = write_report(out, name, title, result, rows)
+def _emit(
+    out: Path,
+    name: str,
+    title: str,
+    result: Mapping[str, Any],
+    rows: Mapping[str, str],
+    as_json: bool,
+    save: Callable[[Path], object] = lambda _: None,
+) -> None:
+    """Write what `save` puts into a folder, and its report: both or none, so that neither tells of another run."""
+    with replacing(out, "the results") as new:
+        save(new)
+        text = write_report(new, name, title, result, rows)
     print(json.dumps(result) if as_json else f"{text}\nwritten to {out}")
 
 

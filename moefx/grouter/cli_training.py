@@ -11,6 +11,7 @@ import torch
 import typer
 
 from ..errors import InputError
+from ..files import replacing
 from ..models.grouter import Grouter
 from ..train.config import SEEDS
 from ..train.identity import digest_of
@@ -29,8 +30,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on s
 Data = Annotated[
     list[Path] | None, typer.Option(help="Text files or folders (as bytes), or one .bin or .npy file of ids.")
 ]
-Batch = Annotated[int, typer.Option(help="Sequences per step.")]
-Seq = Annotated[int, typer.Option(help="Tokens per sequence.")]
+Batch = Annotated[int, typer.Option(help="Sequences per step.", min=1)]
+Seq = Annotated[int, typer.Option(help="Tokens per sequence.", min=2)]  # of one token, nothing can be seen to be causal
 Seed = Annotated[int, typer.Option(help="Seed of the weights and of the order of data.", min=0, max=SEEDS - 1)]
 
 
@@ -94,7 +95,6 @@ def distill(
         eval_batches=list(itertools.islice(tokens.batches("val", batch, seq, seed), EVAL_BATCHES)),
         checkpoint=out / "checkpoints",
         resume=resume,
-        report=out,
         identity={
             "teacher": digest_of(model), "data": tokens.fingerprint, "batch": batch, "seq": seq, "seed": seed,
         },
@@ -133,7 +133,6 @@ def tune(
         anchor=anchor,
         method=method,
         eval_batches=list(itertools.islice(tokens.batches("val", batch, seq, seed), EVAL_BATCHES)),
-        report=out,
     )
     _finish(student, out, found, as_json)
 
@@ -142,7 +141,9 @@ def _finish(student: Grouter, out: Path, found: DistillReport | TuneReport, as_j
     from rich.console import Console
     from rich.table import Table
 
-    student.save_pretrained(out)
+    with replacing(out, "the results") as new:  # both or none: a report would tell of other weights
+        student.save_pretrained(new)
+        found.write(new)
     if as_json:
         content: dict[str, Any] = {**found.to_dict(), "out": str(out)}
         print(json.dumps(content))

@@ -21,8 +21,9 @@ from ..optim.schedule import WarmupCosine
 from ..train import checkpoint as store
 from ..train.aside import make_room, say
 from ..train.loop import DivergedError
+from .modes import modes_kept
 from .reports import write_report
-from .running import Batch, Batches, bar, batches_from, check_figures, for_grouter, next_batch, overlap
+from .running import Batch, Batches, bar, batches_from, check_figures, for_grouter, next_batch, overlap, require_tokens
 from .tap import Tap, tap
 
 KEPT = ("losses", "kl_curve", "exact_curve", "recall_curve", "tokens", "seconds")  # of a report, in checkpoints
@@ -237,13 +238,15 @@ def _step(
     temperature: float,
 ) -> float:
     student, target = _pair(grouter, source, batch, found.k)
+    require_tokens(len(target), step)
     loss = kl(target, student, temperature)
     value = float(loss.detach())
     if not math.isfinite(value):
+        finite = bool(target.isfinite().all())
         raise DivergedError(
             f"the loss is {value} at step {step + 1}",
-            why="the teacher's logits are not finite" if not target.isfinite().all() else None,
-            todo="lower lr, or begin with a longer warm-up",
+            why=None if finite else "the teacher's logits are not finite",
+            todo="lower lr, or begin with a longer warm-up" if finite else "give a teacher and inputs without NaN",
         )
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -274,6 +277,8 @@ def _final(
     total, count = [0.0, 0.0, 0.0], 0
     for batch in eval_batches:
         student, target = _pair(grouter, source, batch, found.k)
+        if not len(target):  # nothing but padding: a mean over no tokens would be none of all of them
+            continue
         for i, figure in enumerate((float(kl(target, student)), *overlap(student, target, found.k))):
             total[i] += figure * len(target)
         count += len(target)
@@ -285,14 +290,14 @@ def _final(
 
 @contextmanager
 def _trainable(grouter: Grouter, score_only: bool) -> Iterator[list[nn.Parameter]]:
-    """While active, the Grouter trains, or its score layer alone; flags and mode come back at the end."""
-    flags, training = [(p, p.requires_grad) for p in grouter.parameters()], grouter.training
-    grouter.train().requires_grad_(not score_only)
-    grouter.score.requires_grad_(True)
+    """While active, the Grouter trains, or its score layer alone; flags and modes come back at the end."""
+    flags = [(p, p.requires_grad) for p in grouter.parameters()]
     try:
-        yield [p for p in grouter.parameters() if p.requires_grad]
+        with modes_kept(grouter):
+            grouter.train().requires_grad_(not score_only)
+            grouter.score.requires_grad_(True)
+            yield [p for p in grouter.parameters() if p.requires_grad]
     finally:
         for p, flag in flags:
             p.requires_grad_(flag)
             p.grad = None
-        grouter.train(training)

@@ -13,8 +13,8 @@ import numpy.typing as npt
 import torch
 
 from ..errors import InputError
-from ..packages import optional
 from .affinity import Floats
+from .clusters import check_kmeans, kmeans
 from .surgery import require_unfolded, with_score
 from .windows import Tokens, masks, sample_windows
 
@@ -48,10 +48,12 @@ def expand(
         quantile, iterations, seed: see `new_rows`.
 
     Raises:
-        InputError: E_T is not in its range, or the tokens are too few or too alike for so many new experts.
+        InputError: E_T is not in its range, an option or a token id is not in its own, or the tokens are too few or
+            too alike for so many new experts.
         MissingPackageError: scikit-learn is not installed.
     """
     require_unfolded(grouter)
+    _check_options(quantile, iterations, seed)
     old = grouter.score.weight.detach()
     require_room(old.double().cpu().numpy(), num_targets - len(old))
     states = hidden_states(grouter, sample_windows(tokens, window, max_tokens), eod_id)
@@ -82,14 +84,18 @@ def new_rows(
         old: [E_S, hidden] score rows.
         states: [tokens, hidden] inputs of the score layer.
         quantile: share of the tokens, those of lowest best logit, that counts as claimed by no expert.
-        iterations, seed: of k-means.
+        iterations, seed: of k-means; seeds are below 2^32.
 
     Returns:
         rows [count, hidden]: orthogonal to the old rows and to each other, as long as an old row is on average; their
             product with the centroids is positive.
         centroids [count, hidden]: those of the unclaimed tokens without their part in the span of the old rows, the
             one of most tokens first.
+
+    Raises:
+        InputError: an option is out of its range, or there is no room, or too few different tokens.
     """
+    _check_options(quantile, iterations, seed)
     require_room(old, count)
     best = (states @ old.T.astype(states.dtype)).max(1)
     unclaimed = np.flatnonzero(best <= np.quantile(best, quantile))
@@ -102,12 +108,10 @@ def new_rows(
             f"{count} new experts, but only {distinct} different unclaimed tokens to aim them at",
             todo="give more tokens, or expand by fewer experts",
         )
-    kmeans = optional("sklearn.cluster", "to cluster the unclaimed tokens").KMeans(
-        count, n_init=1, max_iter=iterations, random_state=seed
-    )
-    members = np.bincount(kmeans.fit_predict(points), minlength=count)
+    found = kmeans(count, "to cluster the unclaimed tokens", starts=1, iterations=iterations, seed=seed)
+    members = np.bincount(found.fit_predict(points), minlength=count)
     span = _row_basis(old)
-    centroids = kmeans.cluster_centers_[np.argsort(-members, kind="stable")]
+    centroids = found.cluster_centers_[np.argsort(-members, kind="stable")]
     centroids = centroids - (centroids @ span.T) @ span
     # With the old span in front, QR makes the new rows orthogonal to it to the last bit.
     Q, R = np.linalg.qr(np.concatenate([span, centroids]).T)
@@ -138,6 +142,12 @@ def require_room(old: Floats, count: int) -> None:
             why=f"new rows are orthogonal to the old ones: hidden size {old.shape[1]} less rank {rank} leaves {room}",
             todo=f"ask for at most {len(old) + room} experts",
         )
+
+
+def _check_options(quantile: float, iterations: int, seed: int) -> None:
+    if not 0 <= quantile <= 1:
+        raise InputError(f"quantile={quantile} is no share of the tokens", todo="choose one from 0 to 1, such as 0.2")
+    check_kmeans(iterations, seed)
 
 
 def _row_basis(rows: Floats) -> Floats:

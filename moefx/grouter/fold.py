@@ -62,7 +62,7 @@ def fold(
                 f"an affinity of {len(matrix)} experts for a Grouter of {experts}",
                 todo="count the affinity with this Grouter's own routing",
             )
-        by = group_experts(matrix, num_targets, method=method)
+        by = group_experts(by, num_targets, method=method)
     elif num_targets is not None and num_targets != len(by):
         raise InputError(f"{len(by)} groups, but num_targets={num_targets}", todo="leave num_targets out with groups")
     groups = check_partition(by, experts)
@@ -93,7 +93,8 @@ class FoldReport:
     Attributes:
         groups: expert numbers per group.
         sizes: members per group.
-        retained: share of the affinity of all pairs that lies within groups, 0 to 1.
+        retained: share of the affinity of all pairs that lies within groups, 0 to 1; None where there is no affinity at
+            all, as of a top-1 router.
         retained_greedy, retained_random: the same of the published procedure and of a random partition.
         load: summed load of a group's members: source slots per token, in total k of the source.
         max_vio: (largest load - mean load) / mean load. The load that the folded router will have differs, as its top-k
@@ -102,9 +103,9 @@ class FoldReport:
 
     groups: tuple[tuple[int, ...], ...]
     sizes: tuple[int, ...]
-    retained: float
-    retained_greedy: float
-    retained_random: float
+    retained: float | None
+    retained_greedy: float | None
+    retained_random: float | None
     load: tuple[float, ...]
     max_vio: float
 
@@ -113,18 +114,24 @@ class FoldReport:
 
 
 def fold_report(affinity: AffinityResult, groups: Sequence[Sequence[int]], *, seed: int = 0) -> FoldReport:
-    """Compare a partition with the greedy and with a random one of as many groups; `seed` is that of the random one."""
+    """Compare a partition with the greedy and with a random one of as many groups; `seed` is that of the random one.
+
+    Raises:
+        InputError: the groups are no partition of the experts.
+    """
     checked = check_partition(groups, affinity.num_experts)
     total = affinity.pairs.sum() / 2
-    others = (group_experts(affinity, len(checked), method=m, seed=seed) for m in ("greedy", "random"))
-    greedy, at_random = (retained(affinity.pairs, g) / total for g in others)
+    kept: list[float | None] = [None, None, None]
+    if total:  # greedy has nothing to go by otherwise, and there is nothing to have a share of
+        others = [group_experts(affinity, len(checked), method=m, seed=seed) for m in ("greedy", "random")]
+        kept = [retained(affinity.pairs, g) / total for g in (checked, *others)]
     load = [float(affinity.load[list(g)].sum()) for g in checked]
     return FoldReport(
         groups=checked,
         sizes=tuple(map(len, checked)),
-        retained=retained(affinity.pairs, checked) / total,
-        retained_greedy=greedy,
-        retained_random=at_random,
+        retained=kept[0],
+        retained_greedy=kept[1],
+        retained_random=kept[2],
         load=tuple(load),
         max_vio=max(load) / (sum(load) / len(load)) - 1,
     )

@@ -34,7 +34,8 @@ def group_experts(
         method: "greedy" is the published one: each group starts with the lowest free expert and takes the free expert
             of highest affinity to its members, ties to the lowest. "refined" is Kernighan-Lin exchange (Bell System
             Technical Journal 49, 1970) from several starts, the greedy result among them, so that it never retains
-            less. "balance" fills each group from both ends of the experts sorted by load. "random" is a permutation.
+            less. "balance" fills each group from both ends of the experts sorted by load (by row sums, where P is a
+            matrix). "random" is a permutation.
         seed: of the random partition and of the random starts; the result is a function of the arguments alone.
 
     Returns:
@@ -67,7 +68,8 @@ def group_experts(
     if method == "random":
         return _cut(rng.permutation(experts), sizes)
     if method == "balance":
-        return _balance(matrix.sum(1), sizes)
+        # Row sums are (k - 1) times the load: no load at all for top-1, whose counts still know it.
+        return _balance(P.load if isinstance(P, AffinityResult) else matrix.sum(1), sizes)
     greedy = _greedy(matrix, sizes, np.arange(experts))
     candidates = [greedy, *(_exchange(matrix, start) for start in _starts(matrix, sizes, rng))]
     return max(candidates, key=lambda groups: retained(matrix, groups))  # the first of equals

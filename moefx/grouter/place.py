@@ -15,8 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import InputError
+from ..files import replacing
 from ..packages import optional
 from .affinity import Floats, Ints
+from .clusters import check_kmeans, kmeans
 from .traffic import (
     check_routing,
     max_over_mean,
@@ -88,7 +90,7 @@ class Placement:
         return np.flatnonzero(self.home == n)
 
     def save(self, path: str | Path) -> None:
-        """Write places, homes, slots and the report as JSON."""
+        """Write places, homes, slots and the report as JSON. After InputError, an earlier file is unchanged."""
         entries = {
             "num_places": self.num_places,
             "place": self.place.tolist(),
@@ -96,7 +98,9 @@ class Placement:
             "home": self.home.tolist(),
             "report": self.report.to_dict(),
         }
-        Path(path).write_text(json.dumps(entries) + "\n", encoding="utf-8")
+        path = Path(path)
+        with replacing(path.parent, "the placement") as new:
+            (new / path.name).write_text(json.dumps(entries) + "\n", encoding="utf-8")
 
     @classmethod
     def open(cls, path: str | Path) -> Placement:
@@ -134,10 +138,11 @@ def place(
             cheapest, as published, and counts differ.
 
     Raises:
-        InputError: N does not divide E, there are fewer samples than places, or `idx` is not usable.
+        InputError: N does not divide E, there are fewer samples than places, or `idx` or `seed` is not usable.
         MissingPackageError: scikit-learn or scipy is not installed.
     """
     check_routing(idx, num_experts)
+    check_kmeans(1, seed)
     where = place_experts(profiles(idx, num_experts), num_places, clusters=clusters, max_entropy=max_entropy, seed=seed)
     home = place_samples(token_hits(idx, where, num_places), equal=equal)
     return Placement(where, home, num_places, placement_report(idx, where, home, num_places))
@@ -156,7 +161,7 @@ def place_experts(
         clusters: of k-means; at most one per different sample.
         max_entropy: samples whose profile has more bits of entropy say nothing about topics and are not clustered. The
             published thresholds are 6.85 and 5.9 bits for 128 experts, whose maximum is 7.
-        seed: of k-means.
+        seed: of k-means, below 2^32.
 
     Returns:
         int64 [E], the place of each expert.
@@ -182,13 +187,12 @@ def place_experts(
         )
     if num_places == 1:
         return np.zeros(experts, dtype=np.int64)
-    cluster = optional("sklearn.cluster", "to group experts by the samples that use them")
+    purpose = "to group experts by the samples that use them"
     count = max(min(clusters, different), num_places)
-    kmeans = cluster.KMeans(count, n_init=10, random_state=seed).fit(used)
-    joined = cluster.AgglomerativeClustering(num_places, metric="cosine", linkage="complete").fit_predict(
-        kmeans.cluster_centers_
-    )
-    topic = joined[kmeans.labels_]
+    found = kmeans(count, purpose, starts=10, seed=seed).fit(used)
+    join = optional("sklearn.cluster", purpose).AgglomerativeClustering
+    joined = join(num_places, metric="cosine", linkage="complete").fit_predict(found.cluster_centers_)
+    topic = joined[found.labels_]
     centres = np.stack([used[topic == n].mean(0) for n in range(num_places)])
     seats = np.repeat(np.arange(num_places), experts // num_places)
     rows, columns = optional("scipy.optimize", "to assign experts to places").linear_sum_assignment(-centres[seats])

@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import math
+import operator
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,21 +21,22 @@ import torch
 from ..errors import InputError, nearest
 from .records import (
     DIGEST,
+    GATES,
     HEADER,
     Header,
     RoutingRecords,
     digests,
     fingerprint,
+    ids_dtype,
     mismatch,
     read_header,
     require_equal,
 )
-from .windows import Tokens, count_windows, masks, window_batches
+from .windows import Tokens, check_eod, count_windows, masks, window_batches
 
 if TYPE_CHECKING:
     from ..models.grouter import Grouter
 
-GATES = {"bf16": "bfloat16", "fp32": "float32"}
 FLUSH = 64  # batches between two marks to resume from
 
 
@@ -126,6 +128,18 @@ def _header(
     experts = len(grouter.selection_bias)
     if gates not in GATES:
         raise InputError(f"unknown format of gates {gates!r}", todo=nearest(gates, GATES))
+    try:  # numpy's numbers are no JSON
+        k, scale = operator.index(k), float(scale)
+        eod_id = None if eod_id is None else operator.index(eod_id)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"k={k!r}, scale={scale!r}, eod_id={eod_id!r} cannot be used",
+            why=str(error),
+            todo="give an integer, a number, and an integer or None",
+        ) from error
+    if not math.isfinite(scale):
+        raise InputError(f"scale={scale} is not finite", todo="choose what the gates of a token add up to, such as 1")
+    check_eod(grouter, eod_id)
     if not 1 <= k <= experts:
         raise InputError(f"top-{k} of {experts} experts", todo=f"choose k from 1 to {experts}")
     return Header(
@@ -137,7 +151,7 @@ def _header(
         grouter=fingerprint(grouter),
         eod_id=eod_id,
         tokens="uint16" if grouter.config.vocab_size <= 1 << 16 else "uint32",
-        ids=np.min_scalar_type(experts - 1).name,
+        ids=ids_dtype(experts),
         gates=GATES[gates],
     )
 
@@ -179,12 +193,6 @@ def _open(directory: Path, header: Header, stack: contextlib.ExitStack) -> dict[
 
 def _route(grouter: Grouter, windows: npt.NDArray[np.int64], header: Header) -> dict[str, npt.NDArray[Any]]:
     """File name -> what these windows add to it."""
-    low, high, vocab = int(windows.min()), int(windows.max()), grouter.config.vocab_size
-    if low < 0 or high >= vocab:
-        raise InputError(
-            f"token id {low if low < 0 else high} is outside of the Grouter's vocabulary of {vocab}",
-            todo="use tokens of the tokenizer that the Grouter was distilled with",
-        )
     ids, kwargs = masks(grouter, windows, header.eod_id)
     with torch.no_grad():
         idx, gates = grouter.route(ids, header.k, scale=header.scale, normalise=header.normalise, **kwargs)

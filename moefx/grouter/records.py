@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 HEADER = "header.json"
 DIGEST = 8  # bytes
+GATES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,10 +140,28 @@ class RoutingRecords:
     @overload
     def __getitem__(self, i: slice | Sequence[int] | npt.NDArray[Any] | Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
     def __getitem__(self, i: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """A window, or a batch of windows with a leading axis for a slice or a sequence of window numbers."""
+        """A window, or a batch of windows with a leading axis for a slice, a sequence of window numbers, or a mask
+        bool [windows] of those that are wanted.
+
+        Raises:
+            IndexError: a window is not there.
+            InputError: `i` is none of these.
+        """
         if isinstance(i, (int, np.integer)):
             return self.window(int(i))
-        return self._read(i if isinstance(i, slice) else np.asarray(i, dtype=np.int64))
+        if isinstance(i, slice):
+            return self._read(i)
+        at = np.asarray(i)
+        if at.dtype == np.bool_ and at.shape == (len(self),):
+            at = np.flatnonzero(at)
+        elif at.dtype.kind not in "iu" and at.size:
+            raise InputError(
+                "windows of routing records are chosen by their numbers, a slice, or one bool per window",
+                where=str(self.directory),
+                why=f"found {at.dtype} {list(at.shape)} for {len(self)} windows",
+                todo="give integers, or a mask of all windows",
+            )
+        return self._read(at.astype(np.int64))
 
     def _read(self, i: Any) -> tuple[Tensor, Tensor, Tensor]:
         tokens, idx = (torch.from_numpy(np.asarray(m[i], dtype=np.int64)) for m in (self._tokens, self.idx))
@@ -182,14 +202,49 @@ def read_header(directory: Path) -> Header | None:
     if not path.is_file():
         return None
     try:
-        return Header(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        header = Header(**json.loads(path.read_text(encoding="utf-8")))
+        if wrong := _impossible(header):
+            raise ValueError("no run writes " + ", ".join(f"{name}={getattr(header, name)!r}" for name in wrong))
+        return header
+    except (OSError, ValueError, TypeError) as error:
         raise InputError(
             "the header of the routing records cannot be read",
             where=str(path),
             why=str(error),
             todo="compute the records again into an empty directory, with this version of moefx",
         ) from error
+
+
+def _impossible(header: Header) -> list[str]:
+    """The fields whose values `precompute` never writes."""
+    h = header
+
+    def count(value: Any, least: int) -> bool:
+        return type(value) is int and value >= least
+
+    known = count(h.num_experts, 1)
+    right = {
+        "format": h.format == FORMAT,
+        "num_experts": known,
+        "k": count(h.k, 1) and known and h.k <= h.num_experts,
+        "scale": type(h.scale) in (int, float) and math.isfinite(h.scale),
+        "normalise": h.normalise in ("softmax", "sigmoid"),
+        "window": count(h.window, 1),
+        "grouter": isinstance(h.grouter, str),
+        "eod_id": h.eod_id is None or type(h.eod_id) is int,
+        "tokens": h.tokens in ("uint16", "uint32"),
+        "ids": known and h.ids == ids_dtype(h.num_experts),
+        "gates": h.gates in GATES.values(),
+        "complete": isinstance(h.complete, bool),
+        "windows": count(h.windows, 1 if h.complete is True else 0),
+        "data": isinstance(h.data, str) if h.complete is True else h.data is None,
+    }
+    return [name for name, fine in right.items() if not fine]
+
+
+def ids_dtype(num_experts: int) -> str:
+    """The smallest unsigned dtype that holds expert ids."""
+    return np.min_scalar_type(num_experts - 1).name
 
 
 def digests(windows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..files import replacing
 from ..train.metrics import unwritable
 from ..train.story import write_json
 
@@ -26,18 +27,22 @@ def write_report(
     rows: Mapping[str, str],
     head: str = "| figure | value |",
 ) -> str:
-    """Write `name`.json (all of `result`) and `name`.md (title and `rows`, figure -> value) into `out`.
+    """Write `name`.json (all of `result`) and `name`.md (title and `rows`, figure -> value) into `out`: both or none.
 
     Returns:
         The text of the second.
+
+    Raises:
+        InputError: the system does not let us write.
     """
     table = "".join(f"| {figure} | {value} |\n" for figure, value in rows.items())
     text = f"# {title}\n\n{head}\n|---|---|\n{table}"
-    write_json(out / f"{name}.json", result)
-    (out / f"{name}.md").write_text(text, encoding="utf-8")
+    with replacing(out, "the report") as new:
+        write_json(new / f"{name}.json", result)
+        (new / f"{name}.md").write_text(text, encoding="utf-8")
     return text
 
 
-def share(value: float) -> str:
-    """0.123 as 12.3 %."""
-    return f"{100 * value:.1f} %"
+def share(value: float | None) -> str:
+    """0.123 as 12.3 %, None as none."""
+    return "none" if value is None else f"{100 * value:.1f} %"

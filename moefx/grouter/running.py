@@ -51,6 +51,16 @@ def for_grouter(grouter: Grouter, batch: Batch) -> tuple[Tensor, dict[str, Tenso
     return ids, masks, counted.expand_as(ids)
 
 
+def require_tokens(count: int, step: int) -> None:
+    """Raise InputError where a training batch is padding alone: the mean over its tokens is not defined."""
+    if not count:
+        raise InputError(
+            f"the batch of step {step + 1} has no token that counts",
+            why="its attention_mask is 0 everywhere",
+            todo="leave such batches out",
+        )
+
+
 def overlap(a: Tensor, b: Tensor, k: int) -> tuple[float, float]:
     """Of two logits [n, E]: the share of rows with the same top-k set, and the mean share of experts in common."""
     common = (top_set(a, k) & top_set(b, k)).sum(-1)

@@ -50,15 +50,35 @@ def load_teacher(folder: str | Path, model: str = "default") -> nn.Module:
     return teacher.eval()
 
 
-def load_data(paths: Sequence[Path], vocab_size: int, seq: int) -> TokenDataset:
+def load_data(paths: Sequence[Path], vocab_size: int, seq: int | None) -> TokenDataset:
     """Token data for a vocabulary: text files and folders of them (read as bytes), one .bin file with its sidecar
     (moefx/train/data.py), or one .npy file of ids; no path is the embedded text. The last 1/20 is held out.
 
+    Args:
+        seq: tokens that either split must have at least; None for any number.
+
     Raises:
-        InputError: unreadable data, ids outside of the vocabulary, or text for a vocabulary that is not of bytes.
+        InputError: unreadable data, no file in a folder, ids outside of the vocabulary, or text for a vocabulary that
+            is not of bytes.
     """
-    files = [f for p in paths for f in (sorted(x for x in p.rglob("*") if x.is_file()) if p.is_dir() else [p])]
-    if len(files) == 1 and files[0].suffix == ".npy":
+    files: list[Path] = []
+    for path in paths:
+        found = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+        if not found:  # no files at all would mean the embedded text, which was not asked for
+            raise InputError(
+                "there is no file in a data folder",
+                where=str(path),
+                todo="name text files, or leave the option out for the built-in text",
+            )
+        files += found
+    ids = [f for f in files if f.suffix == ".npy"]
+    if ids and len(files) > 1:
+        raise InputError(
+            f"{len(files)} data files, one of them a .npy file of ids",
+            where=str(ids[0]),
+            todo="give one .npy file, or only text files",
+        )
+    if ids:
         data = _from_npy(files[0], vocab_size)
     else:
         data = open_dataset(files)
@@ -74,11 +94,12 @@ def load_data(paths: Sequence[Path], vocab_size: int, seq: int) -> TokenDataset:
 
 def _from_run(checkpoint: Path, model: str) -> nn.Module:
     teacher = load_model(model)
+    refused: type[Exception] = optional("safetensors", "for checkpoints", "train").SafetensorError
     try:
         tensors = safetensors().load_file(checkpoint / MODEL)
         aliases = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["aliases"]
         teacher.load_state_dict({**tensors, **{alias: tensors[name] for alias, name in aliases.items()}}, strict=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as e:
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, refused) as e:
         raise InputError(
             "the run's checkpoint does not fit the teacher",
             where=str(checkpoint),
@@ -91,10 +112,12 @@ def _from_run(checkpoint: Path, model: str) -> nn.Module:
 def _from_npy(file: Path, vocab_size: int) -> TokenDataset:
     try:
         ids = np.load(file, mmap_mode="r")
-    except (OSError, ValueError) as e:
+    except Exception as e:  # numpy reads the head of a file as Python text, which fails in many ways
         raise InputError(
-            "a data file cannot be read", where=str(file), why=str(e), todo="write it with numpy.save"
+            "a data file cannot be read", where=str(file), why=first_line(e), todo="write it with numpy.save"
         ) from e
+    if not isinstance(ids, np.ndarray):  # an archive under this name
+        raise InputError("a data file is no single array", where=str(file), todo="write it with numpy.save")
     if ids.ndim != 1 or ids.dtype.kind not in "iu" or not len(ids):
         raise InputError(
             "not a file of token ids", where=str(file), why=f"it holds {ids.dtype} of shape {ids.shape}",

@@ -18,6 +18,7 @@ from ..passes import get_pass
 from ..passes.raise_experts import Block, raised, to_observe
 from ..raising.probe import observed
 from ..report import Report
+from .modes import modes_kept
 
 ops = torch.ops.moefx
 RAISING = ("raise_idioms", "raise_routers")
@@ -123,13 +124,9 @@ def tap(teacher: nn.Module, example_inputs: Any, *, layer: int = 0, dynamic: boo
             token of a batch-major batch.
     """
     inputs = _batch(teacher, example_inputs)
-    modes = {m: m.training for m in teacher.modules()}
-    teacher.eval()
-    try:
+    with modes_kept(teacher):
+        teacher.eval()
         captured, blocks, report, values = _captured(teacher, inputs, dynamic)
-    finally:
-        for m, training in modes.items():
-            m.training = training
     logits, spec = _router(captured.graph, blocks, report, layer, teacher)
     cut = Tap(*_cut(captured, logits, spec, inputs, values), layer)
     _check_rows(cut, inputs)

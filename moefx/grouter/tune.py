@@ -19,6 +19,7 @@ from ..optim.schedule import WarmupCosine
 from ..train.loop import DivergedError
 from .check import top_set
 from .distill import kl
+from .modes import modes_kept
 from .reports import write_report
 from .running import (
     Batch,
@@ -29,6 +30,7 @@ from .running import (
     for_grouter,
     max_violation,
     next_batch,
+    require_tokens,
 )
 
 OBJECTIVES = ("sequence", "global")
@@ -122,7 +124,7 @@ def tune(
     The score layer is trained in fp32 and rounded once, at the end. Padding does not count.
 
     Raises:
-        InputError: settings or data that do not fit.
+        InputError: settings or data that do not fit; the Grouter is as it was.
         DivergedError: the loss is not finite; the Grouter is as it was.
     """
     for name, given, known in (("objective", objective, OBJECTIVES), ("method", method, METHODS)):
@@ -139,9 +141,8 @@ def tune(
     if eval_batches is None:
         eval_batches = list(itertools.islice(stream, MEASURED))
         stream = itertools.chain(eval_batches, stream)
-    training = grouter.training
-    grouter.eval()
-    try:
+    with modes_kept(grouter):
+        grouter.eval()
         raw = [_logits(grouter, batch) for batch in eval_batches]
         if not sum(counted.sum() for _, counted in raw):
             raise InputError("there is no token to measure balance on", todo="give batches")
@@ -161,8 +162,6 @@ def tune(
         ]
         found.overlap = float(torch.cat(common).double().mean() / k)
         found.tokens = sum(len(c) for c in common)
-    finally:
-        grouter.train(training)
     found.seconds = time.perf_counter() - begin
     if report is not None:
         found.write(report)
@@ -196,6 +195,7 @@ def _train_score(grouter: Grouter, stream: Iterable[Batch], found: TuneReport, s
     stream = iter(stream)
     for step in range(found.steps):
         ids, masks, counted = for_grouter(grouter, next_batch(stream, step, found.steps))
+        require_tokens(int(counted.sum()), step)
         with torch.no_grad():
             hidden = grouter.hidden(ids, **masks)
         logits = grouter.logits(hidden, master)
@@ -220,13 +220,15 @@ def _train_score(grouter: Grouter, stream: Iterable[Batch], found: TuneReport, s
 @torch.no_grad()
 def _train_bias(grouter: Grouter, stream: Iterable[Batch], found: TuneReport, show: Any) -> None:
     stream, E = iter(stream), grouter.num_routed
+    bias = grouter.selection_bias.clone()  # an error half-way leaves the Grouter as it was
     for step in range(found.steps):
         logits, counted = _logits(grouter, next_batch(stream, step, found.steps))
-        bias = grouter.selection_bias
+        require_tokens(int(counted.sum()), step)
         found.losses.append(E * float(balance_loss(logits, bias, counted, found.k, found.settings["objective"])))
         load = top_set(logits + bias, found.k)[counted].double().mean(0) / found.k
         bias -= found.settings["lr"] * (load - 1 / E).sign().to(bias.dtype)
         show(step + 1, f"E x balance {found.losses[-1]:.3f}")
+    grouter.selection_bias.copy_(bias)
 
 
 @torch.no_grad()

@@ -29,8 +29,11 @@ def window_batches(tokens: Tokens, window: int | None, batch: int) -> Iterator[I
         window: tokens per window; may be left out where `tokens` says it.
 
     Raises:
-        InputError: no window length, batches of different lengths, ids that are no integers, not one whole window.
+        InputError: no window length, batches of different lengths, ids that are no integers, not one whole window, or
+            `batch` below 1.
     """
+    if batch < 1:
+        raise InputError(f"{batch} windows per forward pass", todo="choose batch >= 1")
     length, empty = window, True
     for part in [tokens] if isinstance(tokens, (np.ndarray, Tensor)) else tokens:
         rows = _rows(part, length)
@@ -47,7 +50,9 @@ def count_windows(tokens: Tokens, window: int | None) -> int | None:
 
 
 def sample_windows(tokens: Tokens, window: int | None, max_tokens: int) -> Ints:
-    """Windows with up to `max_tokens` tokens in total: evenly spaced ones of an array, else the first ones."""
+    """Windows with up to `max_tokens` tokens in total, at least one: evenly spaced ones of an array, else the first."""
+    if max_tokens < 1:
+        raise InputError(f"max_tokens={max_tokens} is below 1", todo="choose max_tokens >= 1")
     if isinstance(tokens, (np.ndarray, Tensor)):
         rows = _rows(tokens, window)
         count = min(max(max_tokens // int(rows.shape[1]), 1), len(rows))
@@ -65,12 +70,27 @@ def document_ids(windows: Ints, eod_id: int) -> Ints:
 
 
 def masks(grouter: Grouter, windows: Ints, eod_id: int | None) -> tuple[Tensor, dict[str, Any]]:
-    """The windows on the Grouter's device, and the keyword arguments that keep documents apart."""
+    """The windows on the Grouter's device, and the keyword arguments that keep documents apart.
+
+    Raises:
+        InputError: an id, or `eod_id`, is outside of the Grouter's vocabulary.
+    """
     device = grouter.score.weight.device
+    grouter.check_ids(torch.from_numpy(windows))  # before they are moved: looking at values waits for a device
     ids = torch.from_numpy(windows).to(device)
+    check_eod(grouter, eod_id)
     if eod_id is None:
         return ids, {}
     return ids, {"document_ids": torch.from_numpy(document_ids(windows, eod_id)).to(device)}
+
+
+def check_eod(grouter: Grouter, eod_id: int | None) -> None:
+    """Raise InputError for an end of documents that no token of the vocabulary is."""
+    if eod_id is not None and not 0 <= eod_id < grouter.config.vocab_size:
+        raise InputError(
+            f"eod_id {eod_id} is outside of the Grouter's vocabulary of {grouter.config.vocab_size}",
+            todo="give the id that ends a document in these tokens",
+        )
 
 
 def routed(
@@ -113,4 +133,4 @@ def _rows(tokens: Any, window: int | None) -> Any:
 
 def _int64(rows: Any) -> Ints:
     found = rows.cpu().numpy() if isinstance(rows, Tensor) else rows
-    return np.ascontiguousarray(found, dtype=np.int64)
+    return np.require(found, np.int64, ["C", "W"])  # torch warns of memory that it must not write, as of a memory map

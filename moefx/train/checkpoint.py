@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import MoefxError, first_line
+from ..files import flush as _flush
 from ..module import OptimizedModule
 from ..packages import optional
 from .rng import get_rng_state, set_rng_state
@@ -322,16 +323,6 @@ def _digest(file: Path) -> dict[str, Any]:
             digest.update(block)
             size += len(block)
     return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-def _flush(path: Path) -> None:
-    if path.is_dir() and os.name != "posix":  # elsewhere a directory cannot be opened
-        return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def safetensors() -> Any:

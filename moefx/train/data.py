@@ -54,8 +54,11 @@ class TokenDataset:
         Every row is a window at a random place of the split, drawn independently (with replacement).
 
         Raises:
-            InputError: the split is shorter than one sequence, or a drawn id is not below `vocab_size`.
+            InputError: sizes are not positive, the split is shorter than one sequence, or a drawn id is not below
+                `vocab_size`.
         """
+        if batch < 1 or seq < 1:
+            raise InputError(f"batches of {batch} sequences of {seq} tokens", todo="choose 1 or more of both")
         tokens = self.tokens(split)
         self._require_length(split, seq)
         offsets = np.arange(seq)
@@ -68,10 +71,13 @@ class TokenDataset:
             yield torch.from_numpy(window)
             step += 1
 
-    def check(self, *, seq: int, model_vocab: int | None) -> None:
-        """Raise InputError unless both splits hold a sequence and every id is below `model_vocab` (None: unknown)."""
-        for split in SPLITS:
-            self._require_length(split, seq)
+    def check(self, *, seq: int | None, model_vocab: int | None) -> None:
+        """Raise InputError unless both splits hold a sequence (None: of any length) and every id is below `model_vocab`
+        (None: unknown).
+        """
+        if seq is not None:
+            for split in SPLITS:
+                self._require_length(split, seq)
         if model_vocab is not None and self.vocab_size > model_vocab:
             largest = max(_largest(self.train), _largest(self.val))
             if largest >= model_vocab:
@@ -110,18 +116,25 @@ class TokenDataset:
         )
 
 
-def open_dataset(paths: Sequence[str | Path] = ()) -> TokenDataset:
+def open_dataset(paths: str | Path | Sequence[str | Path] = ()) -> TokenDataset:
     """The data that `--data` names.
 
     Args:
-        paths: empty for the embedded corpus; one `.bin` token file; or one or several text files, read as bytes.
+        paths: empty for the embedded corpus; one `.bin` token file; or one or several text files, read as bytes. A
+            single file can be given without a sequence around it.
 
     Raises:
-        InputError: a file is missing, empty or malformed, or kinds are mixed.
+        InputError: a file is missing, empty or malformed, kinds are mixed, or one is a `.npy` file.
     """
-    files = [Path(p) for p in paths]
+    files = [Path(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
     if not files:
         return embedded_dataset()
+    if arrays := [f for f in files if f.suffix == ".npy"]:
+        raise InputError(
+            "a .npy file is no text and says of no vocabulary",
+            where=str(arrays[0]),
+            todo="write the ids as a .bin file with its .json sidecar (docs/training.md)",
+        )
     if any(f.suffix == ".bin" for f in files):
         if len(files) > 1:
             raise InputError(

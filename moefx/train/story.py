@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.table import Table
 from torch import nn
 
 from ..errors import InputError
+from ..files import replacing
 from ..losses import LoadBalance
 from .aside import CHECKPOINTS, RESULTS, make_room, say
 from .checkpoint import checkpoints, latest
@@ -221,16 +221,8 @@ def table(content: Mapping[str, Any]) -> Table:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON so that the file is either the old or the new one, never a part. Raises InputError when it cannot."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        why = error.strerror or str(error)
-        raise InputError(
-            "the report could not be written", where=str(path), why=why, todo="choose another output directory"
-        ) from error
+    with replacing(path.parent, "the report") as new:
+        (new / path.name).write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
 
 
 def optimized(

@@ -15,6 +15,8 @@ from moefx.errors import InputError
 from moefx.grouter import affinity as affinity_function
 from moefx.grouter.affinity import AffinityResult, affinity
 
+from ..disk import full_after
+
 
 def random_routing(seed: int, tokens: int, experts: int, k: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
@@ -117,3 +119,27 @@ def test_counts_are_saved_and_read(tmp_path: Path) -> None:
     for name in ("other.npz", "text.npz", "one.npy", "absent.npz"):
         with pytest.raises(InputError, match="no affinity"):
             AffinityResult.open(tmp_path / name)
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    counts = affinity(random_routing(0, 50, 8, 3), 8)
+    counts.save(tmp_path / "whole.npz")
+    whole = (tmp_path / "whole.npz").read_bytes()
+    for damaged in (b"", whole[:10], whole[: len(whole) // 2], whole[:-1], whole[:200] + b"?" * 8 + whole[208:]):
+        (tmp_path / "a.npz").write_bytes(damaged)
+        with pytest.raises(InputError, match="no affinity") as caught:
+            AffinityResult.open(tmp_path / "a.npz")
+        assert caught.value.why
+    for change in ({"pairs": counts.pairs[:7]}, {"chosen": counts.chosen / 2}, {"tokens": 0}, {"k": 9}):
+        np.savez(tmp_path / "a.npz", **{**vars(counts), **change})
+        with pytest.raises(InputError, match="no affinity"):
+            AffinityResult.open(tmp_path / "a.npz")
+
+
+def test_a_full_disk_leaves_the_earlier_counts(tmp_path: Path) -> None:
+    earlier, later = (affinity(random_routing(seed, 50, 40, 3), 40) for seed in (0, 1))
+    earlier.save(tmp_path / "affinity.npz")
+    with pytest.raises(InputError, match="affinity could not be written"), full_after(1000):
+        later.save(tmp_path / "affinity.npz")
+    np.testing.assert_array_equal(AffinityResult.open(tmp_path / "affinity.npz").pairs, earlier.pairs)
+    assert [f.name for f in tmp_path.iterdir()] == ["affinity.npz"]

@@ -61,3 +61,18 @@ def test_wrong_arguments() -> None:
         prefix_consistency(g, some_ids(2, 1))
     with pytest.raises(InputError, match="top-9"):
         prefix_consistency(g, some_ids(), k=9)
+
+
+def test_every_part_keeps_its_own_mode() -> None:
+    g = make().train()
+    g.norm.eval()
+    prefix_consistency(g, some_ids())
+    assert (g.training, g.norm.training, g.score.training) == (True, False, True)
+
+
+def test_ids_outside_of_the_vocabulary() -> None:
+    for bad in (VOCAB, -1):
+        ids = some_ids()
+        ids[1, 3] = bad
+        with pytest.raises(InputError, match=f"token id {bad} is outside"):
+            assert_causal(make(), ids)

@@ -18,7 +18,9 @@ from moefx.grouter.cli_training import register
 from moefx.grouter.sources import load_data, load_teacher
 from moefx.train.checkpoint import CheckpointError
 
+from ..disk import full_after
 from ..family import zoo
+from .small import small
 
 app = typer.Typer()
 register(app)
@@ -93,3 +95,58 @@ def test_data_of_every_kind(tmp_path: Path) -> None:
     np.save(tmp_path / "bad.npy", np.zeros((3, 4)))
     with pytest.raises(InputError, match="not a file of token ids"):
         load_data([tmp_path / "bad.npy"], 9, 8)
+
+
+def test_folders_without_files_and_several_arrays_are_refused(tmp_path: Path) -> None:
+    for folder in ("empty/deeper", "two"):
+        (tmp_path / folder).mkdir(parents=True)
+    for at, vocabulary in ((tmp_path / "empty", 256), (tmp_path / "empty", 64)):
+        with pytest.raises(InputError, match="no file in a data folder") as caught:
+            load_data([at], vocabulary, 8)
+        assert caught.value.where == str(at)
+    np.save(tmp_path / "two" / "a.npy", np.arange(200))
+    assert len(load_data([tmp_path / "two"], 256, 8).train) == 190
+    (tmp_path / "two" / "b.txt").write_text("text" * 99)
+    for paths in ([tmp_path / "two"], [tmp_path / "two" / "a.npy"] * 2):
+        with pytest.raises(InputError, match=r"2 data files, one of them a \.npy"):
+            load_data(paths, 256, 8)
+
+
+def test_damaged_arrays_are_named(tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.arange(200))
+    whole = (tmp_path / "ids.npy").read_bytes()
+    np.savez(tmp_path / "many.npz", a=np.arange(200))
+    for damaged in (b"", whole[:20], whole[:300], (tmp_path / "many.npz").read_bytes()):
+        (tmp_path / "ids.npy").write_bytes(damaged)
+        with pytest.raises(InputError, match="a data file") as caught:
+            load_data([tmp_path / "ids.npy"], 256, 8)
+        assert caught.value.where == str(tmp_path / "ids.npy")
+
+
+def test_damaged_weights_of_a_run(tmp_path: Path) -> None:
+    at = tmp_path / "optimized" / "checkpoints" / "step-00000001"
+    at.mkdir(parents=True)
+    (at / "manifest.json").write_text('{"aliases": {}}')
+    for damaged in (b"", b"garbage" * 9):
+        (at / "model.safetensors").write_bytes(damaged)
+        with pytest.raises(InputError, match="does not fit the teacher"):
+            load_teacher(tmp_path)
+
+
+def test_a_full_disk_leaves_the_earlier_results(tmp_path: Path) -> None:
+    small(vocab_size=256).save_pretrained(tmp_path / "g")
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 256, 2000))
+    command = ["tune", tmp_path / "g", "--data", tmp_path / "ids.npy", "--out", tmp_path / "t", "--k", 2, *TINY]
+    run(*command, "--steps", 1)
+    before = {f.name: f.read_bytes() for f in (tmp_path / "t").iterdir()}
+    for limit in (5000, 20):  # of the weights, and of the report
+        with pytest.raises(InputError, match="could not be written"), full_after(limit):
+            run(*command, "--steps", 2)
+        assert {f.name: f.read_bytes() for f in (tmp_path / "t").iterdir()} == before
+    assert set(before) == {"config.json", "model.safetensors", "report.json", "report.md"}
+
+
+@pytest.mark.parametrize("option", ["--batch=0", "--seq=0", "--seq=-4"])
+def test_sizes_of_nothing_are_refused(option: str) -> None:
+    args = ["tune", "somewhere", "--out", "elsewhere", "--k", "2", option]
+    assert CliRunner().invoke(app, args).exit_code == 2

@@ -264,3 +264,18 @@ def test_divergence_stops_before_the_step() -> None:
         distill(lambda ids: teacher_of(ids) * math.nan, g, stream, steps=2, **SETTINGS)
     assert torch.equal(g.score.weight, before)
     assert SIZES["num_experts"] == E
+
+
+def test_a_batch_of_padding_alone() -> None:
+    padding = {"input_ids": some_ids(), "attention_mask": torch.zeros(3, 12, dtype=torch.int64)}
+    g = student()
+    g.norm.eval()
+    with pytest.raises(InputError, match="batch of step 2 has no token"):
+        distill(teacher_of, g, [some_ids(), padding], steps=2, **SETTINGS)
+    assert not g.norm.training  # every part keeps its mode
+    # Held-out figures are means over tokens, of which it has none.
+    with_it, without = (
+        distill(teacher_of, student(), stream, steps=1, eval_batches=held, **SETTINGS)
+        for held in ([some_ids(), padding], [some_ids()])
+    )
+    assert (with_it.kl, with_it.exact, with_it.measured_on) == (without.kl, without.exact, without.measured_on)

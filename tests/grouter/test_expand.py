@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moefx.errors import InputError
-from moefx.grouter import expand
+from moefx.grouter import expand, routed
 from moefx.grouter.expand import hidden_states, new_rows
 from moefx.grouter.windows import document_ids, sample_windows, window_batches
 
@@ -129,3 +129,23 @@ def test_windows_are_cut_alike_from_every_kind_of_tokens() -> None:
 def test_tokens_that_cannot_be_cut_are_refused(tokens: object, window: int | None, said: str) -> None:
     with pytest.raises(InputError, match=said):
         list(window_batches(tokens, window, 4))  # type: ignore[arg-type]
+
+
+def test_options_and_ids_out_of_range_are_refused() -> None:
+    for options, said in (
+        ({"quantile": 1.5}, "quantile=1.5"),
+        ({"quantile": float("nan")}, "quantile=nan"),
+        ({"seed": 2**32}, "seed 4294967296"),
+        ({"seed": -1}, "seed -1"),
+        ({"iterations": 0}, "0 iterations"),
+        ({"max_tokens": 0}, "max_tokens=0"),
+        ({"eod_id": 64}, "eod_id 64 is outside"),
+        ({"tokens": TOKENS.astype(np.int64) + 1}, "token id 64 is outside"),
+        ({"tokens": TOKENS.astype(np.int64) - 1}, "token id -1 is outside"),
+    ):
+        with pytest.raises(InputError, match=said):
+            expand(**{"grouter": small(), "tokens": TOKENS, "num_targets": 9, "window": 64} | options)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="token id 64 is outside"):
+        list(routed(small(), TOKENS.astype(np.int64) + 1, 2, window=64))
+    with pytest.raises(InputError, match="0 windows per forward"):
+        list(routed(small(), TOKENS, 2, window=64, batch=0))

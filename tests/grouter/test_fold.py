@@ -262,3 +262,15 @@ def test_report_compares_with_greedy_and_random() -> None:
     assert report.to_dict()["groups"] == groups
     with pytest.raises(InputError, match="not a partition"):
         fold_report(counts, groups[:-1])
+
+
+def test_a_router_of_one_expert_per_token_is_balanced_by_its_load() -> None:
+    """Loads 1, 2, .. 8 for experts in a shuffled order: pairs of the lightest with the heaviest are 9 each."""
+    load = np.array([5, 1, 8, 3, 7, 2, 6, 4])
+    counts = affinity(np.repeat(np.arange(8), load)[:, None], 8)
+    groups = group_experts(counts, 4, method="balance")
+    report = fold_report(counts, groups)
+    assert [int(load[list(g)].sum()) for g in groups] == [9, 9, 9, 9]
+    assert (report.retained, report.retained_greedy, report.retained_random) == (None, None, None)
+    assert report.max_vio == pytest.approx(0)
+    assert fold(small(), counts, 4, method="balance").score.weight.equal(fold(small(), groups).score.weight)

@@ -20,6 +20,7 @@ import moefx
 from moefx.errors import InputError
 from moefx.models.grouter import FutureTokensWarning, Grouter, GrouterCache
 
+from ..disk import full_after
 from ..profile import often
 
 KINDS = ("mha", "mla", "linear", "conv")
@@ -356,3 +357,23 @@ def test_it_is_a_public_name_loaded_when_asked_for() -> None:
     assert moefx.grouter.Grouter is Grouter
     with pytest.raises(AttributeError, match="no attribute 'groter'"):
         moefx.groter  # noqa: B018
+
+
+def test_damaged_weights_are_named(tmp_path: Path) -> None:
+    folder = make().save_pretrained(tmp_path)
+    weights = (folder / "model.safetensors").read_bytes()
+    for damaged in (b"", b"garbage" * 9, weights[:100], weights[:-1]):
+        (folder / "model.safetensors").write_bytes(damaged)
+        with pytest.raises(InputError, match="no Grouter can be read") as caught:
+            Grouter.from_pretrained(folder)
+        assert caught.value.why
+
+
+def test_a_full_disk_leaves_the_earlier_grouter(tmp_path: Path) -> None:
+    earlier = make()
+    earlier.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="Grouter could not be written") as caught, full_after(1000):
+        make(1, num_experts=4).save_pretrained(tmp_path)
+    assert caught.value.where == str(tmp_path)
+    assert torch.equal(Grouter.from_pretrained(tmp_path)(some_ids()), earlier(some_ids()))
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["config.json", "model.safetensors"]

@@ -17,6 +17,7 @@ from moefx.grouter import Placement, affinity, coactivation_graph, place, unifor
 from moefx.grouter.place import CHUNK, place_experts, place_samples, placement_report
 from moefx.grouter.traffic import profiles, remote, slot_hits, token_hits
 
+from ..disk import full_after
 from .synthetic import topical_routing
 
 SEEDS = range(8)
@@ -248,8 +249,18 @@ def test_graph_of_coactivation() -> None:
         ({"idx": topical_routing(0, 2.0, samples=3)}, "3 different samples are too few"),
         ({"idx": topical_routing(0, 2.0)[0]}, r"\[64, 4\]"),
         ({"idx": topical_routing(0, 2.0).astype(float)}, "float64"),
+        ({"seed": -1}, "seed -1 of k-means"),
+        ({"seed": 2**32}, "seed 4294967296 of k-means"),
     ],
 )
 def test_placements_that_cannot_be_are_refused(change: dict, said: str) -> None:
     with pytest.raises(InputError, match=said):
         place(**{"idx": topical_routing(0, 2.0, samples=16), "num_experts": 32, "num_places": 4} | change)
+
+
+def test_a_full_disk_leaves_the_earlier_placement(tmp_path: Path) -> None:
+    found = place(topical_routing(0, 2.0, samples=16), 32, 4)
+    found.save(tmp_path / "placement.json")
+    with pytest.raises(InputError, match="placement could not be written"), full_after(100):
+        place(topical_routing(1, 2.0, samples=16), 32, 4).save(tmp_path / "placement.json")
+    np.testing.assert_array_equal(Placement.open(tmp_path / "placement.json").place, found.place)

@@ -248,9 +248,56 @@ def test_options_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
         ({"k": 9}, "top-9 of 8"),
         ({"k": 0}, "top-0"),
         ({"gates": "bf61"}, "bf16"),
+        ({"k": 2.5}, "k=2.5"),
+        ({"scale": float("nan")}, "scale=nan is not finite"),
+        ({"scale": "one"}, "scale='one'"),
+        ({"eod_id": -1}, "eod_id -1 is outside"),
+        ({"batch": 0}, "0 windows per forward"),
+        ({"batch": -1}, "-1 windows per forward"),
         ({"tokens": TOKENS + 60}, "outside of the Grouter's vocabulary of 64"),
     ):
         with pytest.raises(InputError, match=said):
             precompute(**{"grouter": small(), "tokens": TOKENS, "k": 3, "out_dir": tmp_path, "window": 16} | options)  # type: ignore[arg-type]
         assert not (tmp_path / "header.json").exists() or "tokens" in options
     assert len(precompute(small(), TOKENS, 3, tmp_path, window=16)) == 50  # a run that wrote nothing is in nobody's way
+
+
+def test_masks_choose_windows_and_other_kinds_are_refused(tmp_path: Path) -> None:
+    records = precompute(small(), TOKENS, 3, tmp_path, window=16)
+    mask = np.zeros(50, dtype=bool)
+    mask[[5, 7]] = True
+    for chosen in (mask, torch.from_numpy(mask), mask.tolist()):
+        assert torch.equal(records[chosen][0], WINDOWS[[5, 7]])  # type: ignore[call-overload]
+    for few in ([], mask & False):
+        assert records[few][0].shape == (0, 16)  # type: ignore[call-overload]
+    for other in (mask[:49], 1.7, [1.0, 2.0], "3", None):
+        with pytest.raises(InputError, match="chosen by their numbers"):
+            records[other]  # type: ignore[call-overload]
+
+
+def test_headers_that_no_run_writes_are_named(tmp_path: Path) -> None:
+    precompute(small(), TOKENS, 3, tmp_path, window=16)
+    path = tmp_path / "header.json"
+    header = json.loads(path.read_text())
+    impossible = {
+        "k": ["4", 9], "ids": ["foo", "uint16"], "window": [None], "windows": [-1, True], "gates": ["float64"],
+        "scale": [float("nan")], "tokens": [16], "num_experts": [[8]], "format": [2], "complete": [1], "data": [None],
+        "eod_id": ["5"], "normalise": [[]],
+    }  # fmt: skip
+    for name, value in ((name, value) for name, values in impossible.items() for value in values):
+        path.write_text(json.dumps(header | {name: value}))
+        with pytest.raises(InputError, match="header of the routing records cannot be read") as caught:
+            RoutingRecords.open(tmp_path)
+        assert f"{name}={value!r}" in str(caught.value.why)
+    path.write_text("[]")
+    with pytest.raises(InputError, match="cannot be read"):
+        RoutingRecords.open(tmp_path)
+    path.write_text(json.dumps(header))
+    assert len(RoutingRecords.open(tmp_path)) == 50
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
+    want = precompute(small(), TOKENS, 3, tmp_path / "a", window=16, scale=2.0, eod_id=5)
+    numbers = {"k": np.int64(3), "window": np.int64(16), "scale": np.float32(2), "eod_id": np.uint16(5)}
+    found = precompute(small(), TOKENS, out_dir=tmp_path / "b", **numbers)  # type: ignore[arg-type]
+    assert found.header == want.header

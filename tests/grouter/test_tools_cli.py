@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import moefx.cli
 from moefx.errors import InputError
 from moefx.grouter import AffinityResult, Placement, RoutingRecords
+from moefx.grouter import affinity as count_affinity
 
 from .small import Grouter, small
 
@@ -124,3 +125,63 @@ def test_an_error_is_a_message_and_exit_status_2(tmp_path: Path) -> None:
     assert done.returncode == 2, done.stdout + done.stderr
     assert json.loads(done.stdout)["error"]["what"] == "there are no routing records here"
     assert "Traceback" not in done.stderr
+
+
+def test_tokens_are_those_of_the_vocabulary(folder: Path) -> None:
+    """Every tool reads an array as ids, and text as bytes for a Grouter of bytes alone."""
+    ids = np.random.default_rng(1).integers(0, 64, 40 * LENGTH)
+    np.save(folder / "ids.npy", ids)
+    small(vocab_size=64).save_pretrained(folder / "of64")
+    array = ("--data", str(folder / "ids.npy"), "--window", str(LENGTH))
+    command = ("affinity", str(folder / "of64"), "--k", "2", "--out", str(folder / "a"))
+    run(folder, *command, *array, window=False)
+    train = ids[: 38 * LENGTH].reshape(38, LENGTH)
+    want = count_affinity(small(vocab_size=64).route(torch.from_numpy(train), 2)[0], 8)
+    np.testing.assert_array_equal(AffinityResult.open(folder / "a" / "affinity.npz").pairs, want.pairs)
+    records = ("precompute", str(folder / "of64"), "--k", "2", "--out", str(folder / "r"))
+    run(folder, *records, *array, window=False)
+    RoutingRecords.open(folder / "r").check(train)
+    expansion = ("expand", str(folder / "of64"), "--targets", "9", "--k", "2", "--out", str(folder / "e"))
+    folding = ("fold", str(folder / "of64"), "--targets", "4", "--k", "2", "--out", str(folder / "f"))
+    for refused in (command, records, expansion, folding):
+        with pytest.raises(InputError, match="text is read as bytes, 256 ids, and the vocabulary has 64"):
+            run(folder, *refused)
+
+
+def test_a_router_of_one_expert_per_token_is_folded_by_its_load(folder: Path) -> None:
+    run(folder, "affinity", grouter(folder), "--k", "1", "--out", str(folder / "a"))
+    shard = ("--affinity", str(folder / "a" / "affinity.npz"))
+    fold = ("fold", grouter(folder), "--targets", "4", *shard, "--out", str(folder / "f"))
+    with pytest.raises(InputError, match="no two experts are ever chosen together"):
+        run(folder, *fold)
+    assert not any((folder / "f").iterdir())
+    made = run(folder, *fold, "--method", "balance")
+    assert (made["retained"], made["retained_greedy"]) == (None, None)
+    assert sum(made["load"]) == pytest.approx(1)
+    assert "| affinity retained | none |" in (folder / "f" / "fold.md").read_text()
+    assert Grouter.from_pretrained(folder / "f").config.num_experts == 4
+
+
+def test_a_command_that_fails_late_writes_nothing(folder: Path) -> None:
+    fold = ("fold", grouter(folder), "--targets", "4", "--k", "3", "--out", str(folder / "f"))
+    with pytest.raises(InputError, match="top-5 of 4"):
+        run(folder, *fold, "--target-k", "5")
+    assert not any((folder / "f").iterdir())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "precompute --batch 0",
+        "precompute --batch -1",
+        "affinity --window 0",
+        "affinity --max-tokens 0",
+        "expand --targets 9 --quantile 1.5",
+        "expand --targets 9 --seed 4294967296",
+        "expand --targets 9 --seed -1",
+    ],
+)
+def test_numbers_out_of_range_are_a_usage_error(options: str) -> None:
+    name, *more = options.split()
+    done = CliRunner().invoke(moefx.cli.app, ["grouter", name, "somewhere", "--k", "2", *more])
+    assert done.exit_code == 2, done.exception

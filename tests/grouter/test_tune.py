@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -202,3 +203,18 @@ def test_a_written_report_and_wrong_arguments(tmp_path: Path) -> None:
             tune(make(), [some_ids()], **{**QUIET, **options})
     with pytest.raises(InputError, match="no token"):
         tune(make(), [], **QUIET)
+
+
+@pytest.mark.parametrize("method", ["score", "bias"])
+def test_an_error_half_way_leaves_the_grouter(method: str) -> None:
+    g = skewed().train()
+    g.norm.eval()
+    before = {name: t.clone() for name, t in g.state_dict().items()}
+    short = [*itertools.islice(stream(), 4)]
+    with pytest.raises(InputError, match="ended after 4 of 9"):
+        tune(g, short, steps=9, lr=0.1, method=method, **QUIET)
+    padding = {"input_ids": some_ids(), "attention_mask": torch.zeros(3, 12, dtype=torch.int64)}
+    with pytest.raises(InputError, match="batch of step 5 has no token"):
+        tune(g, [*short, padding], steps=9, lr=0.1, method=method, **QUIET)
+    assert all(torch.equal(t, before[name]) for name, t in g.state_dict().items())
+    assert (g.training, g.norm.training) == (True, False)

@@ -332,3 +332,26 @@ def test_unigram_counts_across_chunks_and_shapes(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(data_module, "_CHUNK", 7)
     assert unigram_nats(data.train, data.val.reshape(4, -1), VOCAB) == pytest.approx(whole, abs=1e-12)
     assert whole == pytest.approx(math.log(VOCAB), abs=0.01)  # the toy's tokens are uniform
+
+
+def test_a_single_path_needs_no_sequence(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_bytes(b"some text" * 9)
+    want = open_dataset([file])
+    for given_as in (file, str(file)):
+        found = open_dataset(given_as)
+        assert (found.fingerprint, found.name) == (want.fingerprint, want.name)
+    with pytest.raises(InputError, match="cannot be read"):
+        open_dataset("")
+
+
+def test_arrays_are_not_read_as_text(tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.arange(99))
+    with pytest.raises(InputError, match=r"\.npy file is no text"):
+        open_dataset([tmp_path / "ids.npy"])
+
+
+@pytest.mark.parametrize(("batch", "seq"), [(0, 4), (-1, 4), (2, 0), (2, -4)])
+def test_batches_of_nothing(batch: int, seq: int) -> None:
+    with pytest.raises(InputError, match=f"batches of {batch} sequences of {seq} tokens"):
+        next(toy_data().batches("train", batch, seq, 0))

@@ -158,7 +158,7 @@ class OptimizedModule(nn.Module):
         return found
 
     @property  # type: ignore[misc]
-    def __class__(self) -> type:  # type: ignore[override]
+    def __class__(self) -> type:
         return type(self.__dict__["_original"]) if "_original" in self.__dict__ else OptimizedModule
 
     def _get_name(self) -> str:

@@ -209,8 +209,9 @@ def names_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     """For each flat argument of a call, the name of the argument that it belongs to."""
     positional = list(inspect.signature(model.forward).parameters)
     names = []
-    for (kind, key, *_), _ in pytree.tree_flatten_with_path((args, kwargs))[0]:
-        place = key.idx if kind.idx == 0 else key.key
+    for path, _ in pytree.tree_flatten_with_path((args, kwargs))[0]:
+        key = path[1]  # path[0] tells positional from keyword arguments
+        place = key.idx if isinstance(key, pytree.SequenceKey) else getattr(key, "key", str(key))
         names.append(place if isinstance(place, str) else positional[min(place, len(positional) - 1)])
     return names
 

@@ -26,7 +26,15 @@ LAYERS = (
     ("moefx", "moefx.cli", "moefx.train", "moefx.grouter", "moefx.plan"),
     ("moefx.models",),
     (
-        *("moefx.optimize", "moefx.backend", "moefx.module", "moefx.decoding", "moefx.program", "moefx.weights"),
+        *(
+            "moefx.optimize",
+            "moefx.backend",
+            "moefx.module",
+            "moefx.primals",
+            "moefx.decoding",
+            "moefx.program",
+            "moefx.weights",
+        ),
         *("moefx.precision_metrics", "moefx.pickled", "moefx.signature"),
     ),
     ("moefx.passes",),

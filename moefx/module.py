@@ -11,7 +11,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from .pickled import without_recorders
 from .precision_metrics import Meter
 from .program import Program
 from .raising.replay import Assembly
-from .routing import INSIDE
+from .routing import INSIDE, check_choice
 from .signature import Structure, context_key, leaf_key
 from .weights import KeptCodes
 
@@ -46,7 +46,7 @@ class Variant:
     """A compiled program and the signature it is valid for.
 
     `guard` is set when some sizes are symbolic, `meter` when the graph has precision casts, `routed` holds the MoE
-    layers that are routed by token ids.
+    layers that are routed by token ids, `chosen_from` the number of experts of each layer if choices are precomputed.
     """
 
     program: Program
@@ -55,6 +55,7 @@ class Variant:
     loose_key: Any = None
     meter: Meter | None = None
     routed: tuple[RoutedLayer, ...] = ()
+    chosen_from: tuple[int, ...] = ()
 
 
 class OptimizedModule(nn.Module):
@@ -186,8 +187,11 @@ class OptimizedModule(nn.Module):
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModule:
-        """A copy with its own parameters. Compiled programs are shared: they hold no tensor of the model."""
-        new = OptimizedModule(copy.deepcopy(self.original, memo), self.__dict__["_compile"], self._options, self.report)
+        """A copy with its own parameters and router. Compiled programs are shared: they hold no tensor of either."""
+        options = self._options
+        if self.router is not None:  # else `copy.to(...)` would move the router of this module
+            options = replace(options, routing=copy.deepcopy(options.routing, memo))
+        new = OptimizedModule(copy.deepcopy(self.original, memo), self.__dict__["_compile"], options, self.report)
         if self._structure is not None and self._structure.holds():
             new.__dict__["_structure"] = Structure(new.original, *([new.router] if new.router is not None else []))
             new.__dict__["_variants"] = dict(self._variants)
@@ -371,6 +375,8 @@ class OptimizedModule(nn.Module):
         if variant is None:
             with compat.compiling:
                 variant = self._new_variant(args, kwargs, leaves, spec)
+        if variant.chosen_from:  # a graph looks at no values, and another call holds others than the example
+            check_choice(kwargs["routing_idx"], variant.chosen_from)
         return variant, leaves
 
     def _new_variant(self, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any], spec: Any) -> Variant:

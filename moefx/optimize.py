@@ -33,7 +33,7 @@ from .program import Assemblies, Program
 from .raising.draw import alone
 from .raising.probe import Seen, observed
 from .report import Report
-from .routing import Routing, as_routing, check_causal, check_vocabulary, mark_layout, routed
+from .routing import Routing, as_routing, check_causal, check_vocabulary, routed
 from .verify import Verifier
 from .weights import hoist_weight_casts
 
@@ -156,6 +156,10 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
     report = opt.report if first else Report(opt.report.model, o.recipe.name, o.codegen)
     stage = Stages(report, show=type(model).__qualname__)
     args, kwargs = distinct(model, args, kwargs)
+    if o.routing is not None:
+        with routed(model, o.routing):
+            named = check_call(model, args, kwargs)
+        o.routing.check(named)
     leaves = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*model.parameters(), *leaves))
 
@@ -169,11 +173,8 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
             later = not o.strict and set(GRAPH_LEVEL) & set(o.passes.names)  # these work on the graph
             if not (blocks or later) or (o.strict and not all(b.raised for b in blocks)):
                 raise _not_raised(model, blocks)
-        with stage("capture") as done:  # stage 2
-            with routed(model, o.routing), _with_reasons(blocks):
-                captured = done(capture(model, args, kwargs, o.dynamic))
-            if o.routing is not None:
-                mark_layout(captured.gm, compat.flat_inputs(captured.gm, args, kwargs), captured.names, o.routing.ids)
+        with stage("capture") as done, routed(model, o.routing), _with_reasons(blocks):  # stage 2
+            captured = done(capture(model, args, kwargs, o.dynamic))
         _label_inputs(captured.graph, captured.names)
         report.graphs.keep("captured", captured.gm, copy_plain(captured.graph))
 
@@ -185,6 +186,7 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
                 chain.run("model", captured.gm, report, compat.fake_mode_of(fakes), verifier)
             noted = captured.graph.output_node().meta
             report.losses, by_token = noted.get("moefx_losses", []), tuple(noted.get("moefx_routed", ()))
+            chosen_from = tuple(noted.get("moefx_chosen_from", ()))
             rows = [r for r in report.passes if r.name in GRAPH_LEVEL]
             if not blocks and not any(r.matched for r in rows):
                 raise _not_raised(model, blocks)
@@ -227,7 +229,7 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
     signature = describe(model, leaves, grad, stage.total)
     opt.report.signatures.append(signature)
     guard = _guard(joint, len(pytree.tree_leaves((args, kwargs)))) if o.dynamic else None
-    return Variant(program, signature, guard, meter=Meter.of(joint), routed=by_token)
+    return Variant(program, signature, guard, meter=Meter.of(joint), routed=by_token, chosen_from=chosen_from)
 
 
 def _calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Seen]:

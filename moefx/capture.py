@@ -140,6 +140,7 @@ def capture(
     named = check_call(model, args, kwargs)
     tensors = {k: v for k, v in named.items() if isinstance(v, Tensor)}
     axes = {k: [a for a in v if a < tensors[k].dim()] for k, v in (dynamic or {}).items() if k in tensors}
+    _say_what_packs(model, tensors, named)
     with _no_cache(model), _no_hooks(model), compat.no_fake(), compat.dynamic_dims(tensors, axes):
         try:
             gm = compat.capture_forward(model, args, kwargs)
@@ -240,6 +241,27 @@ def _no_cache(model: nn.Module) -> Iterator[None]:
     finally:
         for c in configs.values():
             c.use_cache = True
+
+
+def _say_what_packs(model: nn.Module, tensors: dict[str, Tensor], named: dict[str, Any]) -> None:
+    """Warn when the model itself would make another attention mask of packed positions: with a cache.
+
+    transformers takes positions that start again for several documents, each of which sees itself alone, only where no
+    cache is given or made.
+    """
+    positions, asked = tensors.get("position_ids"), named.get("use_cache")
+    configs = [getattr(m, "config", None) for m in model.modules()]
+    cached = any(getattr(c, "use_cache", None) for c in configs) if asked is None else bool(asked)
+    checkpointed = model.training and getattr(model, "is_gradient_checkpointing", False)  # that switches caches off
+    if positions is None or positions.dim() < 2 or not cached or checkpointed or "attention_mask" in tensors:
+        return
+    if bool((positions.diff(dim=-1) != 1).any()):
+        warnings.warn(
+            f"{type(model).__qualname__} is given packed position_ids and no attention_mask. Compiled graphs make no "
+            "key-value cache, and without one transformers lets tokens see their own document alone. The model itself, "
+            "with use_cache on, lets them see all before them; opt.original(..., use_cache=False) does as graphs do.",
+            stacklevel=2,
+        )
 
 
 @contextlib.contextmanager

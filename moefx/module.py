@@ -232,8 +232,8 @@ class OptimizedModule(nn.Module):
             found: Tensor = leaves[where] if isinstance(where, int) else where[0][where[1]]
             return found
 
-        if program.extras:
-            self._keep(program.returned_extras(outs))
+        # Also of a call that returns none (evaluation without metrics), or the last values would pass for its own.
+        self._keep(program.returned_extras(outs) if program.extras else {})
         return program.finish(outs, primals, target)
 
     @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +61,7 @@ def optimize(
     *,
     recipe: str | Recipe = "bf16",
     router: Any = None,
-    losses: str | Sequence[Any] = (),
+    losses: str | Sequence[Any] | Mapping[str, float] = (),
     passes: PassManager | Sequence[Pass | str] | None = None,
     regions: str = "model",
     codegen: str = "inductor",
@@ -87,7 +87,8 @@ def optimize(
             it, from token ids alone, and the layers' own routers go (docs/grouter.md).
         regions, mesh: reserved; only the defaults are accepted in this version.
         losses: what to add to the model's loss, or to measure: objects of `moefx.losses` or their short names, as
-            ["sp", "cp", "lb", "metrics"]. Their values are in `.losses` and `.routing` after each call.
+            ["sp", "cp", "lb", "metrics"], or {"sp": 1e-3, "lb": 1e-2} with weights. Their values are in `.losses` and
+            `.routing` after each call.
 
     Returns:
         An `OptimizedModule` with `.original`, `.report` and `.graphs`.
@@ -182,7 +183,7 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
             verifier = Verifier(compat.flat_inputs(captured.gm, args, kwargs), grad) if o.verify else None
             fakes = [value(n) for n in captured.graph.find_nodes(op="placeholder")]
             chain = o.passes if grad and model.training else observing(o.passes)
-            with called(captured):
+            with called(captured), _with_reasons(blocks):
                 chain.run("model", captured.gm, report, compat.fake_mode_of(fakes), verifier)
             noted = captured.graph.output_node().meta
             report.losses, by_token = noted.get("moefx_losses", []), tuple(noted.get("moefx_routed", ()))
@@ -307,7 +308,7 @@ def describe(model: nn.Module, leaves: Sequence[torch.Tensor], grad: bool, secon
 
 @contextmanager
 def _with_reasons(blocks: list[Block]) -> Iterator[None]:
-    """Why blocks were not raised is part of why a model cannot be captured."""
+    """Why blocks were not raised is part of why a model cannot be captured, or has nothing that losses could read."""
     try:
         yield
     except CaptureError as e:

@@ -252,8 +252,7 @@ def _say_what_packs(model: nn.Module, tensors: dict[str, Tensor], named: dict[st
     positions, asked = tensors.get("position_ids"), named.get("use_cache")
     configs = [getattr(m, "config", None) for m in model.modules()]
     cached = any(getattr(c, "use_cache", None) for c in configs) if asked is None else bool(asked)
-    checkpointed = model.training and getattr(model, "is_gradient_checkpointing", False)  # that switches caches off
-    if positions is None or positions.dim() < 2 or not cached or checkpointed or "attention_mask" in tensors:
+    if positions is None or positions.dim() < 2 or not cached or "attention_mask" in tensors:
         return
     if bool((positions.diff(dim=-1) != 1).any()):
         warnings.warn(

@@ -106,6 +106,32 @@ def test_an_order_that_is_neither_or_that_nothing_shows_is_an_error(order: str) 
         ref.optimize(Net(order).eval(), {"input_ids": ids()}, router=Table())
 
 
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.emb = ref.Block(), nn.Embedding(WORDS, ref.HIDDEN)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.block.moe(self.emb(ids))
+
+
+class Both(nn.Module):
+    """An encoder and a decoder with tokens of its own, as many as the encoder's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = Stack(), Stack()
+
+    def forward(self, input_ids: Tensor, decoder_input_ids: Tensor) -> Tensor:
+        return self.decoder(decoder_input_ids) + self.encoder(input_ids)
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def test_a_decoder_is_not_routed_by_the_tokens_of_its_encoder() -> None:
+    with pytest.raises(moefx.PassError, match=r"encoder and decoder have MoE layers[\s\S]*decoder"):
+        ref.optimize(Both().eval(), {"input_ids": ids(), "decoder_input_ids": ids()}, router=Table())
+
+
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def test_every_call_with_precomputed_routing_is_checked() -> None:
     net, inputs, (idx, gates) = Net("batch").eval(), {"input_ids": ids()}, chosen()

@@ -65,8 +65,7 @@ def check_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """Bind a call to the model's forward; the arguments by name. Raises `InputError` when they do not fit its
     signature.
     """
-    # A model that is routed by token ids takes the router's arguments too (`moefx.routing.routed`).
-    signature = getattr(model, "moefx_signature", None) or inspect.signature(model.forward)
+    signature = _signature(model)
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as e:
@@ -84,6 +83,11 @@ def check_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         if p.kind is p.VAR_KEYWORD:
             flat.update(flat.pop(p.name, {}))
     return flat
+
+
+def _signature(model: nn.Module) -> inspect.Signature:
+    """Of the forward; a model that is routed by token ids takes the router's arguments too (`moefx.routing.routed`)."""
+    return getattr(model, "moefx_signature", None) or inspect.signature(model.forward)
 
 
 def check_dynamic(named: dict[str, Any], dynamic: compat.DynamicDims) -> None:
@@ -162,7 +166,7 @@ def capture(
     out = gm.graph.output_node()
     out.meta["moefx_outputs"] = compat.output_names(gm, args, kwargs)
     out.meta["moefx_differentiable"] = _differentiable(out)
-    accepts = frozenset(inspect.signature(model.forward).parameters)
+    accepts = frozenset(_signature(model).parameters)
     return Captured(gm, args, kwargs, names, axes, tensors, accepts)
 
 
@@ -204,7 +208,7 @@ def warm_up(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         try:
             model(*args, **kwargs)
         except Exception as e:
-            known = inspect.signature(model.forward).parameters
+            known = _signature(model).parameters
             odd = [f"; forward names no argument {k!r}: {nearest(k, known)}" for k in kwargs if k not in known]
             raise InputError(
                 "the model itself fails on the example inputs, before anything was traced",
@@ -284,7 +288,7 @@ def _explained(e: Exception, model: nn.Module) -> CaptureError:
     first = first_line(e, type(e).__name__)
     if inner := re.search(r"raised exception (\w+\(.*\))", str(e)):
         first = f"{first} {inner[1]}"
-    parameters = inspect.signature(model.forward).parameters
+    parameters = _signature(model).parameters
     unmasked = "NoneType" in first and any(name.endswith("attention_mask") for name in parameters)
     loop = re.search(r"data-dependent|dynamic shape operator|iterat", str(e))
     return CaptureError(

@@ -91,7 +91,7 @@ class Tokens:
         return f"{self.stack(x)} {_rows(x)}"
 
     def stack(self, x: fx.Node) -> str:
-        """ "encoder" or "decoder" for a layer below a module of that name, else ""."""
+        """Whose layer it is: that of a module called encoder, or decoder, or ""."""
         return next((p for p in module_path(x).split(".") if p in ("encoder", "decoder")), "")
 
     def _decodes(self, x: fx.Node) -> bool:

@@ -72,8 +72,10 @@ def see(
     tag = owner if attention_mask is None else torch.where(attention_mask.bool(), owner, -1)
     if position_ids is None:
         count = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(torch.int64)
-        index = (count.cumsum(1) - 1).clamp_min(0)
-        position_ids = index - torch.where(changes, index, 0).cummax(1).values
+        seen = count.cumsum(1)
+        # Tokens in front of the document, so that it counts from 0 also where padding comes first in it.
+        before = torch.where(changes, seen - count, 0).cummax(1).values
+        position_ids = (seen - before - 1).clamp_min(0)
     return View(position_ids, owner, tag, visible(owner, tag, 0, causal) if attends else None)
 
 

@@ -66,8 +66,7 @@ def check_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """Bind a call to the model's forward; the arguments by name. Raises `InputError` when they do not fit its
     signature.
     """
-    # A model that is routed by token ids takes the router's arguments too (`moefx.routing.routed`).
-    signature = getattr(model, "moefx_signature", None) or inspect.signature(model.forward)
+    signature = _signature(model)
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as e:
@@ -83,6 +82,11 @@ def check_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         if p.kind is p.VAR_KEYWORD:
             flat.update(flat.pop(p.name, {}))
     return flat
+
+
+def _signature(model: nn.Module) -> inspect.Signature:
+    """Of the forward; a model that is routed by token ids takes the router's arguments too (`moefx.routing.routed`)."""
+    return getattr(model, "moefx_signature", None) or inspect.signature(model.forward)
 
 
 def check_dynamic(named: dict[str, Any], dynamic: compat.DynamicDims) -> None:
@@ -139,6 +143,7 @@ def capture(
     named = check_call(model, args, kwargs)
     tensors = {k: v for k, v in named.items() if isinstance(v, Tensor)}
     axes = {k: [a for a in v if a < tensors[k].dim()] for k, v in (dynamic or {}).items() if k in tensors}
+    _say_what_packs(model, tensors, named)
     with _no_cache(model), _no_hooks(model), compat.no_fake(), compat.dynamic_dims(tensors, axes):
         try:
             gm = compat.capture_forward(model, args, kwargs)
@@ -160,7 +165,7 @@ def capture(
     out = gm.graph.output_node()
     out.meta["moefx_outputs"] = compat.output_names(gm, args, kwargs)
     out.meta["moefx_differentiable"] = _differentiable(out)
-    accepts = frozenset(inspect.signature(model.forward).parameters)
+    accepts = frozenset(_signature(model).parameters)
     return Captured(gm, args, kwargs, names, axes, tensors, accepts)
 
 
@@ -202,7 +207,7 @@ def warm_up(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         try:
             model(*args, **kwargs)
         except Exception as e:
-            known = inspect.signature(model.forward).parameters
+            known = _signature(model).parameters
             odd = [f"; forward names no argument {k!r}: {nearest(k, known)}" for k in kwargs if k not in known]
             raise InputError(
                 "the model itself fails on these inputs, before anything was traced",
@@ -241,6 +246,26 @@ def _no_cache(model: nn.Module) -> Iterator[None]:
             c.use_cache = True
 
 
+def _say_what_packs(model: nn.Module, tensors: dict[str, Tensor], named: dict[str, Any]) -> None:
+    """Warn when the model itself would make another attention mask of packed positions: with a cache.
+
+    transformers takes positions that start again for several documents, each of which sees itself alone, only where no
+    cache is given or made.
+    """
+    positions, asked = tensors.get("position_ids"), named.get("use_cache")
+    configs = [getattr(m, "config", None) for m in model.modules()]
+    cached = any(getattr(c, "use_cache", None) for c in configs) if asked is None else bool(asked)
+    if positions is None or positions.dim() < 2 or not cached or "attention_mask" in tensors:
+        return
+    if bool((positions.diff(dim=-1) != 1).any()):
+        warnings.warn(
+            f"{type(model).__qualname__} is given packed position_ids and no attention_mask. Compiled graphs make no "
+            "key-value cache, and without one transformers lets tokens see their own document alone. The model itself, "
+            "with use_cache on, lets them see all before them; opt.original(..., use_cache=False) does as graphs do.",
+            stacklevel=2,
+        )
+
+
 @contextlib.contextmanager
 def _no_hooks(model: nn.Module) -> Iterator[None]:
     """Take off the model's own hooks, not those of its submodules: `OptimizedModule` runs them around its graphs."""
@@ -277,7 +302,7 @@ def _explained(e: Exception, model: nn.Module) -> CaptureError:
             why="a backward hook of a submodule has no place in a compiled backward",
             todo="remove it (handle.remove()), or hook the tensor in a forward: x.register_hook(...)",
         )
-    parameters = inspect.signature(model.forward).parameters
+    parameters = _signature(model).parameters
     unmasked = "NoneType" in first and any(name.endswith("attention_mask") for name in parameters)
     loop = re.search(r"data-dependent|dynamic shape operator|iterat", str(e))
     return CaptureError(

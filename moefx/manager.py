@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from . import compat
-from .errors import MoefxError, PassError, RecipeError, nearest
+from .errors import CaptureError, InputError, MoefxError, PassError, RecipeError, nearest
 from .graph import edit
 from .graph.effects import is_random, name_of, writers
 from .report import PassRow, Report
@@ -236,7 +236,7 @@ def _apply(p: Pass, graph: fx.Graph, ctx: Context, *, mark: bool = True) -> list
     before = {n: (n.target, n.args, n.kwargs) for n in graph.nodes}
     try:
         p.run(graph, ctx)
-    except (PassError, RecipeError):
+    except (PassError, RecipeError, InputError, CaptureError):  # graph, recipe, example or model do not allow the pass
         raise
     except Exception as e:
         raise PassError(

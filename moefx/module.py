@@ -13,7 +13,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from .pickled import without_recorders
 from .precision_metrics import Meter
 from .primals import Inside, assembled, reference
 from .program import Program
-from .routing import INSIDE
+from .routing import INSIDE, check_choice
 from .signature import Signature, Structure, context_key, leaf_key, names_of, warn_of_many
 from .weights import KeptCodes
 
@@ -48,7 +48,7 @@ class Variant:
     """A compiled program and the signature it is valid for.
 
     `guard` is set when some sizes are symbolic, `meter` when the graph has precision casts, `routed` holds the MoE
-    layers that are routed by token ids.
+    layers that are routed by token ids, `chosen_from` the number of experts of each layer if choices are precomputed.
     """
 
     program: Program
@@ -57,6 +57,7 @@ class Variant:
     loose_key: Any = None
     meter: Meter | None = None
     routed: tuple[RoutedLayer, ...] = ()
+    chosen_from: tuple[int, ...] = ()
 
 
 class _Signed:
@@ -210,8 +211,11 @@ class OptimizedModule(nn.Module):
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModule:
-        """A copy with its own parameters. Compiled programs are shared: they hold no tensor of the model."""
-        new = OptimizedModule(copy.deepcopy(self.original, memo), self.__dict__["_compile"], self._options, self.report)
+        """A copy with its own parameters and router. Compiled programs are shared: they hold no tensor of either."""
+        options = self._options
+        if self.router is not None:  # else `copy.to(...)` would move the router of this module
+            options = replace(options, routing=copy.deepcopy(options.routing, memo))
+        new = OptimizedModule(copy.deepcopy(self.original, memo), self.__dict__["_compile"], options, self.report)
         if self._structure is not None and self._structure.holds():
             new.__dict__["_structure"] = new._present_structure()
             new.__dict__["_structure"].watch_as(self._structure)
@@ -261,8 +265,8 @@ class OptimizedModule(nn.Module):
             found: Tensor = leaves[where] if isinstance(where, int) else where[0][where[1]]
             return found
 
-        if program.extras:
-            self._keep(program.returned_extras(outs))
+        # Also of a call that returns none (evaluation without metrics), or the last values would pass for its own.
+        self._keep(program.returned_extras(outs) if program.extras else {})
         return program.finish(outs, primals, target)
 
     @contextlib.contextmanager
@@ -404,6 +408,8 @@ class OptimizedModule(nn.Module):
         if variant is None:
             with compat.compiling:
                 variant = self._new_variant(args, kwargs, leaves, spec)
+        if variant.chosen_from:  # a graph looks at no values, and another call holds others than the example
+            check_choice(kwargs["routing_idx"], variant.chosen_from)
         return variant, leaves
 
     def _present_structure(self) -> Structure:

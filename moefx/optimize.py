@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +33,7 @@ from .program import Assemblies, Program
 from .raising.draw import alone
 from .raising.probe import Seen, observed
 from .report import Report
-from .routing import Routing, as_routing, check_causal, check_vocabulary, mark_layout, routed
+from .routing import Routing, as_routing, check_causal, check_vocabulary, routed
 from .verify import Verifier
 from .weights import hoist_weight_casts
 
@@ -61,7 +61,7 @@ def optimize(
     *,
     recipe: str | Recipe = "bf16",
     router: Any = None,
-    losses: str | Sequence[Any] = (),
+    losses: str | Sequence[Any] | Mapping[str, float] = (),
     passes: PassManager | Sequence[Pass | str] | None = None,
     regions: str = "model",
     codegen: str = "inductor",
@@ -87,7 +87,8 @@ def optimize(
             it, from token ids alone, and the layers' own routers go (docs/grouter.md).
         regions, mesh: reserved; only the defaults are accepted in this version.
         losses: what to add to the model's loss, or to measure: objects of `moefx.losses` or their short names, as
-            ["sp", "cp", "lb", "metrics"]. Their values are in `.losses` and `.routing` after each call.
+            ["sp", "cp", "lb", "metrics"], or {"sp": 1e-3, "lb": 1e-2} with weights. Their values are in `.losses` and
+            `.routing` after each call.
 
     Returns:
         An `OptimizedModule` with `.original`, `.report` and `.graphs`.
@@ -155,6 +156,10 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
     model, o, first = opt.original, opt.options, not opt.report.signatures
     report = opt.report if first else Report(opt.report.model, o.recipe.name, o.codegen)
     args, kwargs = distinct(model, args, kwargs)
+    if o.routing is not None:
+        with routed(model, o.routing):
+            named = check_call(model, args, kwargs)
+        o.routing.check(named)
     leaves = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
     again = "" if first else f", signature {len(opt.report.signatures) + 1} of {', '.join(shapes(leaves))}"
     stage = Stages(report, show=f"{type(model).__qualname__}{again}")
@@ -170,11 +175,8 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
             later = not o.strict and set(GRAPH_LEVEL) & set(o.passes.names)  # these work on the graph
             if not (blocks or later) or (o.strict and not all(b.raised for b in blocks)):
                 raise _not_raised(model, blocks)
-        with stage("capture") as done:  # stage 2
-            with routed(model, o.routing), _with_reasons(blocks):
-                captured = done(capture(model, args, kwargs, o.dynamic))
-            if o.routing is not None:
-                mark_layout(captured.gm, compat.flat_inputs(captured.gm, args, kwargs), captured.names, o.routing.ids)
+        with stage("capture") as done, routed(model, o.routing), _with_reasons(blocks):  # stage 2
+            captured = done(capture(model, args, kwargs, o.dynamic))
         _label_inputs(captured.graph, captured.names)
         report.graphs.keep("captured", captured.gm, copy_plain(captured.graph))
 
@@ -182,10 +184,11 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
             verifier = Verifier(compat.flat_inputs(captured.gm, args, kwargs), grad) if o.verify else None
             fakes = [value(n) for n in captured.graph.find_nodes(op="placeholder")]
             chain = o.passes if grad and model.training else observing(o.passes)
-            with called(captured):
+            with called(captured), _with_reasons(blocks):
                 chain.run("model", captured.gm, report, compat.fake_mode_of(fakes), verifier)
             noted = captured.graph.output_node().meta
             report.losses, by_token = noted.get("moefx_losses", []), tuple(noted.get("moefx_routed", ()))
+            chosen_from = tuple(noted.get("moefx_chosen_from", ()))
             rows = [r for r in report.passes if r.name in GRAPH_LEVEL]
             if not blocks and not any(r.matched for r in rows):
                 raise _not_raised(model, blocks)
@@ -228,7 +231,7 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
     signature = describe(model, leaves, grad, stage.total)
     opt.report.signatures.append(signature)
     guard = _guard(joint, len(pytree.tree_leaves((args, kwargs)))) if o.dynamic else None
-    return Variant(program, signature, guard, meter=Meter.of(joint), routed=by_token)
+    return Variant(program, signature, guard, meter=Meter.of(joint), routed=by_token, chosen_from=chosen_from)
 
 
 def _calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Seen]:
@@ -311,7 +314,7 @@ def shapes(leaves: Sequence[torch.Tensor]) -> list[str]:
 
 @contextmanager
 def _with_reasons(blocks: list[Block]) -> Iterator[None]:
-    """Why blocks were not raised is part of why a model cannot be captured."""
+    """Why blocks were not raised is part of why a model cannot be captured, or has nothing that losses could read."""
     try:
         yield
     except CaptureError as e:

@@ -17,16 +17,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from . import compat
 from .dialect.token_route import token_route
 from .errors import InputError
-from .graph.edit import find, value
-from .graph.trial import values_of
 
 Tensor = torch.Tensor
 GATES, LAYOUTS, NORMALISERS = ("router", "layer"), ("batch", "sequence"), ("softmax", "sigmoid")
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 TOLERANCE = 1e-4  # of the largest logit; attention over another number of keys rounds differently
 INSIDE = "moefx_router"  # the router's name in the model while it is captured
 
@@ -86,9 +85,17 @@ class Routing:
                     f"the router reads {source!r}, which the call does not have",
                     where=type(self.router).__qualname__,
                     why=f"the call has {', '.join(named) or 'no arguments'}",
-                    todo="call the model with token ids (not embeddings), or name them: moefx.Routing(..., ids=...)",
+                    todo="give routing_idx and routing_gates with every call"
+                    if name in self.extra
+                    else "call the model with token ids (not embeddings), or name them: moefx.Routing(..., ids=...)",
                 )
         return found
+
+    def check(self, named: dict[str, Any]) -> None:
+        """Raise `InputError` for a call, arguments by name, that has not what the router reads, or not in that form."""
+        self.inputs(named)
+        if isinstance(self.router, Precomputed):
+            self.router.check(named, self.ids)
 
     @property
     def extra(self) -> tuple[str, ...]:
@@ -100,7 +107,8 @@ class Precomputed(nn.Module):
     """Routing that was computed beforehand, as two more keyword arguments of every call of the optimized model.
 
     `routing_idx` [B,S,k] integer, different experts of a token in any order, and `routing_gates` [B,S,k] floating; or
-    with a leading axis of MoE layers in both, [L,B,S,k].
+    with a leading axis of MoE layers in both, [L,B,S,k]. Every expert is one of the layer's, 0 to E - 1: there are no
+    dropped choices, and -1 is refused. Each call is checked (`check_choice`).
     """
 
     extra_inputs = ("routing_idx", "routing_gates")
@@ -108,6 +116,36 @@ class Precomputed(nn.Module):
     def forward(self, routing_idx: Tensor, routing_gates: Tensor) -> tuple[Tensor, Tensor]:
         """Both unchanged."""
         return routing_idx, routing_gates
+
+    def check(self, named: dict[str, Any], ids: str) -> None:
+        """Raise `InputError` when shapes and dtypes of a call's routing do not fit each other or its token ids.
+
+        Args:
+            named: arguments of the call by name.
+            ids: the one that holds the token ids; a call need not have it.
+        """
+        idx, gates, tokens = (named.get(n) for n in (*self.extra_inputs, ids))
+        given = {
+            n: t for n, t in zip((*self.extra_inputs, ids), (idx, gates, tokens), strict=True) if isinstance(t, Tensor)
+        }
+        why = None
+        if not isinstance(idx, Tensor) or not isinstance(gates, Tensor):
+            why = "both must be tensors"
+        elif idx.dim() not in (3, 4) or idx.shape != gates.shape:
+            why = "both must have one shape"
+        elif idx.dtype not in INTEGERS or not gates.is_floating_point():
+            why = "indices must be integers, gates floating-point numbers"
+        elif isinstance(tokens, Tensor) and tokens.dim() == 2 and tokens.shape != idx.shape[-3:-1]:
+            why = "every token of the call needs its routing"
+        if why is not None:
+            raise InputError(
+                "precomputed routing does not fit the call",
+                where=", ".join(
+                    f"{n} {str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for n, t in given.items()
+                ),
+                why=why,
+                todo="give routing_idx and routing_gates [B, S, k], or with a leading axis of MoE layers",
+            )
 
 
 def as_routing(router: Any) -> Routing | None:
@@ -230,64 +268,39 @@ def check_causal(routing: Routing, named: dict[str, Any]) -> None:
     warnings.warn(f"{what}: report losses with routing of prefixes alone as well", FutureTokensWarning, stacklevel=3)
 
 
-def mark_layout(gm: fx.GraphModule, values: list[Any], names: dict[str, str], ids: str) -> None:
-    """Note at the marker in which order the rows of the experts' inputs are: "batch" for b*S+s, "sequence" for s*B+b.
+def check_choice(idx: Tensor, experts: Sequence[int]) -> None:
+    """See that precomputed choices are experts of every layer, k different ones per token.
 
-    By trial: another first sequence changes exactly the rows that belong to it. Raises `InputError` for other orders.
+    On the CPU an `InputError` says what is wrong. On a device the check runs with the rest of the step, without waiting
+    for it, and what is wrong stops the program there as `torch._assert_async` does.
+
+    Args:
+        idx: integer [B,S,k], for all layers, or [L,B,S,k].
+        experts: [L] number of experts of each layer.
+
+    Raises:
+        InputError: an expert that is none of the layer's (-1 for a dropped choice, too), or is there twice.
     """
-    (marker,) = find(gm.graph, token_route)
-    _check_experts(gm, marker, values)
-    B, S = (compat.size_hint(n) for n in value(marker.args[0][0]).shape[-3:-1])  # type: ignore[index, arg-type]
-    experts = find(gm.graph, torch.ops.moefx.experts)
-    at = next((i for i, n in enumerate(gm.graph.find_nodes(op="placeholder")) if names.get(n.name) == ids), None)
-    marker.meta["moefx_layout"] = "batch"
-    if B == 1 or S == 1 or not experts or at is None:
-        return
-    x: fx.Node = experts[0].args[0]  # type: ignore[assignment]
-    other = list(values)
-    other[at] = values[at].clone()
-    other[at][0] = (
-        other[at][0].flip(0).roll(1) if not bool((values[at][0] == values[at][0, 0]).all()) else values[at][1]
-    )
-    was, now = (values_of(gm, [_own(v) for v in vs], [x])[x] for vs in (values, other))
-    moved = (was != now).flatten(1).any(1)
-    rows = torch.arange(B * S, device=moved.device)
-    changed = values[at][0] != other[at][0]
-    first = int(changed.nonzero()[0]) if bool(changed.any()) else S
-    for layout, b, s in (("batch", rows // S, rows % S), ("sequence", rows % B, rows // B)):
-        if len(moved) == B * S and not bool(moved[b != 0].any()) and bool(moved[(b == 0) & (s == first)].all()):
-            marker.meta["moefx_layout"] = layout
-            return
-    raise InputError(
-        f"the rows of the experts' input are not the {B} x {S} tokens of {ids!r} in order",
-        why=f"with another first sequence, rows {moved.nonzero().flatten().tolist()[:8]} of {len(moved)} changed",
-        todo="routing by token ids needs one row per token, batch-major or sequence-major",
-    )
+    parts = [(idx, min(experts))] if idx.dim() == 3 else list(zip(idx, experts, strict=True))
+    for part_BSk, E in parts:
+        if not part_BSk.numel() or part_BSk.is_meta:
+            continue
+        apart = part_BSk.sort(-1).values.diff(dim=-1) != 0
+        if part_BSk.device.type != "cpu":
+            torch._assert_async(((part_BSk >= 0) & (part_BSk < E)).all(), f"routing_idx: experts beyond 0 to {E - 1}")
+            torch._assert_async(apart.all(), "routing_idx gives a token one expert twice")
+            continue
+        low, high = int(part_BSk.min()), int(part_BSk.max())
+        if low < 0 or high >= E:
+            raise InputError(
+                f"routing_idx holds experts {low} to {high}, a layer has {E}",
+                why="a choice that was dropped (-1) cannot be given" if low < 0 else None,
+                todo="give routing that was computed for this number of experts",
+            )
+        if not bool(apart.all()):
+            raise InputError(
+                "routing_idx gives a token one expert twice", todo="give k different experts for each token"
+            )
 
 
-def _check_experts(gm: fx.GraphModule, marker: fx.Node, values: list[Any]) -> None:
-    """Precomputed choices of the example must be experts of every layer, k different ones per token."""
-    source: Any = marker.args[0][0]  # type: ignore[index]
-    if value(source).is_floating_point():
-        return
-    while isinstance(source, fx.Node) and source.op != "placeholder" and source.args:
-        source = source.args[0]
-    idx = dict(zip(gm.graph.find_nodes(op="placeholder"), values, strict=True)).get(source)
-    if not isinstance(idx, Tensor) or not idx.numel():
-        return
-    E = min((int(value(n.args[3][0]).shape[0]) for n in find(gm.graph, torch.ops.moefx.experts)), default=None)  # type: ignore[index, arg-type]
-    low, high = int(idx.min()), int(idx.max())
-    if low < 0 or (E is not None and high >= E):
-        raise InputError(
-            f"routing_idx holds experts {low} to {high}, a layer has {E}",
-            todo="give routing that was computed for this number of experts",
-        )
-    if bool((idx.sort(-1).values.diff(dim=-1) == 0).any()):
-        raise InputError("routing_idx gives a token one expert twice", todo="give k different experts for each token")
-
-
-def _own(v: Any) -> Any:
-    return v.clone() if isinstance(v, Tensor) else v
-
-
-__all__ = ["FutureTokensWarning", "Precomputed", "Routing", "as_routing", "check_causal", "mark_layout", "routed"]
+__all__ = ["FutureTokensWarning", "Precomputed", "Routing", "as_routing", "check_causal", "check_choice", "routed"]

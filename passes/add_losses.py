@@ -15,7 +15,7 @@ from torch import fx
 from moefx import compat
 from moefx.dialect.glu import GluKind
 from moefx.dialect.route import DTYPES, RouteSpec
-from moefx.errors import InputError, PassError
+from moefx.errors import CaptureError, InputError, PassError
 from moefx.graph.edit import arguments, find, module_path, origin, source_line, targets, value
 from moefx.graph.effects import name_of
 from moefx.graph.router import MOVES, route_of
@@ -55,9 +55,15 @@ class AddLosses(Pass):
             return
         write = Writer(graph)
         layers = list(ctx.at(find(graph, ops.unpermute)))
-        if not layers:
+        if not layers and find(graph, ops.experts):
             raise PassError(
-                "no routed experts are left for losses to read", todo="put add_losses behind expand_experts"
+                "experts are not expanded, and losses read them so", todo="put add_losses behind expand_experts"
+            )
+        if not layers:
+            raise CaptureError(
+                f"{', '.join(i.name for i in items)}: there is nothing to read, for no MoE layer was raised",
+                why="the graph has no experts that moefx knows",
+                todo="see docs/models.md for what is recognised, or leave losses out for this model",
             )
         tokens = Tokens(graph, [_experts_input(n) for n in layers])
         seen = [_rows(tokens, x, items) for x in ctx.at(tokens.layers)]  # trials run the graph as it was

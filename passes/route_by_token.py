@@ -11,13 +11,15 @@ from torch import fx
 
 from moefx import compat
 from moefx.dialect.route import RouteSpec, write_gates, write_scores, write_weights
-from moefx.errors import PassError
+from moefx.errors import InputError, PassError
 from moefx.graph.edit import arguments, find, module_path, origin, outputs, same_sizes, source_line, value
 from moefx.graph.effects import erase_unread, name_of
 from moefx.graph.removal import downstream, take_out
 from moefx.graph.routed import RoutedLayer, routed_layer
 from moefx.graph.router import PRODUCTS, route_of
+from moefx.graph.tokens import Tokens
 from moefx.manager import Context, Pass
+from moefx.routing import check_choice
 
 ops = torch.ops.moefx
 Tensor = torch.Tensor
@@ -32,6 +34,9 @@ class RouteByToken(Pass):
     The k best experts are chosen once, for the largest k of the layers; layers with a smaller k take the first of them.
     What was computed from the old logits besides, an auxiliary or z loss, is taken out of the sum that it was added to;
     where the model returns the logits themselves it returns the router's. `optimize(router=...)` puts the pass in.
+
+    In which order the rows of the layers are is found by trial on the example inputs (`moefx.graph.tokens`); that, and
+    precomputed choices of the example that no layer has, are an `InputError`.
     """
 
     requires: ClassVar[set[str]] = {"routers_raised"}
@@ -49,8 +54,13 @@ class RouteByToken(Pass):
         if odd := find(graph, ops.expert_choice):
             raise _error(odd[0], "experts that choose their tokens cannot be routed by token", "leave router= out")
         layers, old = _layers(graph), list[fx.Node]()
-        graph.output_node().meta["moefx_routed"] = self._noted(graph, layers, markers[0])
-        source = _Source(graph, markers[0], self, max(layer.k for layer in layers))
+        tokens, noted = _tokens(graph, layers), graph.output_node().meta
+        layout = _layout(tokens, markers[0])
+        noted["moefx_routed"] = self._noted(graph, layers, layout)
+        source = _Source(graph, markers[0], self, max(layer.k for layer in layers), layout)
+        if source.ready:
+            noted["moefx_chosen_from"] = [layer.E for layer in layers]
+            _check_precomputed(tokens, source, [layer.E for layer in layers])
         for n, layer in enumerate(layers):
             ctx.node = layer.experts
             idx, w = self._new(source, layer, n)
@@ -72,7 +82,7 @@ class RouteByToken(Pass):
         source.marker.replace_all_uses_with(source.given[0])
         erase_unread(graph)
 
-    def _noted(self, graph: fx.Graph, layers: list[_Layer], marker: fx.Node) -> list[RoutedLayer]:
+    def _noted(self, graph: fx.Graph, layers: list[_Layer], layout: str) -> list[RoutedLayer]:
         """The layers as decoding needs to know them."""
         found = []
         for experts in find(graph, ops.experts):
@@ -81,7 +91,7 @@ class RouteByToken(Pass):
             layer = layer or next(n for n in layers if idx in downstream(graph, [n.idx], but=_floating(graph)))
             found.append(routed_layer(
                 experts, layer.idx, layer.w, None if layer.spec is None else layer.route, factor=self.scale,
-                gates=self.gates, sequence_major=marker.meta.get("moefx_layout") == "sequence",
+                gates=self.gates, sequence_major=layout == "sequence",
             ))  # fmt: skip
         return found
 
@@ -151,6 +161,53 @@ def _layers(graph: fx.Graph) -> list[_Layer]:
     return sorted(found, key=lambda layer: layer.experts)
 
 
+def _tokens(graph: fx.Graph, layers: list[_Layer]) -> Tokens:
+    """What is known of the rows of all experts, or of the routers where no experts are `moefx.experts`."""
+    experts = [arguments(n)["x"] for n in find(graph, ops.experts)]
+    tokens = Tokens(graph, experts or [arguments(layer.route)["logits"] for layer in layers])
+    stacks = {tokens.stack(x): x for x in tokens.layers}
+    if tokens.two_stacks and {"encoder", "decoder"} <= stacks.keys():
+        raise _error(
+            stacks["decoder"],
+            "encoder and decoder have MoE layers, and one routing of token ids is that of one of them",
+            "routing by token ids is for models with one sequence of tokens",
+        )
+    return tokens
+
+
+def _layout(tokens: Tokens, marker: fx.Node) -> str:
+    """The order of the rows, "batch" (b*S+s) or "sequence" (s*B+b)."""
+    B, S = (compat.size_hint(n) for n in value(arguments(marker)["given"][0]).shape[-3:-1])
+    if B == 1 or S == 1:
+        return "batch"  # both are the same
+    x = tokens.layers[0]
+    if (layout := tokens.layout(x)) is None:
+        read = ", ".join(name for name, n in tokens.inputs.items() if n in tokens.sources(x))
+        raise InputError(
+            f"the order of the rows in front of the experts is not known, for {B} sequences of {S} tokens",
+            where=", ".join(p for p in (module_path(x), source_line(x)) if p) or None,
+            why=f"with other tokens in the first sequence ({read}) no rows change, or others than its own in "
+            "batch-major or sequence-major order"
+            if read
+            else "no input of the graph has a token for each row",
+            todo="routing by token ids needs one row per token, b * S + s or s * B + b",
+        )
+    return layout
+
+
+def _check_precomputed(tokens: Tokens, source: _Source, experts: list[int]) -> None:
+    """As many layers as experts were chosen for, and choices of the example that these layers have."""
+    given = value(source.given[0])
+    if source.per_layer and given.shape[0] != len(experts):
+        raise InputError(
+            f"routing_idx holds the choices of {given.shape[0]} layers, the model has {len(experts)} MoE layers",
+            todo="give routing [L, B, S, k] of all L layers in order, or [B, S, k] for all of them",
+        )
+    idx = tokens.call.named.get("routing_idx") if tokens.call is not None else None
+    if idx is not None:
+        check_choice(idx, experts)
+
+
 def _floating(graph: fx.Graph) -> set[fx.Node]:
     return {n for n in graph.nodes if isinstance(value(n), Tensor) and value(n).is_floating_point()}
 
@@ -174,12 +231,12 @@ def _back_to_product(logits: fx.Node, E: int) -> set[fx.Node]:
 class _Source:
     """The nodes made of `token_route`: one choice, its gates by k, and their forms for the layers' rows."""
 
-    def __init__(self, graph: fx.Graph, marker: fx.Node, options: RouteByToken, k: int) -> None:
+    def __init__(self, graph: fx.Graph, marker: fx.Node, options: RouteByToken, k: int, layout: str) -> None:
         self.graph, self.marker, self.options = graph, marker, options
         self.given: list[fx.Node] = list(arguments(marker)["given"])
         self.made = set[fx.Node]()
         self.cache: dict[tuple[Any, ...], fx.Node] = {}
-        self.sequence_major = marker.meta.get("moefx_layout") == "sequence"
+        self.sequence_major = layout == "sequence"
         self.ready = not value(self.given[0]).is_floating_point()
         self.experts = None if self.ready else int(value(marker).shape[-1])
         self.last = marker
@@ -225,25 +282,27 @@ class _Source:
         if self.experts is not None and self.experts != layer.E:
             todo = "moefx.grouter.fold or moefx.grouter.expand gives a router for this number"
             raise _error(layer.experts, f"the router has {self.experts} experts, the layer has {layer.E}", todo)
-        return self._shaped("idx", self.choice, layer, n, value(layer.idx), lambda t: t)
+        return self._shaped("idx", self.choice, layer, n, value(layer.idx), lambda t, _: t)
 
     def gates(self, layer: _Layer, n: int, factor: float) -> fx.Node:
         """The layer's weights, in the shape and dtype of its own."""
         call = self.at(None)
 
-        def normalised(t: fx.Node) -> fx.Node:
+        def normalised(t: fx.Node, of: fx.Node) -> fx.Node:
             if not self.ready:
                 w: fx.Node = write_gates(call, t, self.options.normalise, factor)
                 return w
             t = call("to", t, torch.float32)
-            if self.k > layer.k:
-                t = call(torch.div, t, call(torch.sum, t, -1, keepdim=True))
+            if self.k > layer.k:  # fewer experts share what all have together: the scale that gates were made with
+                total = call(torch.sum, call("to", of, torch.float32), -1, keepdim=True)
+                kept = call("clamp_min", call(torch.sum, t, -1, keepdim=True), torch.finfo(torch.float32).tiny)
+                t = call(torch.mul, t, call(torch.div, total, kept))
             return t if factor == 1 else call(torch.mul, t, factor)
 
         return self._shaped(f"gates {factor}", self.logits, layer, n, value(layer.w), normalised)
 
     def _shaped(
-        self, what: str, source: fx.Node, layer: _Layer, n: int, like: Tensor, make: Callable[[fx.Node], fx.Node]
+        self, what: str, source: fx.Node, layer: _Layer, n: int, like: Tensor, make: Callable[..., fx.Node]
     ) -> fx.Node:
         call, flat, own = self.at(None), like.dim() == 2, n if self.per_layer else None
         rows = value(self.given[0]).shape[-3:-1]
@@ -256,10 +315,10 @@ class _Source:
             )
 
         def build() -> fx.Node:
-            t = call(compat.getitem, source, own) if self.per_layer else source
+            whole = t = call(compat.getitem, source, own) if self.per_layer else source
             if layer.k < self.k:
                 t = call(torch.narrow, t, -1, 0, layer.k)
-            t = make(t)
+            t = make(t, whole)
             if self.sequence_major:
                 t = call(torch.transpose, t, 0, 1)
             t = call(torch.flatten, t, 0, 1) if flat else t

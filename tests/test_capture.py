@@ -226,6 +226,52 @@ def test_other_warnings_of_a_capture_come_through(monkeypatch: pytest.MonkeyPatc
 # --- the call
 
 
+def test_packed_documents_see_each_other_in_the_model_alone_and_a_warning_says_so() -> None:
+    """transformers makes the mask of packed positions only where there is no cache, as in every graph."""
+    pytest.importorskip("transformers")
+    model = ref.tiny(use_cache=True, output_router_logits=False).eval()
+    ids = ref.batch()["input_ids"]
+    packed = {"input_ids": ids, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]).expand(2, -1).contiguous()}
+    with (
+        torch.no_grad(),
+        pytest.warns(UserWarning, match="packed position_ids.*use_cache=False"),
+    ):
+        opt = ref.optimize(model, packed)
+    with torch.no_grad():
+        got, whole, alone = opt(**packed).logits, model(**packed).logits, model(**packed, use_cache=False).logits
+    torch.testing.assert_close(got, alone)
+    assert float((got - whole).abs().max()) > 1e-2
+
+
+class Positions(ref.Block):
+    """A block that is called as transformers' models are."""
+
+    def forward(self, x: Tensor, position_ids: Any = None, attention_mask: Any = None, use_cache: Any = None) -> Any:
+        return self.moe(x + position_ids.unsqueeze(-1)).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("other", "in_config", "warned"),
+    [
+        ({}, True, True),
+        ({}, False, False),
+        ({"attention_mask": torch.ones(2, 8)}, True, False),
+        ({"use_cache": False}, True, False),
+        ({"use_cache": True}, False, True),
+        ({"position_ids": torch.arange(8).expand(2, -1)}, True, False),
+    ],
+)
+def test_packed_positions_are_warned_about_where_the_model_would_make_a_cache(
+    other: dict[str, Any], in_config: bool, warned: bool
+) -> None:
+    model = Positions(use_cache=in_config)
+    packed = {"x": ref.hidden(), "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]] * 2)}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        captured(model, {**packed, **other})
+    assert any("packed position_ids" in str(w.message) for w in caught) == warned
+
+
 def test_as_call() -> None:
     x = ref.hidden()
     assert as_call({"x": x}) == ((), {"x": x})

@@ -1,4 +1,4 @@
-"""Which token of a batch each row of an expert layer is.
+"""Which token of a batch each row of an expert layer is, for losses and for routing by token ids.
 
 A mask of tokens is [B, S], while experts see rows [T, H]: row b*S+s in most models ("batch"), row s*B+b in those that
 keep sequences along the first axis ("sequence"). Sizes do not tell the one from the other, nor a mask of tokens from
@@ -8,6 +8,7 @@ as it is and with another first sequence, and the rows that change are those of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -64,7 +65,7 @@ class Tokens:
 
     Attributes:
         graph: model graph; its module holds a `Call` in `meta`, without which no trial can be made.
-        layers: for each expert layer in order the node [T, H] that its experts read.
+        layers: for each expert layer in order the node [T, H] (or [.., H] with T rows in all) that its experts read.
     """
 
     graph: fx.Graph
@@ -87,8 +88,11 @@ class Tokens:
 
     def chain(self, x: fx.Node) -> str:
         """Layers of one chain see the same tokens in the same order: as many, and of one stack."""
-        parts = module_path(x).split(".")
-        return f"{next((p for p in parts if p in ('encoder', 'decoder')), '')} {value(x).shape[0]}"
+        return f"{self.stack(x)} {_rows(x)}"
+
+    def stack(self, x: fx.Node) -> str:
+        """Whose layer it is: that of a module called encoder, or decoder, or ""."""
+        return next((p for p in module_path(x).split(".") if p in ("encoder", "decoder")), "")
 
     def _decodes(self, x: fx.Node) -> bool:
         """Whether a layer sees the tokens of a decoder that has an encoder beside it."""
@@ -102,7 +106,7 @@ class Tokens:
             others = [n for n in self.inputs if n not in (*IDS, *PASSIVE) and not n.startswith("decoder_")]
             names = [*IDS, *others, *([] if self.two_stacks else PASSIVE)]
         nodes = [self.inputs[n] for n in names if n in self.inputs]
-        T = value(x).shape[0]
+        T = _rows(x)
         fit = [n for n in nodes if value(n).dim() > 1 and same_sizes([value(n).shape[0] * value(n).shape[1]], [T])]
         return [n for n in fit if same_sizes(value(n).shape[:2], value(fit[0]).shape[:2])]
 
@@ -204,7 +208,8 @@ class Tokens:
             usual.update(self._run(missing, ones))
         now = self._run(wanted, ones | changed)
         return {
-            n: ((usual[n] != now[n]) & ~(usual[n].isnan() & now[n].isnan())).flatten(1).any(1).cpu() for n in wanted
+            n: ((usual[n] != now[n]) & ~(usual[n].isnan() & now[n].isnan())).flatten(0, -2).any(-1).cpu()
+            for n in wanted
         }
 
     def _run(self, wanted: Sequence[fx.Node], changed: dict[fx.Node, Tensor]) -> dict[fx.Node, Tensor]:
@@ -219,6 +224,11 @@ class Tokens:
                 values[i] = values[i].clone()
         assert self.graph.owning_module is not None
         return values_of(self.graph.owning_module, values, wanted)
+
+
+def _rows(x: fx.Node) -> Any:
+    """Number of rows of a layer; symbolic where the sizes are."""
+    return math.prod(value(x).shape[:-1])
 
 
 def _first_sequence(B: int, S: int) -> tuple[Tensor, Tensor]:

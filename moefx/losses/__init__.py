@@ -8,7 +8,8 @@ balance). docs/losses.md has the formula and source of each.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import numbers
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from moefx.errors import InputError, nearest
@@ -24,6 +25,7 @@ from .taps import Taps
 _KINDS: tuple[type[Any], ...] = (
     Specialization, Coupling, LoadBalance, ZLoss, Orthogonality, Variance, ERC, RoutingMetrics, BiasUpdate,
 )  # fmt: skip
+TOTAL = "total"  # what `opt.losses` calls the weighted sum
 NAMES: dict[str, type[Any]] = {kind.name: kind for kind in _KINDS}
 
 
@@ -33,6 +35,15 @@ def parse(text: str) -> tuple[Item, ...]:
     Raises `InputError` for an unknown name, with the nearest known one.
     """
     return as_losses([part.strip() for part in text.split(",") if part.strip()])
+
+
+def _weighted(name: Any, number: Any) -> Item:
+    if not isinstance(name, str) or "=" in name or not isinstance(number, numbers.Real) or isinstance(number, bool):
+        raise InputError(
+            f"losses maps {name!r} to {number!r}",
+            todo='map short names to weights, {"sp": 1e-3}, or give a list of losses',
+        )
+    return _named(f"{name}={float(number)}")
 
 
 def _named(text: str) -> Item:
@@ -50,12 +61,14 @@ def _named(text: str) -> Item:
 
 
 def as_losses(items: str | Iterable[Any]) -> tuple[Item, ...]:
-    """What `losses=` of `optimize` means: objects, short names, or one string of names.
+    """What `losses=` of `optimize` means: objects, short names, one string of names, or a mapping of names to weights.
 
-    Raises `InputError` for anything else, and for two losses of one name.
+    Raises `InputError` for anything else, for two losses of one name, and for a loss without a name or called `total`.
     """
     if isinstance(items, str):
         return parse(items)
+    if isinstance(items, Mapping):
+        return as_losses([_weighted(name, number) for name, number in items.items()])
     if isinstance(items, Item) or not isinstance(items, Iterable):
         raise InputError(f"losses is {items!r}", todo="give a list of losses or of their names: ['sp', 'cp', 'lb']")
     found = tuple(_named(i) if isinstance(i, str) else i for i in items)
@@ -63,6 +76,19 @@ def as_losses(items: str | Iterable[Any]) -> tuple[Item, ...]:
         if not isinstance(item, Item):
             what = f"the class {item.__name__}, not an instance" if isinstance(item, type) else repr(item)
             raise InputError(f"losses holds {what}", todo=nearest(str(getattr(item, "name", item)), NAMES))
+        name = getattr(item, "name", None)
+        if not isinstance(name, str) or not name:
+            raise InputError(
+                f"the loss {type(item).__name__} has no name",
+                why="its value is in opt.losses under its name",
+                todo='give the class one: name: ClassVar[str] = "..."',
+            )
+        if name == TOTAL:
+            raise InputError(
+                f"the loss {type(item).__name__} is called {TOTAL!r}",
+                why="opt.losses has the weighted sum of all losses under this name",
+                todo="give its class another name",
+            )
     names = [item.name for item in found]
     if twice := next((n for n in names if names.count(n) > 1), None):
         raise InputError(f"losses holds {twice!r} twice", todo="give each loss once, with the weight that you mean")

@@ -21,13 +21,15 @@ FORMS = ("switch", "sequence", "global", "transformers")
 class LoadBalance(Loss):
     """Product of how often an expert is chosen (no gradient) and its mean probability (gradient).
 
-    With c_e choices of expert e among T tokens and P_e the mean probability over tokens:
+    With c_e choices of expert e among T tokens that count and P_e the mean probability over them:
 
         switch        E sum_e c_e / (k T) P_e           per layer (Switch, arXiv 2101.03961, in Megatron's top-k form)
-        sequence      the same for every sequence, mean over sequences (DeepSeek-V3, arXiv 2412.19437)
-        global        switch, with c summed over all data-parallel ranks (Qwen, arXiv 2501.11873); P stays local
+        sequence      the same for every sequence, mean over those with a token (DeepSeek-V3, arXiv 2412.19437)
+        global        switch, with c and T summed over all data-parallel ranks (Qwen, arXiv 2501.11873); P stays local
         transformers  E sum_e c_e / T P_e, c and P pooled over all layers before the product; softmax of the logits also
                       for sigmoid routers. Its minimum is k, that of the others 1.
+
+    Choices that were dropped are in k T and in no c: where a capacity drops half of them the loss is half as large.
 
     Attributes:
         form: one of the above.
@@ -56,18 +58,26 @@ class LoadBalance(Loss):
             return tap.counts, tap.counted.sum(), tap.mean_rows(tap.softmax)
         if self.form == "sequence":
             return self._per_sequence(tap)
-        counts = all_reduce(tap.counts) if self.form == "global" else tap.counts
-        share = counts / counts.sum().clamp_min(1)
+        # Of all choices that tokens have, also those that no expert got: k of each, whatever was dropped.
+        counts, tokens = tap.counts, tap.counted.sum()
+        if self.form == "global":
+            both = all_reduce(torch.cat((counts, tokens.unsqueeze(0))))
+            counts, tokens = both[: tap.experts], both[tap.experts]
+        share = counts / (tap.k * tokens).clamp_min(1)
         return tap.experts * (share * tap.mean_rows(tap.scores)).sum()
 
     @staticmethod
     def _per_sequence(tap: Taps) -> Any:
-        """Sequences of any length: padding counts neither among choices nor among tokens."""
+        """Sequences of any length: padding counts neither among choices, among tokens nor among sequences."""
         chosen = tap.by_sequence(tap.chosen).sum(1)
         scores = tap.scores if tap.mask is None else torch.where(tap.mask.unsqueeze(-1), tap.scores, 0)
-        tokens = tap.by_sequence(tap.counted).sum(1).clamp_min(1).unsqueeze(-1)
+        counted = tap.by_sequence(tap.counted).sum(1).unsqueeze(-1)
+        tokens = counted.clamp_min(1)
         mean = tap.by_sequence(scores).sum(1) / tokens
-        return (tap.experts / tap.k) * (chosen / tokens * mean).sum(-1).mean()
+        loss = (tap.experts / tap.k) * (chosen / tokens * mean).sum(-1)
+        if tap.mask is None:
+            return loss.mean()
+        return loss.sum() / (counted > 0).sum().clamp_min(1)  # a sequence of padding has no loss, and is none
 
     def check(self, taps: Sequence[Taps]) -> None:
         """The transformers form adds up the counts of all layers."""

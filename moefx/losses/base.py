@@ -7,6 +7,8 @@ plain torch calls on tensors or on `fx.Proxy` alike, so that the same lines run 
 from __future__ import annotations
 
 import functools
+import math
+import numbers
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,8 +52,7 @@ class Loss(Item):
     weight: float = 0.0
 
     def __post_init__(self) -> None:
-        if not abs(self.weight) < float("inf"):
-            raise InputError(f"{type(self).__name__} has weight {self.weight!r}", todo="give a finite number")
+        finite(self, "weight")
         for option in ("pair_reduction", "layer_reduction"):
             one_of(self, option, REDUCTIONS)
 
@@ -67,6 +68,14 @@ class Loss(Item):
         """The unweighted loss of all layers in execution order, a scalar. Raises `InputError` where it is undefined."""
         self.check(taps)
         return self.combine([self.local(t) for t in taps], taps)
+
+
+def finite(item: Any, option: str, *, least: float = -math.inf) -> None:
+    """Raise `InputError` when an option is no finite number of at least `least`; NaN is none."""
+    given = getattr(item, option)
+    if not isinstance(given, numbers.Real) or not math.isfinite(given) or given < least:
+        number = "a finite number" if least == -math.inf else f"a finite number of at least {least:g}"
+        raise InputError(f"{type(item).__name__} has {option}={given!r}", todo=f"give {number}")
 
 
 def one_of(loss: Any, option: str, known: Sequence[str]) -> None:

@@ -10,9 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from moefx.errors import InputError
-
-from .base import Item
+from .base import Item, finite
 from .ranks import all_reduce
 from .taps import Taps
 
@@ -30,8 +28,7 @@ class BiasUpdate(Item):
     name: ClassVar[str] = "bias"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rate < float("inf"):
-            raise InputError(f"BiasUpdate has rate {self.rate!r}", todo="give a finite number of at least 0")
+        finite(self, "rate", least=0)
 
     def refuses(self, tap: Taps) -> str | None:
         """There must be a bias to move."""

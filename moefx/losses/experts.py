@@ -7,9 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from moefx.errors import InputError
-
-from .base import Loss
+from .base import Loss, finite
 from .taps import Taps
 
 
@@ -33,6 +31,10 @@ class Orthogonality(Loss):
 
     name: ClassVar[str] = "orth"
     needs_router: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        finite(self, "eps", least=0)
 
     def refuses(self, tap: Taps) -> str | None:
         """Top-1 routing has no pairs."""
@@ -72,11 +74,12 @@ class ERC(Loss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.a < 0:
-            raise InputError(f"ERC has a={self.a}", todo="give a number of at least 0")
+        finite(self, "a", least=0)
 
     def refuses(self, tap: Taps) -> str | None:
-        """The router must be one matrix that reads what the experts read."""
+        """The router must be one matrix that reads what the experts read, and there must be pairs of experts."""
+        if tap.experts < 2:
+            return "one expert makes no pair; the loss is zero for every weight"
         if (why := super().refuses(tap)) is None and (tap.router is None or tap.gate is None):
             return "its router is no single linear layer on the experts' input"
         return why

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from moefx.errors import InputError
 
-from .base import Loss, one_of, over_layers
+from .base import Loss, finite, one_of, over_layers
 from .taps import Taps
 
 
@@ -39,6 +39,10 @@ class Specialization(Loss):
 
     name: ClassVar[str] = "sp"
     needs_router: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        finite(self, "eps", least=0)
 
     def refuses(self, tap: Taps) -> str | None:
         """Top-1 routing has no pairs."""

@@ -115,14 +115,20 @@ def observe(model: nn.Module, batches: Iterable[Tensor], **options: Any) -> tupl
 
 def together(routing: Mapping[str, Tensor]) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
     """Per layer [E, E]: tokens that chose both experts. Empty without `choices`."""
-    return [affinity(idx, E).pairs for idx, E in _by_layer(routing)]
+    found = []
+    for idx_Tk, E in _by_layer(routing):
+        k = idx_Tk.shape[1]
+        # A token may have several choices that no expert got; each column's are counted as one more expert.
+        distinct = torch.where(idx_Tk < 0, E + torch.arange(k), idx_Tk)
+        found.append(affinity(distinct, E + k).pairs[:E, :E])
+    return found
 
 
 def traffic(routing: Mapping[str, Tensor], batches: int, places: int) -> list[dict[str, float]]:
     """What expert parallelism over `places` would send, were the experts of each layer laid out in order.
 
     A batch lies on one place, batches in turn; a token is sent once to every other place that holds one of its experts
-    (`moefx.grouter.traffic`).
+    (`moefx.grouter.traffic`). A choice that no expert got, -1, is sent nowhere and is no row.
 
     Returns:
         Per layer: `remote`, sends per token; `uniform`, the same were all sets of k experts equally likely;
@@ -132,7 +138,8 @@ def traffic(routing: Mapping[str, Tensor], batches: int, places: int) -> list[di
     for layer, (idx_Tk, E) in enumerate(_by_layer(routing)):
         if places < 1 or E % places:
             raise InputError(f"{E} experts cannot be laid out on {places} places", todo="choose a divisor of it")
-        idx, place = idx_Tk.unflatten(0, (batches, -1)).numpy(), np.arange(E) // (E // places)
+        idx = idx_Tk.unflatten(0, (batches, -1)).numpy()
+        place = np.append(np.arange(E) // (E // places), -1)  # the last entry is that of choices of -1: no place
         home = np.arange(batches) % places
         sent = remote(token_hits(idx, place, places), home) / len(idx_Tk)
         rows.append({
@@ -143,6 +150,6 @@ def traffic(routing: Mapping[str, Tensor], batches: int, places: int) -> list[di
 
 
 def _by_layer(routing: Mapping[str, Tensor]) -> list[tuple[Tensor, int]]:
-    """Choices [T, k] and number of experts of every layer, without the columns that a smaller k does not fill."""
+    """Choices [T, k], -1 for none, and number of experts of every layer, without the columns of a larger k."""
     choices, experts = routing.get("choices", ()), routing["experts"].tolist()
     return [(idx[:, (idx >= 0).any(0)], round(E)) for idx, E in zip(choices, experts, strict=False)]

@@ -96,6 +96,16 @@ def test_padding_is_as_if_it_were_not_there(kind: str, causal: bool, left: bool)
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_padding_anywhere_in_a_document_is_as_if_it_were_not_there(kind: str) -> None:
+    g, ids = make(kind=kind), some_ids()
+    docs = torch.tensor([[0] * 4 + [1] * 5 + [2] * 3]).expand(3, -1)
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0, 1, 1, 1, 0, 1, 1]]).expand(3, -1)
+    full = g(ids, document_ids=docs, attention_mask=mask)
+    for a, b in ((0, 3), (6, 9), (10, 12)):
+        close(full[:, a:b], g(ids[:, a:b]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_positions_matter_unless_switched_off(kind: str) -> None:
     ids, shifted = some_ids(), torch.arange(12)[None] * 3
     base = torch.arange(12)[None]

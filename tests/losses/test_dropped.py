@@ -92,6 +92,9 @@ def test_losses(masked: bool) -> None:
     halves = [[t for t in m.tokens if t // 6 == b] for b in range(2)]
     want = sum(E * m.c(e, run) / (K * len(run)) * m.p(e, run) for run in halves for e in range(E)) / 2
     torch.testing.assert_close(L.LoadBalance(form="sequence")([tap]), want, rtol=1e-9, atol=0)
+    want = E * sum(m.c(e) / (K * len(m.tokens)) * m.p(e) for e in range(E))
+    for form in ("switch", "global"):
+        torch.testing.assert_close(L.LoadBalance(form=form)([tap]), want, rtol=1e-9, atol=0)
     pooled = E * sum(m.c(e) / len(m.tokens) * m.p(e) for e in range(E))
     torch.testing.assert_close(L.LoadBalance(form="transformers")([tap]), pooled, rtol=1e-9, atol=0)
 

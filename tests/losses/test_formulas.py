@@ -294,6 +294,28 @@ def test_erc(a: float) -> None:
     assert float(noisy.detach()) != float(L.ERC(a=a, noise=False)([tap]).detach())
 
 
+def test_erc_of_one_expert_is_refused() -> None:
+    one = L.Taps(
+        "l", 1, 1, torch.zeros(5, 1).long(), torch.zeros(5, 1), router=torch.ones(1, 6), gate=torch.ones(1, 3, 6)
+    )
+    with pytest.raises(InputError, match="one expert makes no pair"):
+        L.ERC()([one])
+
+
+def test_a_sequence_of_padding_is_none() -> None:
+    """Behind it, before it, and where there is nothing else."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(8, 4, generator=g, dtype=F64).requires_grad_()
+    idx, loss = logits.topk(2).indices, L.LoadBalance(form="sequence")
+    for kept in (slice(0, 4), slice(4, 8)):
+        mask = torch.zeros(8, dtype=torch.bool)
+        mask[kept] = True
+        two = L.Taps("l", 2, 4, idx, logits, batch=2, mask=mask, dtype=F64)
+        same(loss([two]), loops.switch(loops.Layer(logits[kept], idx[kept].tolist())), [logits])
+    none = L.Taps("l", 2, 4, idx, logits, batch=2, mask=torch.zeros(8, dtype=torch.bool), dtype=F64)
+    assert float(loss([none]).detach()) == 0
+
+
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def test_metrics() -> None:
     made = [layer(seed, T=9, k=2, E=5, masked=True) for seed in range(2)]
@@ -375,6 +397,9 @@ def test_names() -> None:
         L.Specialization(), L.Coupling(weight=1e-4), L.LoadBalance(), L.BiasUpdate(rate=0.01),
     )  # fmt: skip
     assert L.as_losses(["z", L.ERC(noise=False)]) == (L.ZLoss(), L.ERC(noise=False))
+    assert L.as_losses({"sp": 5.0, "lb": 1, "bias": 0.5}) == (
+        L.Specialization(weight=5.0), L.LoadBalance(weight=1.0), L.BiasUpdate(rate=0.5),
+    )  # fmt: skip
     assert {kind.name for kind in L.NAMES.values()} == set(L.NAMES)
     weights = {n: getattr(k(), "weight", None) for n, k in L.NAMES.items()}
     assert weights == {
@@ -383,9 +408,24 @@ def test_names() -> None:
     }  # fmt: skip
 
 
+@dataclasses.dataclass(frozen=True)
+class Nameless(L.Loss):
+    """A loss of a user's own, and not all of it."""
+
+
+class Total(Nameless):
+    name = "total"
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [
+        ({"spp": 1.0}, "did you mean 'sp'"),
+        ({"sp": L.Coupling()}, "losses maps 'sp' to"),
+        ({"sp": float("nan")}, "unreadable loss|weight=nan"),
+        ({"metrics": 1.0}, "unreadable loss"),
+        ([Nameless(weight=1.0)], "Nameless has no name"),
+        ([Total(weight=1.0)], "Total is called 'total'"),
         (["spp"], "did you mean 'sp'"),
         (["sp=x"], "unreadable loss"),
         (["metrics=1"], "unreadable loss"),
@@ -405,7 +445,10 @@ def test_a_bad_item_is_named(given: Any, says: str) -> None:
     [
         lambda: L.Specialization(pair_reduction="max"), lambda: L.Coupling(detach="both"),
         lambda: L.LoadBalance(form="gshard"), lambda: L.ZLoss(weight=float("nan")), lambda: L.BiasUpdate(rate=-1.0),
-        lambda: L.ERC(a=-1.0), lambda: L.Coupling(layer_reduction="none"),
+        lambda: L.ERC(a=-1.0), lambda: L.Coupling(layer_reduction="none"), lambda: L.ERC(a=float("nan")),
+        lambda: L.ERC(a=float("inf")), lambda: L.Specialization(eps=float("nan")), lambda: L.Specialization(eps=-1.0),
+        lambda: L.Orthogonality(eps=float("nan")), lambda: L.BiasUpdate(rate=float("nan")),
+        lambda: L.ZLoss(weight="1e-3"),
     ],
 )  # fmt: skip
 def test_a_bad_option_is_refused(make: Callable[[], Any]) -> None:

@@ -11,6 +11,7 @@ import torch
 import moefx
 from moefx import losses as L
 from moefx.losses.metrics import SCORED, SHAPES
+from tests import reference as ref
 from tests.family import zoo
 from tests.profile import nightly
 
@@ -181,6 +182,17 @@ def test_evaluation_measures_and_adds_nothing() -> None:
     assert set(opt.losses) == {"sp", "lb", "total"}
 
 
+def test_values_of_a_training_call_are_not_those_of_the_evaluation_behind_it() -> None:
+    """Without metrics the graph of an evaluation returns nothing beside the outputs."""
+    block, x = ref.Block(), ref.hidden()
+    opt = ref.optimize(block, (x,), losses="z")
+    opt(x)
+    assert set(opt.losses) == {"z", "total"}
+    with torch.no_grad():
+        opt(x)
+    assert opt.losses == {}
+
+
 def test_a_model_without_a_loss_gets_it_in_the_backward() -> None:
     model, inputs = build("qwen3_moe"), zoo.batch(zoo.get("qwen3_moe"))
     labels = inputs.pop("labels")
@@ -277,6 +289,25 @@ def test_losses_are_refused_where_routers_are_not_raised() -> None:
     passes = moefx.pipeline("bf16", codegen="eager").remove("raise_routers")
     with pytest.raises(moefx.PassError, match="requires 'routers_raised'"):
         moefx.optimize(model, inputs, codegen="eager", passes=passes, losses="sp")
+
+
+class Blended(torch.nn.Module):
+    """All experts on all tokens, weighted: a bank of experts that no router chooses from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = torch.nn.Linear(8, 4)
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.gate(x).softmax(-1)
+        return sum(w[..., i : i + 1] * e(x) for i, e in enumerate(self.experts))
+
+
+def test_losses_of_a_model_without_raised_experts_say_why_there_are_none() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), Blended())
+    with pytest.raises(moefx.CaptureError, match=r"no MoE layer was raised[\s\S]*1 \(Blended\) was not raised"):
+        ref.optimize(model, (torch.randn(2, 5, 8),), losses="metrics")
 
 
 class Table(torch.nn.Module):

@@ -162,6 +162,21 @@ def test_traffic_against_counting() -> None:
         traffic(metrics(idx, [8, 8]), batches=4, places=3)
 
 
+def test_choices_that_no_expert_got_are_in_no_pair_and_sent_nowhere() -> None:
+    idx = choices(3, [8], 3, 24)
+    for t, token in enumerate(idx[0]):
+        token[3 - t % 3 :] = [-1] * (t % 3)
+    made = {"experts": torch.tensor([8.0]), "choices": torch.tensor(idx)}
+    (row,), (pairs,) = traffic(made, batches=4, places=4), together(made)
+    kept = [{e for e in token if e >= 0} for token in idx[0]]
+    sent = sum(len({e // 2 for e in token} - {(t // 6) % 4}) for t, token in enumerate(kept))
+    rows_of = [sum(e // 2 == p for token in kept for e in token) for p in range(4)]
+    assert row["remote"] == pytest.approx(sent / 24)
+    assert row["max_over_mean"] == pytest.approx(max(rows_of) / (sum(rows_of) / 4))
+    want = [[sum({a, b} <= token for token in kept) if a != b else 0 for b in range(8)] for a in range(8)]
+    assert pairs.tolist() == want
+
+
 def test_observed_is_what_hooks_on_the_experts_see() -> None:
     pytest.importorskip("transformers")
     model = default_model(0)

@@ -247,9 +247,7 @@ def needing_x(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("recipe", often(["fp8_flow", "deepseek_v3", "mxfp8", "mxfp4_hopper"], ["fp8_flow"]))
-def test_a_frozen_up_projection_changes_no_other_gradient(
-    layer: Layer, inputs: dict[str, Tensor], recipe: str
-) -> None:
+def test_a_frozen_up_projection_changes_no_other_gradient(layer: Layer, inputs: dict[str, Tensor], recipe: str) -> None:
     """Then dH is cast by rows alone, while the activation that its backward writes again is cast by columns."""
     got = step(optimized(frozen("gate_up_proj"), needing_x(inputs), recipe), inputs)
     want = step(optimized(layer, needing_x(inputs), recipe), inputs)

@@ -9,7 +9,7 @@ quantized twice. The conversions, by the names that errors and `exactness` use:
                                                 arXiv 2511.02302, though there the codes are not rounded)
     R12     the same, tight                     by the spec's rule from the largest number that the column really holds:
                                                 never above that of R11, so fewer numbers fall below the normal ones
-    R14     smaller blocks                      each takes the scale of the block it was part of
+    R14     smaller blocks                      each takes the scale of the block it was part of, whatever `eps` says
     R15     larger blocks                       as R11 or R12, along the same axis
     R16     4-bit codes to 8 bits               the largest scale, lowered so that the codes use the top of the wider
                                                 format: exact while scales within a block span few binades (14 for E4M3)
@@ -20,6 +20,7 @@ Scales of blocks of zeros influence no other block. NaN stays NaN, alone where t
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -209,7 +210,8 @@ def convert(
     T = exponents_of_scales(scales, spec)
     if found.rule == "R14":
         exponents = target.amax(source.at_elements(T).to(torch.float32), _NONE)
-        return codes, _finish(exponents, to_spec, target)[0]
+        # The codes stay, and so must their scales: the floor that `eps` of `to_spec` is for a magnitude is none here.
+        return codes, _finish(exponents, replace(to_spec, eps=0.0), target)[0]
     new, new_scales = _shift(
         raw, T, spec, to_spec, source, target, found.rule if found.rule in ("R16", "R17") else rule
     )

@@ -256,6 +256,19 @@ def test_fp8_blocks_to_mxfp8_and_back(shape: tuple[int, ...]) -> None:
     assert same_bits(back_scales, scales)
 
 
+@pytest.mark.parametrize("to", ["e4m3 1x32 e8m0/rceil eps=0.0001", "e4m3 1x64 po2/floor eps=0.0001"])
+def test_smaller_blocks_keep_numbers_below_eps(to: str) -> None:
+    """Scales that were raised to the floor of the new spec, over the same codes, would mean other numbers."""
+    x = spread_rows(40, 300, 6) * 2.0**-24
+    x[3] = 0
+    codes, scales = one_level(quantize(x, ROW))
+    assert exactness(ROW, to).kind == "value"
+    got = dequantize(*convert(codes, scales, ROW, to), to)
+    assert torch.equal(got, dequantize(codes, scales, ROW))
+    assert got.abs().max() > 0
+    assert not torch.equal(dequantize(*quantize(got, to), to), got)  # the control: the floor would have shown
+
+
 def test_scales_at_the_ends_of_their_range() -> None:
     codes = torch.full((4, 128), 0x38, dtype=torch.uint8).view(torch.float8_e4m3fn)
     scales = torch.tensor([[2.0**-126], [2.0**-127], [2.0**127], [math.nan]])  # the second is subnormal in fp32

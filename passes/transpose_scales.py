@@ -32,7 +32,8 @@ class TransposeScales(Pass):
     the cast stays and the ledger says why.
 
     What comes from the wide tensor instead of from codes is the same number where both are of one format with
-    power-of-two scales. Under recipes with other specs it is nearer to the original, so the pass `changes` numbers.
+    power-of-two scales. Under recipes with other specs it is nearer to the original, so the pass `changes` numbers; and
+    so it does where they round stochastically, since a conversion rounds to nearest and leaves a draw out.
     """
 
     recipe: Recipe = BF16
@@ -45,7 +46,8 @@ class TransposeScales(Pass):
     def __post_init__(self) -> None:
         for role in ("input", "grad"):
             specs = [QuantSpec.parse(text) for text in self.recipe.specs_of(role)]
-            if len({s.elem for s in specs}) > 1 or any(s.scale not in ("po2", "e8m0") for s in specs):
+            apart = any(s.scale not in ("po2", "e8m0") or s.stochastic for s in specs)
+            if len({s.elem for s in specs}) > 1 or apart:
                 object.__setattr__(self, "numerics", "changes")  # of this instance; the dataclass is frozen
 
     def run(self, graph: fx.Graph, ctx: Context) -> None:

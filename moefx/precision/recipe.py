@@ -123,8 +123,11 @@ class Recipe:
         return (*_MODEL, *aligned, *_TRAINING, *steps, "fuse_gather", "dead_code_training")
 
     def replace(self, name: str, about: str = "", **fields: Any) -> Recipe:
-        """A recipe like this one but for the given fields; `specs` given here are added to this one's."""
-        kept: dict[str, Any] = {f: getattr(self, f) for f in _DEFAULTS if f != "passes"}
+        """A recipe like this one but for the given fields; `specs` given here are added to this one's.
+
+        `passes` that this one was given stay; those that follow from its fields follow from the new ones.
+        """
+        kept: dict[str, Any] = {f: getattr(self, f) for f in _DEFAULTS if self.own_passes or f != "passes"}
         specs = {**self.specs, **fields.pop("specs", {})}
         return Recipe(name, about, **{**kept, **fields, "specs": {k: v for k, v in specs.items() if v is not None}})
 
@@ -146,6 +149,11 @@ class Recipe:
         return self if align == self.align else self.replace(self.name, self.about, align=align)
 
     @property
+    def own_passes(self) -> bool:
+        """Whether `passes` were given: they are not those that follow from the other fields."""
+        return self.passes != self._pipeline()
+
+    @property
     def gpu_align(self) -> int:
         """`align` on a GPU: FP8 codes of weight gradients are read 16 rows at a time (`moefx.kernels.layout`)."""
         by_columns = any(QuantSpec.parse(s).sums_rows for key, s in self._every() if key.endswith(".wgrad"))
@@ -161,6 +169,14 @@ class Recipe:
     def rule(self, path: str) -> Rule | None:
         """The rule that decides for a module, if any."""
         return next((r for r in self.rules if r.matches(path)), None)
+
+    def variants(self) -> list[tuple[str | None, Mapping[str, str]]]:
+        """All specs that hold together in some module: the recipe's, and with those of each rule that has any.
+
+        The first of each pair says which rule it is, None for the recipe itself.
+        """
+        ruled = [(f"rules[{r.path!r}]", {**self.specs, **r.specs}) for r in self.rules if r.specs is not None]
+        return [(None, self.specs), *ruled]
 
     def specs_of(self, role: str) -> list[str]:
         """Every spec that a role ("input", "weight", "grad", "hidden") has anywhere, rules and products included."""
@@ -190,8 +206,7 @@ class Recipe:
                 why=f"{delayed[0]!r} takes its scale from earlier steps" if delayed else "no spec is delayed",
                 todo="say how many steps are kept, 1024 for example" if delayed else "leave it at 0",
             )
-        merged = [self.specs, *({**self.specs, **r.specs} for r in self.rules if r.specs is not None)]
-        for specs in merged:
+        for _, specs in self.variants():
             for gemm in GEMMS:
                 self._check_products(specs, gemm)
 

@@ -23,6 +23,7 @@ from moefx.graph.edit import (
     value,
 )
 from moefx.graph.scales import VIEWS
+from moefx.graph.widths import check_halves, check_width
 from moefx.manager import Context, Pass
 from moefx.precision.recipe import BF16, Recipe, lookup
 from moefx.precision.spec import QuantSpec
@@ -30,6 +31,7 @@ from moefx.precision.spec import QuantSpec
 ops = torch.ops.moefx
 FUSED = targets(ops.glu_quantize)
 WGRAD = targets(ops.scaled_grouped_wgrad)
+GLU_BACKWARD = targets(ops.glu_backward, ops.glu_backward_quantize)
 PRODUCTS = targets(ops.grouped_mm, ops.scaled_grouped_mm)
 
 
@@ -68,13 +70,24 @@ class StoreLowPrecision(Pass):
             if rows is None and QuantSpec.parse(spec).br != 1:
                 ctx.rejected(b, f"blocks of {spec!r} span rows, and no grouped product behind h says where experts end")
                 continue
+            _check_stored(spec, a["h"], [b])
             ctx.matched(_store_hidden(graph, forward[0], b, spec, rows))
         for product in ctx.at(find(graph, ops.scaled_grouped_mm)):
             specs = self.recipe.for_module(module_path(product))
             spec = specs and lookup(specs, "up", "hidden.stored")
             if spec and not is_backward(product) and (readers := [u for u in product.users if is_backward(u)]):
+                _check_stored(spec, product, readers)
                 ctx.matched(_store_product(graph, product, readers, spec))
         _recompute_moved(graph, ctx)
+
+
+def _check_stored(spec: str, h: fx.Node, readers: list[fx.Node]) -> None:
+    """Raise `RecipeError` where blocks do not divide h, or its halves where one of its readers takes gate and up."""
+    width = value(h).shape[-1]
+    check_width(spec, width, h, "H")
+    for reader in readers:
+        if reader.target in GLU_BACKWARD:
+            check_halves(spec, arguments(reader)["kind"], width, h, "H")
 
 
 def _offsets_behind(h: fx.Node) -> fx.Node | None:

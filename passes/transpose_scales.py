@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -71,7 +71,9 @@ class TransposeScales(Pass):
     def _turn(
         self, graph: fx.Graph, q: fx.Node, source: Codes, text: str, ctx: Context, how: dict[str, str]
     ) -> Pair | None:
-        found, block = exactness(source.spec, text), QuantSpec.parse(text).block
+        # Where a scale came from is past: codes of delayed scales are read as any others.
+        spec = str(replace(QuantSpec.parse(source.spec), delayed=False))
+        found, block = exactness(spec, text), QuantSpec.parse(text).block
         producer = _own_cast(source)
         refused = found.kind == "refused"
         if producer is not None and (refused or _is_fusable(producer.args[0])):
@@ -80,7 +82,7 @@ class TransposeScales(Pass):
         if refused:
             q.meta["moefx_kept"] = f"{source.spec} to {text}: {found.reason}"
             if self.recipe.allow_double_quant:
-                once, twice = double_quantization(source.spec, text)
+                once, twice = double_quantization(spec, text)
                 ctx.row.notes.append(
                     f"{q.meta['moefx_cast'].tensor} is quantized twice: relative error {twice:.4f} instead of "
                     f"{once:.4f} on normal numbers"
@@ -93,7 +95,7 @@ class TransposeScales(Pass):
         how[text] = f"{found.rule}: codes become {block} without widening"
         with inheriting(graph, q) as call:
             rule = () if op is ops.convert else (self.recipe.turn,)
-            new = call(op.default, source.codes, source.scales, rows, source.spec, text, *rule)
+            new = call(op.default, source.codes, source.scales, rows, spec, text, *rule)
             new.meta["moefx_turned"] = q.meta["moefx_cast"]
             codes, scales = unpack(call, new, 2)
         return codes, scales

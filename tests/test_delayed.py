@@ -270,6 +270,22 @@ def test_what_contradicts_itself_is_refused() -> None:
         get_recipe("fp8_flow").replace("some", amax_history=4)
 
 
+@pytest.mark.parametrize(
+    "specs",
+    [
+        {"input.wgrad": "e4m3 tensor f32/exact"},  # measured, of a tensor that is stored under a delayed scale
+        {"grad.wgrad": "e2m1 16x1 e4m3+f32/exact"},  # two levels of scales, beside the delayed one of dgrad
+    ],
+)
+def test_delayed_and_measured_scales_of_one_tensor(specs: dict[str, str]) -> None:
+    pytest.importorskip("transformers")
+    mixed = recipe().replace("mixed", specs=specs)
+    opt = moefx.optimize(Layer(), make_inputs(T), recipe=mixed, codegen="eager", verify=True)
+    got, want = step(opt, scaled(1.0)), step(opt.original, scaled(1.0))
+    for name in ("experts.gate_up_proj", "experts.down_proj"):
+        assert 1e-3 < ref.error(got[name], want[name]) < 0.2  # E2M1 keeps a bit of mantissa
+
+
 def test_a_checkpoint_holds_it(tmp_path: Any) -> None:
     from moefx.train import checkpoint
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
+from moefx.precision.quantize import fp32_scales
 from moefx.precision.quantize import quantize as quantize_tensor
 from moefx.precision.spec import QuantSpec
 
@@ -33,10 +34,10 @@ def _quantize(x: Tensor, offsets: Tensor | None, history: Tensor, specs: Sequenc
     amax = torch.where((before > 0) & now.isfinite(), before, now)
     out: list[Tensor] = []
     for text in specs:
-        delayed = QuantSpec.parse(text).delayed
-        codes, scales = quantize_tensor(x, text, offsets=offsets, amax=amax if delayed else None)
-        assert isinstance(scales, Tensor)
-        out += [codes, scales]
+        spec = QuantSpec.parse(text)
+        codes, scales = quantize_tensor(x, text, offsets=offsets, amax=amax if spec.delayed else None)
+        # A spec that measures x may have two levels of scales: graphs carry their product.
+        out += [codes, scales if isinstance(scales, Tensor) else fp32_scales(scales, spec)]
     return [*out, now]
 
 

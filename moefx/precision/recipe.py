@@ -189,6 +189,7 @@ class Recipe:
     # --- checks
 
     def _check(self) -> None:
+        self._check_types()
         for f, allowed in (("accumulate", ACCUMULATE), ("out", OUT)):
             for product, value in getattr(self, f).items():
                 self._known(f, product, PRODUCTS)
@@ -196,6 +197,10 @@ class Recipe:
         self._known("turn", self.turn, TURNS)
         if type(self.align) is not int or self.align < 1:
             raise RecipeError(f"recipe {self.name!r}: align is {self.align!r}", todo="give a positive number of rows")
+        if type(self.amax_history) is not int or self.amax_history < 0:
+            raise RecipeError(
+                f"recipe {self.name!r}: amax_history is {self.amax_history!r}", todo="give a number of steps, or 0"
+            )
         for where, specs in [("specs", self.specs), *((f"rules[{r.path!r}]", r.specs) for r in self.rules)]:
             if specs is not None:
                 self._check_keys(where, specs)
@@ -210,14 +215,36 @@ class Recipe:
             for gemm in GEMMS:
                 self._check_products(specs, gemm)
 
+    def _check_types(self) -> None:
+        """Mappings and rules are what they are taken for below."""
+        mappings = [(f, getattr(self, f)) for f in ("specs", "accumulate", "out")]
+        for rule in self.rules:
+            if not isinstance(rule, Rule):
+                raise RecipeError(
+                    f"recipe {self.name!r}: rules holds {rule!r}, which is no Rule",
+                    todo="write Rule('*.layers.0.*') for modules that stay wide, Rule(path, specs) for others",
+                )
+            mappings += [] if rule.specs is None else [(f"rules[{rule.path!r}]", rule.specs)]
+        for where, found in mappings:
+            if not isinstance(found, Mapping):
+                raise RecipeError(
+                    f"recipe {self.name!r}: {where} is {type(found).__name__}, not a mapping", todo="give a dict"
+                )
+
     def _known(self, where: str, value: str, allowed: Iterable[str]) -> None:
         if value not in allowed:
             raise RecipeError(f"recipe {self.name!r}: {where} names {value!r}", todo=nearest(str(value), allowed))
 
     def _check_keys(self, where: str, specs: Mapping[str, str]) -> None:
         for key, text in specs.items():
-            gemm, _, plain = key.partition(".") if key.split(".")[0] in GEMMS else ("", "", key)
+            name = str(key)
+            gemm, _, plain = name.partition(".") if name.split(".")[0] in GEMMS else ("", "", name)
             self._known(where, plain, KEYS)
+            if not isinstance(text, str):
+                raise RecipeError(
+                    f"recipe {self.name!r}: {where}[{key!r}] is {text!r}, which is no line of text",
+                    todo="leave the key out, or write str(spec); a rule with specs=None keeps its modules wide",
+                )
             try:
                 spec = QuantSpec.parse(text)
             except RecipeError as e:
@@ -228,6 +255,12 @@ class Recipe:
                     f"recipe {self.name!r}: {where}[{key!r}] is {text!r}, whose blocks span rows",
                     why="rows travel to different ranks, each with its scales",
                     todo="use blocks within a row: 1x128, 1x32 or row",
+                )
+            if plain == "hidden.stored" and spec.delayed:
+                raise RecipeError(
+                    f"recipe {self.name!r}: {where}[{key!r}] is {text!r}, a scale from earlier steps",
+                    why="no history is kept of pre-activations: the op that computes them measures what it writes",
+                    todo="take the option 'delayed' out of it",
                 )
             along_rows = usage == "wgrad"
             if usage in PRODUCTS and spec.axis not in (None, -2 if along_rows else -1):

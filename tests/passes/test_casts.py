@@ -441,11 +441,14 @@ def test_the_ledger_says_what_became_of_each_cast(layer: Layer, inputs: dict[str
 
 def test_rules_keep_modules_wide_and_say_when_they_match_nothing(inputs: dict[str, Tensor]) -> None:
     pytest.importorskip("transformers")
-    rules = [moefx.Rule("experts"), moefx.Rule("*.nowhere", {"input.fprop": ROW})]
+    rules = [moefx.Rule("experts"), moefx.Rule("*.nowhere", {"input.fprop": ROW}), moefx.Rule("exp*")]
     opt = optimized(Layer(), inputs, get_recipe("fp8_flow").replace("ruled", rules=rules))
     (row,) = [p for p in opt.report.passes if p.name == "quantize"]
     assert row.matched == 0
-    assert row.notes == ["rule '*.nowhere' matched no module"]
+    assert row.notes == [
+        "rule '*.nowhere' matched no module",
+        "rule 'exp*' decides for no module: 'experts' stands in front of it",
+    ]
     assert {r["why"] for r in row.rejected} == {"a rule of the recipe keeps this module wide"}
     assert opt.report.casts["before"] == 0
 

@@ -1,8 +1,9 @@
 """From codes and scales of one spec to those of another, without the tensor in between.
 
 With scales that are powers of two, a number in another block's scale is its code with the exponent shifted: exact
-unless it falls below the smallest normal number there, where it is rounded to nearest, ties to even. So nothing is
-quantized twice. The conversions, by the names that errors and `exactness` use:
+unless it falls below the smallest normal number there, where it is rounded to nearest, ties to even, or beyond the
+largest, where it saturates: the rules floor and even leave such numbers at the top of a block, which `quantize` limits
+as well. So nothing is quantized twice. The conversions, by the names that errors and `exactness` use:
 
     R10     the same blocks                     codes and scales stay; square blocks serve both orientations
     R11     blocks along the other axis, scale  the largest scale of a tile of 128 rows (`tile_max`, as in FP8-Flow-MoE,
@@ -53,7 +54,8 @@ class Exactness(NamedTuple):
     """What a conversion does to the numbers.
 
     kind: "bit": the same codes and scales; "value": the same numbers; "bounded": numbers below the smallest normal one
-    of their new block are rounded (R17: all are); "refused": there is no such conversion.
+    of their new block are rounded (R17: all are), those beyond its largest one saturate; "refused": there is no such
+    conversion.
     requantized: whether the result (of the tight rule, where there is a choice) is bit for bit what dequantizing and
     quantizing again gives, blocks with NaN apart.
     """
@@ -94,6 +96,8 @@ def exactness(spec: QuantSpec | str, to_spec: QuantSpec | str) -> Exactness:
     if a.axis is None or b.axis is None:
         return Exactness("refused", "", f"no rule converts blocks {a.block} to {b.block}")
     below = f"numbers below {fb.min_normal:g} times the new scale are rounded to multiples of {fb.quantum:g} times it"
+    if b.rule in ("floor", "even"):
+        below += f", those beyond {fb.max:g} times it saturate"
     same_axis, na, nb = a.axis == b.axis, _along(a), _along(b)
     if fa == fb:
         # E8M0 reaches one binade further down than a normal fp32 scale: then the codes may have to change.
@@ -154,7 +158,9 @@ def transpose_scaled(
 
     Returns:
         codes [..., M, N], not transposed in memory, and scales of `to_spec`. Let S be the new scale: numbers of at
-        least min_normal * S are unchanged; smaller ones are off by at most quantum / 2 * S.
+        least min_normal * S are unchanged, but for those beyond the format's largest number times S, which a tight
+        scale by the rules floor and even leaves, and which become that; smaller ones are off by at most
+        quantum / 2 * S.
 
     Raises:
         RecipeError: specs between which there is no such conversion.

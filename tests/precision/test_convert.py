@@ -103,6 +103,21 @@ def test_transposed_tensor(binades: int, rule: str, back: bool) -> None:
     assert torch.equal(dequantize(*again, to), got)
 
 
+@pytest.mark.parametrize(
+    ("to", "saturates"), [("floor", True), ("even", True), ("rceil", False), ("ceil", False)]
+)  # 240 and 60 are 1.875 * 2^n, and the largest number of E4M3 is 1.75 * 2^8
+def test_the_top_of_a_column_saturates_where_the_rule_of_its_scale_lets_it(to: str, saturates: bool) -> None:
+    x = torch.tensor([[-240.0, 1.0], [3.0, 60.0]])
+    a, b = "e4m3 1x2 po2/rceil", f"e4m3 2x1 po2/{to}"
+    pair = quantize(x, a)
+    assert torch.equal(dequantize(*pair, a), x)
+    got = dequantize(*transpose_scaled(*pair, a, b), b)
+    assert got.tolist() == ([[-224.0, 1.0], [3.0, 56.0]] if saturates else x.tolist())
+    assert torch.equal(got, dequantize(*quantize(x, b), b))
+    assert ("saturate" in exactness(a, b).reason) == saturates
+    assert torch.equal(dequantize(*transpose_scaled(*pair, a, b, rule="tile_max"), b), x)
+
+
 @pytest.mark.parametrize(("binades", "tile_max", "tight"), [(0, 1e-4, 1e-4), (6, 2e-3, 1e-3), (12, 4e-2, 2.2e-2)])
 def test_share_of_elements_changed(binades: int, tile_max: float, tight: float) -> None:
     """About 0.01, 0.1 and 3% with the largest scale of the tile; 1.8% for 12 binades with the tight one."""

@@ -10,7 +10,7 @@ magnitudes; unlike there, a cast without history measures its own tensor instead
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import fx
@@ -47,9 +47,12 @@ class AmaxHistory:
         return self.table.index_select(0, index)
 
     def push(self, index: Tensor, amax: Tensor) -> None:
-        """Add this step's magnitudes [C] to the rows at `index`; `UNSEEN` ones leave their row as it is."""
+        """Add this step's magnitudes [C] to the rows at `index`; `UNSEEN` ones leave their row as it is.
+
+        So do those that are not finite: a step whose loss scale overflowed says nothing about the steps behind it.
+        """
         with torch.no_grad():
-            seen = amax >= 0
+            seen = (amax >= 0) & amax.isfinite()
             rows = torch.cat([amax[:, None], self.read(index)[:, :-1]], 1)
             # Rows of casts that were not seen go to a spare one, so that no size depends on values.
             spare = torch.where(seen, index, self.table.shape[0])
@@ -61,19 +64,55 @@ class AmaxHistory:
         return {"length": self.length, "casts": {k: self.table[i].clone() for k, i in self.row.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a history that `state_dict` gave. Raises `InputError` when it has another length."""
+        """Take over a history that `state_dict` gave; casts that it does not name start without one.
+
+        Rows stay those of the casts that they were made for, so that a call under way still finds its own.
+
+        Raises:
+            InputError: a history of another length, or no history at all; nothing is changed then.
+        """
+        casts = self._checked(state)
+        device = self.table.device
+        self.table = torch.zeros_like(self.table)
+        index = self.index(list(casts), device)
+        if casts:
+            rows = torch.stack([t.detach().to(device, torch.float32) for t in casts.values()])
+            self.table = self.table.index_copy(0, index, rows)
+
+    def _checked(self, state: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        """The rows of a state by cast."""
+
+        def refuse(why: str) -> NoReturn:
+            raise InputError(
+                "this is no history of delayed scaling",
+                why=why,
+                todo="give what precision_state() returned, of a module of the same recipe",
+            )
+
+        if not isinstance(state, Mapping):
+            refuse(f"it is {type(state).__name__}, not a dict of 'length' and 'casts'")
+        if lacking := [key for key in ("length", "casts") if key not in state]:
+            refuse(f"it has no {lacking[0]!r}")
         if state["length"] != self.length:
             raise InputError(
                 f"the history holds {state['length']} steps, the recipe keeps {self.length}",
                 todo="load it into a module of a recipe with the same amax_history",
             )
-        self.row = {k: i for i, k in enumerate(state["casts"])}
-        rows = [t.to(self.table.device) for t in state["casts"].values()]
-        self.table = torch.stack(rows) if rows else torch.zeros(0, self.length, device=self.table.device)
+        casts = state["casts"]
+        if not isinstance(casts, Mapping):
+            refuse(f"'casts' is {type(casts).__name__}, not a dict of tensors")
+        for name, row in casts.items():
+            if not isinstance(row, Tensor) or not row.is_floating_point() or tuple(row.shape) != (self.length,):
+                got = f"{row.dtype} {tuple(row.shape)}" if isinstance(row, Tensor) else type(row).__name__
+                refuse(f"of {name!r} it has {got}, not {self.length} floating-point magnitudes")
+        return casts
 
 
-def attach(joint: Joint, length: int) -> None:
-    """Give a joint graph the input and the outputs of a history of `length` steps; `quantize` uses what it needs."""
+def attach(joint: Joint, length: int, training: bool = True) -> None:
+    """Give a joint graph the input and the outputs of a history of `length` steps; `quantize` uses what it needs.
+
+    Outside of `training`, the history is read alone: no magnitude is returned.
+    """
     count = 2 * len(find(joint.graph, ops.grouped_mm, ops.grouped_wgrad))
     graph = joint.graph
     placeholders = graph.find_nodes(op="placeholder")
@@ -81,29 +120,32 @@ def attach(joint: Joint, length: int) -> None:
     primals = sum(s.kind != "tangent" for s in joint.inputs)
     first_forward, outputs = joint.fwd_outputs, list(graph.output_node().args[0])  # type: ignore[arg-type]
 
-    with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
-        after_inputs = graph.call_function(torch.ops.aten.full.default, ([count], UNSEEN), {"device": device})
     with graph.inserting_after(placeholders[primals - 1]):
         history = graph.placeholder(NAME)
     with compat.propagating(joint.fake_mode):
         history.meta["val"] = torch.empty(count, length, device=device)
-        half = {"val": torch.empty(count, device=device), "moefx_amax": True}
-        after_inputs.meta = {**half, "partitioner_tag": "is_forward"}
+        amax = torch.empty(count, device=device)
     joint.inputs.insert(primals, compat.Slot("state", NAME))
-    outputs.insert(first_forward, after_inputs)
-    joint.outputs.insert(first_forward, compat.Slot("state", NAME))
-    if joint.grad:
-        with graph.inserting_before(graph.output_node()):
-            unseen = graph.call_function(torch.ops.aten.full.default, ([count], UNSEEN), {"device": device})
-        unseen.meta = {**half, "partitioner_tag": "is_backward"}
-        outputs.append(unseen)
-        joint.outputs.append(compat.Slot("grad", NAME))
+
+    def unseen(before: fx.Node, half: str) -> fx.Node:
+        with graph.inserting_before(before):
+            made = graph.call_function(torch.ops.aten.full.default, ([count], UNSEEN), {"device": device})
+        made.meta = {"val": amax, "moefx_amax": True, "partitioner_tag": half}
+        return made
+
     out = graph.output_node()
+    described = list(out.meta.get("desc", ()))
+    if training:
+        outputs.insert(first_forward, unseen(next(n for n in graph.nodes if n.op != "placeholder"), "is_forward"))
+        joint.outputs.insert(first_forward, compat.Slot("state", NAME))
+        described.insert(first_forward, None)
+    if joint.grad:
+        outputs.append(unseen(out, "is_backward") if training else None)
+        joint.outputs.append(compat.Slot("grad", NAME))
+        described.append(None)
     out.args = (tuple(outputs),)
     if "desc" in out.meta:  # the partitioners walk outputs and descriptions side by side
-        described = list(out.meta["desc"])
-        described.insert(first_forward, None)
-        out.meta["desc"] = [*described, None] if joint.grad else described
+        out.meta["desc"] = described
     joint.gm.recompile()
 
 
@@ -116,3 +158,20 @@ def keys_of(graph: fx.Graph) -> list[str | None]:
     for i, key in enumerate(found[0].meta.get("moefx_keys", ())):
         keys[i] = key
     return keys
+
+
+def refuse_recompute() -> None:
+    """Raise `InputError` for a forward of a training step inside of a running backward.
+
+    Activation checkpointing around an optimized module runs its forward a second time there, when the history holds
+    the magnitudes of the first: it would scale otherwise than the first did, and the gradients would be of another
+    function. Inside the model, where checkpoints become part of the graph, nothing runs twice.
+    """
+    if torch._C._current_graph_task_id() != -1:
+        raise InputError(
+            "an optimized module with delayed scaling was called inside of a backward",
+            why="activation checkpointing around it runs its forward again, and by now its history holds the "
+            "magnitudes of the first run: the second would scale its tensors otherwise",
+            todo="checkpoint inside of the model (moefx keeps those checkpoints), or use a recipe that measures its "
+            "tensors, such as fp8_tensorwise",
+        )

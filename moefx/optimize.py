@@ -200,7 +200,7 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
             joint = done(trace_joint(captured, grad=grad, codegen=o.codegen))
             check_symbolic(captured)
             if o.recipe.amax_history:
-                attach(joint, o.recipe.amax_history)
+                attach(joint, o.recipe.amax_history, model.training)
     assemblies = _assemblies(model, blocks)
     _label_inputs(joint.graph, _joint_names(joint, args, kwargs))
     report.graphs.keep("joint", joint.gm, copy_plain(joint.graph))

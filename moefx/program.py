@@ -15,7 +15,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from . import compat
-from .delayed import keys_of
+from .delayed import keys_of, refuse_recompute
 from .errors import InputError
 from .graph.casts import DELAYED, QUANTIZE, is_weight
 from .graph.edit import module_path
@@ -120,6 +120,8 @@ class Program:
             with torch.no_grad(), compat.disable_autocast():
                 outs: Sequence[Any] = self.fw(self._arguments(primals, codes))
         else:
+            if self.history_output is not None:
+                refuse_recompute()
             for i in self.no_grad_inputs:
                 if isinstance(primals[i], Tensor) and primals[i].requires_grad:
                     primals[i] = primals[i].detach()

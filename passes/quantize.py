@@ -10,8 +10,6 @@ import torch
 from torch import fx
 
 from moefx.compat import size_hint
-from moefx.dialect.glu import GluKind
-from moefx.errors import RecipeError
 from moefx.graph.casts import QUANTIZE, Pair, by_spec, mark
 from moefx.graph.edit import (
     arguments,
@@ -21,12 +19,12 @@ from moefx.graph.edit import (
     module_path,
     origin,
     replace,
-    source_line,
     targets,
     unpack,
     value,
 )
 from moefx.graph.products import KEPT, Operand, Product, products
+from moefx.graph.widths import check_halves, check_packed, check_width
 from moefx.kernels import decisions
 from moefx.manager import Context, Pass
 from moefx.precision.recipe import BF16, Recipe, lookup
@@ -37,6 +35,7 @@ aten = torch.ops.aten
 NAMES = {("up", "input"): "Xp", ("down", "input"): "A", ("up", "grad"): "dH", ("down", "grad"): "dO",
          ("up", "weight"): "W1", ("down", "weight"): "W2"}  # fmt: skip
 HISTORY = "moefx_amax_history"
+GLU_BACKWARD = targets(ops.glu_backward)
 _OUT = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Why = tuple[str, str, str, str]  # role, tensor, layer, use
 
@@ -60,7 +59,11 @@ class Quantize(Pass):
         found = products(graph)
         used = [self.recipe.rule(p.path) for p in found]
         for rule in [r for r in self.recipe.rules if r not in used]:
-            ctx.row.notes.append(f"rule {rule.path!r} matched no module")
+            earlier = [u for p, u in zip(found, used, strict=True) if u is not None and rule.matches(p.path)]
+            why = (
+                f"decides for no module: {earlier[0].path!r} stands in front of it" if earlier else "matched no module"
+            )
+            ctx.row.notes.append(f"rule {rule.path!r} {why}")
         slower = self._slower(found)
         for node in ctx.at(find(graph, ops.dispatch)):
             if module_path(node) not in slower:
@@ -139,8 +142,8 @@ class _Layer:
             pairs: list[fx.Node] = []
             for o, text in zip(p.operands, wanted, strict=True):
                 assert text is not None
-                if p.kind != "wgrad":
-                    check_width(text, value(o.node).shape[-1], p.node, NAMES[p.gemm, o.role])
+                check = check_packed if p.kind == "wgrad" else check_width
+                check(text, value(o.node).shape[-1], p.node, NAMES[p.gemm, o.role])
                 if o.role == "weight":
                     pairs += self._weight(call, p, o, text)
                 elif o.role == "input" and p.kind == "wgrad":
@@ -169,10 +172,20 @@ class _Layer:
         made, tensor = self.made.setdefault((x, is_backward(p.node)), {}), NAMES[p.gemm, role]
         missing = [s for s in together if s not in made]
         for spec in missing:
-            check_halves(spec, x, p.node, tensor)
+            self._check(spec, x, p, role)
         if missing:
             made |= self._encode(call, x, offsets, missing, (role, tensor, p.path, p.kind))
         return made[text]
+
+    def _check(self, spec: str, x: fx.Node, p: Product, role: str) -> None:
+        """Raise `RecipeError` where a spec does not fit the width of rows that are about to be cast."""
+        tensor, width = NAMES[p.gemm, role], value(x).shape[-1]
+        # Columns of a weight gradient's operands are not summed over: their last block may be smaller.
+        summed = not (p.kind == "wgrad" or (role == "grad" and QuantSpec.parse(spec).axis != -1))
+        (check_width if summed else check_packed)(spec, width, p.node, tensor)
+        producer = x.args[0] if x.args and isinstance(x.args[0], fx.Node) else x
+        if producer.target in GLU_BACKWARD:
+            check_halves(spec, arguments(producer)["kind"], width, p.node, tensor)
 
     def _stored(
         self, call: Callable[..., fx.Node], p: Product, x: fx.Node, text: str, specs: Mapping[str, str],
@@ -260,36 +273,3 @@ def _decode(
     rows = None if QuantSpec.parse(spec).br == 1 else offsets
     d = call(ops.dequantize.default, codes, scales, rows, spec, dtype)
     return mark(d, *cast)
-
-
-def check_width(text: str, width: int, node: fx.Node, tensor: str) -> None:
-    """Raise `RecipeError` when blocks do not divide the axis that a product sums over."""
-    block = QuantSpec.parse(text).bc
-    if block is not None and width % block:
-        raise RecipeError(
-            f"{tensor} has {width} columns, which blocks of {block} do not divide",
-            where=_place(node),
-            why=f"{text!r} scales {block} columns together, and the last block would hold {width % block}",
-            todo=f"make the width (of a shard: its own) a multiple of {block}, choose another spec, or keep the module "
-            "wide by a rule",
-        )
-
-
-def check_halves(text: str, x: fx.Node, node: fx.Node, tensor: str) -> None:
-    """Raise `RecipeError` when a block would hold columns of both gate and up."""
-    producer = x.args[0] if x.args and isinstance(x.args[0], fx.Node) else x
-    if producer.target not in targets(ops.glu_backward):
-        return
-    kind = GluKind.parse(arguments(producer)["kind"])
-    block, width = QuantSpec.parse(text).bc, value(x).shape[-1]
-    if block is not None and kind.gated and not kind.interleaved and (width // 2) % block:
-        raise RecipeError(
-            f"{tensor} holds gate and up in halves of {width // 2} columns, which blocks of {block} do not divide",
-            where=_place(node),
-            why="one scale would cover columns of both halves",
-            todo=f"make the experts' width a multiple of {block}, or keep the module wide by a rule",
-        )
-
-
-def _place(node: fx.Node) -> str:
-    return ", ".join(p for p in (module_path(node), f"node {node.name}", source_line(node)) if p)

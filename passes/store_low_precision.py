@@ -23,6 +23,7 @@ from moefx.graph.edit import (
     value,
 )
 from moefx.graph.scales import VIEWS
+from moefx.graph.widths import check_halves, check_width
 from moefx.manager import Context, Pass
 from moefx.precision.recipe import BF16, Recipe, lookup
 from moefx.precision.spec import QuantSpec
@@ -30,6 +31,8 @@ from moefx.precision.spec import QuantSpec
 ops = torch.ops.moefx
 FUSED = targets(ops.glu_quantize)
 WGRAD = targets(ops.scaled_grouped_wgrad)
+GLU_BACKWARD = targets(ops.glu_backward, ops.glu_backward_quantize)
+PRODUCTS = targets(ops.grouped_mm, ops.scaled_grouped_mm)
 
 
 @dataclass(frozen=True)
@@ -63,29 +66,64 @@ class StoreLowPrecision(Pass):
             if len(forward) != 1:
                 ctx.rejected(b, "the activation's forward was not fused with its cast, so nothing writes codes of h")
                 continue
-            ctx.matched(_store_hidden(graph, forward[0], b, spec))
+            rows = arguments(forward[0])["offsets"] or a["offsets"] or _offsets_behind(a["h"])
+            if rows is None and QuantSpec.parse(spec).br != 1:
+                ctx.rejected(b, f"blocks of {spec!r} span rows, and no grouped product behind h says where experts end")
+                continue
+            _check_stored(spec, a["h"], [b])
+            ctx.matched(_store_hidden(graph, forward[0], b, spec, rows))
         for product in ctx.at(find(graph, ops.scaled_grouped_mm)):
             specs = self.recipe.for_module(module_path(product))
             spec = specs and lookup(specs, "up", "hidden.stored")
             if spec and not is_backward(product) and (readers := [u for u in product.users if is_backward(u)]):
+                _check_stored(spec, product, readers)
                 ctx.matched(_store_product(graph, product, readers, spec))
         _recompute_moved(graph, ctx)
 
 
-def _store_hidden(graph: fx.Graph, f: fx.Node, b: fx.Node, spec: str) -> fx.Node:
-    """Codes of h from the forward into the backward, which writes the activation's codes for the weight gradient."""
+def _check_stored(spec: str, h: fx.Node, readers: list[fx.Node]) -> None:
+    """Raise `RecipeError` where blocks do not divide h, or its halves where one of its readers takes gate and up."""
+    width = value(h).shape[-1]
+    check_width(spec, width, h, "H")
+    for reader in readers:
+        if reader.target in GLU_BACKWARD:
+            check_halves(spec, arguments(reader)["kind"], width, h, "H")
+
+
+def _offsets_behind(h: fx.Node) -> fx.Node | None:
+    """The offsets of the grouped product that made h, through what acts on its rows (a bias, a view).
+
+    Neither cast of the activation may have any: where experts are frozen, both are by rows alone.
+    """
+    todo, seen = [h], {h}
+    while todo:
+        node = todo.pop(0)
+        if node.target in PRODUCTS:
+            found: fx.Node = arguments(node)["offsets"]
+            return found
+        for x in node.all_input_nodes:
+            if x not in seen and module_path(x) == module_path(h):
+                seen.add(x)
+                todo.append(x)
+    return None
+
+
+def _store_hidden(graph: fx.Graph, f: fx.Node, b: fx.Node, spec: str, offsets: fx.Node | None) -> fx.Node:
+    """Codes of h from the forward into the backward, which writes the activation's codes for the weight gradient.
+
+    Both halves follow the same `offsets`: casts that move into the backward may span rows where its own did not.
+    """
     fa, ba = arguments(f), arguments(b)
     items = outputs(f)
     act = [s for i, s in enumerate(fa["specs"]) if _only_backward(items, i)]
     kept = [s for s in fa["specs"] if s not in act]
-    offsets = fa["offsets"] or ba["offsets"]
     with inheriting(graph, f) as call:
         new = call(ops.glu_quantize.default, fa["h"], fa["w"], offsets, fa["kind"], kept, [spec])
         made = unpack(call, new, 2 * len(kept) + 2)
     new.meta["moefx_fused"], new.meta["moefx_stored"] = f.meta["moefx_fused"], spec
     with inheriting(graph, b) as call:
         back = call(
-            ops.glu_backward_quantize.default, ba["da"], made[-2], made[-1], ba["w"], ba["offsets"], ba["kind"], spec,
+            ops.glu_backward_quantize.default, ba["da"], made[-2], made[-1], ba["w"], offsets, ba["kind"], spec,
             list(ba["specs"]), [*ba["act_specs"], *act],
         )  # fmt: skip
         remade = unpack(call, back, 1 + 2 * (len(ba["specs"]) + len(ba["act_specs"]) + len(act)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -32,7 +32,8 @@ class TransposeScales(Pass):
     the cast stays and the ledger says why.
 
     What comes from the wide tensor instead of from codes is the same number where both are of one format with
-    power-of-two scales. Under recipes with other specs it is nearer to the original, so the pass `changes` numbers.
+    power-of-two scales. Under recipes with other specs it is nearer to the original, so the pass `changes` numbers; and
+    so it does where they round stochastically, since a conversion rounds to nearest and leaves a draw out.
     """
 
     recipe: Recipe = BF16
@@ -45,7 +46,8 @@ class TransposeScales(Pass):
     def __post_init__(self) -> None:
         for role in ("input", "grad"):
             specs = [QuantSpec.parse(text) for text in self.recipe.specs_of(role)]
-            if len({s.elem for s in specs}) > 1 or any(s.scale not in ("po2", "e8m0") for s in specs):
+            apart = any(s.scale not in ("po2", "e8m0") or s.stochastic for s in specs)
+            if len({s.elem for s in specs}) > 1 or apart:
                 object.__setattr__(self, "numerics", "changes")  # of this instance; the dataclass is frozen
 
     def run(self, graph: fx.Graph, ctx: Context) -> None:
@@ -69,7 +71,9 @@ class TransposeScales(Pass):
     def _turn(
         self, graph: fx.Graph, q: fx.Node, source: Codes, text: str, ctx: Context, how: dict[str, str]
     ) -> Pair | None:
-        found, block = exactness(source.spec, text), QuantSpec.parse(text).block
+        # Where a scale came from is past: codes of delayed scales are read as any others.
+        spec = str(replace(QuantSpec.parse(source.spec), delayed=False))
+        found, block = exactness(spec, text), QuantSpec.parse(text).block
         producer = _own_cast(source)
         refused = found.kind == "refused"
         if producer is not None and (refused or _is_fusable(producer.args[0])):
@@ -78,7 +82,7 @@ class TransposeScales(Pass):
         if refused:
             q.meta["moefx_kept"] = f"{source.spec} to {text}: {found.reason}"
             if self.recipe.allow_double_quant:
-                once, twice = double_quantization(source.spec, text)
+                once, twice = double_quantization(spec, text)
                 ctx.row.notes.append(
                     f"{q.meta['moefx_cast'].tensor} is quantized twice: relative error {twice:.4f} instead of "
                     f"{once:.4f} on normal numbers"
@@ -91,7 +95,7 @@ class TransposeScales(Pass):
         how[text] = f"{found.rule}: codes become {block} without widening"
         with inheriting(graph, q) as call:
             rule = () if op is ops.convert else (self.recipe.turn,)
-            new = call(op.default, source.codes, source.scales, rows, source.spec, text, *rule)
+            new = call(op.default, source.codes, source.scales, rows, spec, text, *rule)
             new.meta["moefx_turned"] = q.meta["moefx_cast"]
             codes, scales = unpack(call, new, 2)
         return codes, scales

@@ -3,7 +3,9 @@
     quantize_delayed(x, offsets, history [n], specs) -> codes, scales of each spec in turn, then amax [] of x
     gather_amax(amax, rows, count) -> [count]: the magnitudes of this step at their rows, -1 elsewhere
 
-History 0 is no history: then x itself is measured. Values beyond what the scale reaches saturate.
+History 0 is no history, nor is one that is not finite: where there is no other, x itself is measured. Values beyond
+what the scale reaches saturate, but for an infinity: as a NaN does, it makes x read back as NaN, so that whoever looks
+for an overflow (a loss scaler) finds it.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
+from moefx.precision.quantize import fp32_scales
 from moefx.precision.quantize import quantize as quantize_tensor
 from moefx.precision.spec import QuantSpec
 
@@ -27,14 +30,14 @@ def _quantize(x: Tensor, offsets: Tensor | None, history: Tensor, specs: Sequenc
     if offsets is not None:
         rows = torch.where((torch.arange(x.shape[0], device=x.device) < offsets[-1])[:, None], x, 0)
     now = rows.abs().amax().float() if x.numel() else history.new_zeros(())
-    before = history.amax()
-    amax = torch.where(before > 0, before, now)
+    before = torch.where(history.isfinite(), history, 0).amax()
+    amax = torch.where((before > 0) & now.isfinite(), before, now)
     out: list[Tensor] = []
     for text in specs:
-        delayed = QuantSpec.parse(text).delayed
-        codes, scales = quantize_tensor(x, text, offsets=offsets, amax=amax if delayed else None)
-        assert isinstance(scales, Tensor)
-        out += [codes, scales]
+        spec = QuantSpec.parse(text)
+        codes, scales = quantize_tensor(x, text, offsets=offsets, amax=amax if spec.delayed else None)
+        # A spec that measures x may have two levels of scales: graphs carry their product.
+        out += [codes, scales if isinstance(scales, Tensor) else fp32_scales(scales, spec)]
     return [*out, now]
 
 

@@ -46,7 +46,8 @@ class Reader:
 class Problem:
     """Values with the bytes of casting them, sources with their form, and readers in topological order."""
 
-    casts: dict[Key, tuple[int, int | None]] = field(default_factory=dict)  # value -> (quantize, dequantize) bytes
+    # value -> bytes of quantizing and of dequantizing it, None where that is illegal
+    casts: dict[Key, tuple[int | None, int | None]] = field(default_factory=dict)
     made: dict[Key, str] = field(default_factory=dict)  # values that no step makes -> form
     readers: list[Reader] = field(default_factory=list)
 

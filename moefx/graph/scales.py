@@ -192,7 +192,8 @@ def regions(graph: fx.Graph, values: Values, allow: Callable[[str, str, bool], b
 
 def _spec(group: list[Value], wanted: list[tuple[fx.Node, str, Value]]) -> str | None:
     carried = list(dict.fromkeys(v.spec for v in group if v.spec is not None))
-    by_rows = [text for _, text, _ in wanted if QuantSpec.parse(text).br == 1]
+    # A stochastic cast stays where it is written: in front of a gather, all copies of a row would share one draw.
+    by_rows = [text for _, text, _ in wanted if (s := QuantSpec.parse(text)).br == 1 and not s.stochastic]
     return None if len(carried) > 1 else next(iter(carried or by_rows), None)
 
 
@@ -203,14 +204,18 @@ def _region(
 ) -> Region:  # fmt: skip
     region = Region(group, spec)
     p, now = region.problem, region.now
+    drawn = QuantSpec.parse(spec).stochastic
     for v in group:
-        p.casts[v] = (v.bytes() + v.bytes(spec), v.bytes(spec) + v.bytes() if v.rounded else None)
+        # Codes that were drawn are moved, and never drawn anew for the sake of moving them.
+        cast = None if drawn and v.rounded else v.bytes() + v.bytes(spec)
+        p.casts[v] = (cast, v.bytes(spec) + v.bytes() if v.rounded else None)
         if not v.before:
             p.made[v] = v.form
             continue
         free = v.step is not None and v.step.target in VIEWS
         wide = None if v.fixed and v.form == CODES else 0 if free else 2 * v.bytes()
-        codes = None if v.fixed and v.form == WIDE else 0 if free else 2 * v.bytes(spec)
+        kept_wide = (v.fixed and v.form == WIDE) or (drawn and not v.rounded)
+        codes = None if kept_wide else 0 if free else 2 * v.bytes(spec)
         p.readers.append(Reader(v, v.before, wide, codes, v))
         now[v] = v.form
     for q, text, v in wanted:
@@ -222,7 +227,7 @@ def _region(
             p.readers.append(Reader(name, (v,), None, v.bytes(spec) + v.bytes() + again if turned is None else turned))
             now[name] = CODES
         else:
-            p.readers.append(Reader(name, (v,), None if text == spec else again, turned))
+            p.readers.append(Reader(name, (v,), None if text == spec and not drawn else again, turned))
             now[name] = CODES if text == spec else WIDE
     for user, v, through_codes in readers:
         p.readers.append(Reader((user, v), (v,), *((None, v.bytes(spec) + v.bytes()) if through_codes else (0, None))))

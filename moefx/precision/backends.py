@@ -7,17 +7,13 @@ libraries' documentation and sources (cuBLAS 13, DeepGEMM, TransformerEngine 2, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from moefx.errors import RecipeError, nearest
 
+from .recipe import GEMMS, PRODUCTS, Recipe, lookup
 from .spec import QuantSpec
-
-if TYPE_CHECKING:
-    from .recipe import Recipe
-
-PRODUCTS = ("fprop", "dgrad", "wgrad")
 
 
 @dataclass(frozen=True)
@@ -58,35 +54,58 @@ def check_backend(recipe: Recipe, backend: str) -> int:
     """The row alignment that `recipe` needs on a backend.
 
     Raises:
-        RecipeError: an unknown backend, or an operand that it cannot read; names the field and what would do.
+        RecipeError: an unknown backend, an operand that it cannot read, in the recipe or under one of its rules (names
+            the field and what would do), or `passes` of one's own without the one that aligns rows.
     """
     if backend == "emulation":
         return recipe.align
     if backend not in BACKENDS:
         raise RecipeError(f"unknown backend {backend!r}", todo=nearest(backend, ("emulation", *BACKENDS)))
     b = BACKENDS[backend]
-    specs = {k: QuantSpec.parse(v) for k, v in recipe.specs.items() if k.split(".")[-1] in PRODUCTS}
-    for key, spec in specs.items():
+    for where, specs in recipe.variants():
+        for gemm in GEMMS:
+            for product, keys in PRODUCTS.items():
+                _check_product(recipe.name, b, where, product, [_found(specs, gemm, key) for key in keys])
+    align = max(recipe.align, b.align)
+    if align > 1 and recipe.own_passes and "align_plans" not in recipe.passes:
+        raise RecipeError(
+            f"recipe {recipe.name!r}: {backend} needs the rows of each expert at multiples of {align}",
+            why="its `passes` leave out 'align_plans', which sees to that",
+            todo="add 'align_plans' behind 'fold_combine', or leave `passes` to the recipe",
+        )
+    return align
+
+
+def _found(specs: Mapping[str, str], gemm: str, key: str) -> tuple[str, QuantSpec] | None:
+    """The key that decides in the up or down product, and its spec; None: wide."""
+    text, own = lookup(specs, gemm, key), f"{gemm}.{key}"
+    return None if text is None else (own if own in specs else key, QuantSpec.parse(text))
+
+
+def _check_product(
+    name: str, b: Backend, where: str | None, product: str, found: Sequence[tuple[str, QuantSpec] | None]
+) -> None:
+    operands = [f for f in found if f is not None]
+    for key, spec in operands:
         for field, got, known in (("scale", spec.scale, b.scales), ("element", spec.elem, b.elems)):
             if got not in known:
                 raise RecipeError(
-                    f"recipe {recipe.name!r}: {key} has a {field} {got!r}, which {backend} does not read",
-                    why=f"{str(spec)!r}; {backend} reads {', '.join(sorted(known))}",
+                    f"recipe {name!r}: {key} has a {field} {got!r}, which {b.name} does not read",
+                    where=where,
+                    why=f"{str(spec)!r}; {b.name} reads {', '.join(sorted(known))}",
                     todo=f"choose a spec with {field} {sorted(known)[0]!r}, another backend, or 'emulation'",
                 )
-    for product in PRODUCTS:
-        for key, spec in specs.items():
-            if not key.endswith(product) or ("weight" in key):
-                continue
-            other = "weight" if product != "wgrad" else "input"
-            partner = next((s for k, s in specs.items() if k.endswith(f"{other}.{product}")), None)
-            a, w = (s if product != "wgrad" else s.transposed() for s in (spec, partner or spec))
-            if (a.block, w.block) not in b.blocks:
-                raise RecipeError(
-                    f"recipe {recipe.name!r}: {product} has blocks {spec.block} and {(partner or spec).block}, "
-                    f"which {backend} does not multiply",
-                    where=f"{key}, {other}.{product}",
-                    why=f"it takes {', '.join(':'.join(p) for p in sorted(b.blocks))} along the axis that is summed",
-                    todo="choose blocks of that list, another backend, or 'emulation'",
-                )
-    return max(recipe.align, b.align)
+    if len(operands) < 2:
+        return
+    # A weight gradient sums over rows, and both of its operands are rows: the operand's block, turned, on both sides.
+    turned = product == "wgrad"
+    allowed = {p for p in b.blocks if p[0] == p[1]} if turned else b.blocks
+    (key, spec), (other, partner) = operands
+    blocks = tuple((s.transposed() if turned else s).block for s in (spec, partner))
+    if blocks not in allowed:
+        raise RecipeError(
+            f"recipe {name!r}: {product} has blocks {spec.block} and {partner.block}, which {b.name} does not multiply",
+            where=", ".join(p for p in (where, key, other) if p),
+            why=f"it takes {', '.join(':'.join(p) for p in sorted(allowed))} along the axis that is summed",
+            todo="choose blocks of that list, another backend, or 'emulation'",
+        )

@@ -1,15 +1,16 @@
 """From codes and scales of one spec to those of another, without the tensor in between.
 
 With scales that are powers of two, a number in another block's scale is its code with the exponent shifted: exact
-unless it falls below the smallest normal number there, where it is rounded to nearest, ties to even. So nothing is
-quantized twice. The conversions, by the names that errors and `exactness` use:
+unless it falls below the smallest normal number there, where it is rounded to nearest, ties to even, or beyond the
+largest, where it saturates: the rules floor and even leave such numbers at the top of a block, which `quantize` limits
+as well. So nothing is quantized twice. The conversions, by the names that errors and `exactness` use:
 
     R10     the same blocks                     codes and scales stay; square blocks serve both orientations
     R11     blocks along the other axis, scale  the largest scale of a tile of 128 rows (`tile_max`, as in FP8-Flow-MoE,
                                                 arXiv 2511.02302, though there the codes are not rounded)
     R12     the same, tight                     by the spec's rule from the largest number that the column really holds:
                                                 never above that of R11, so fewer numbers fall below the normal ones
-    R14     smaller blocks                      each takes the scale of the block it was part of
+    R14     smaller blocks                      each takes the scale of the block it was part of, whatever `eps` says
     R15     larger blocks                       as R11 or R12, along the same axis
     R16     4-bit codes to 8 bits               the largest scale, lowered so that the codes use the top of the wider
                                                 format: exact while scales within a block span few binades (14 for E4M3)
@@ -20,6 +21,7 @@ Scales of blocks of zeros influence no other block. NaN stays NaN, alone where t
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -52,7 +54,8 @@ class Exactness(NamedTuple):
     """What a conversion does to the numbers.
 
     kind: "bit": the same codes and scales; "value": the same numbers; "bounded": numbers below the smallest normal one
-    of their new block are rounded (R17: all are); "refused": there is no such conversion.
+    of their new block are rounded (R17: all are), those beyond its largest one saturate; "refused": there is no such
+    conversion.
     requantized: whether the result (of the tight rule, where there is a choice) is bit for bit what dequantizing and
     quantizing again gives, blocks with NaN apart.
     """
@@ -93,6 +96,8 @@ def exactness(spec: QuantSpec | str, to_spec: QuantSpec | str) -> Exactness:
     if a.axis is None or b.axis is None:
         return Exactness("refused", "", f"no rule converts blocks {a.block} to {b.block}")
     below = f"numbers below {fb.min_normal:g} times the new scale are rounded to multiples of {fb.quantum:g} times it"
+    if b.rule in ("floor", "even"):
+        below += f", those beyond {fb.max:g} times it saturate"
     same_axis, na, nb = a.axis == b.axis, _along(a), _along(b)
     if fa == fb:
         # E8M0 reaches one binade further down than a normal fp32 scale: then the codes may have to change.
@@ -153,7 +158,9 @@ def transpose_scaled(
 
     Returns:
         codes [..., M, N], not transposed in memory, and scales of `to_spec`. Let S be the new scale: numbers of at
-        least min_normal * S are unchanged; smaller ones are off by at most quantum / 2 * S.
+        least min_normal * S are unchanged, but for those beyond the format's largest number times S, which a tight
+        scale by the rules floor and even leaves, and which become that; smaller ones are off by at most
+        quantum / 2 * S.
 
     Raises:
         RecipeError: specs between which there is no such conversion.
@@ -209,7 +216,8 @@ def convert(
     T = exponents_of_scales(scales, spec)
     if found.rule == "R14":
         exponents = target.amax(source.at_elements(T).to(torch.float32), _NONE)
-        return codes, _finish(exponents, to_spec, target)[0]
+        # The codes stay, and so must their scales: the floor that `eps` of `to_spec` is for a magnitude is none here.
+        return codes, _finish(exponents, replace(to_spec, eps=0.0), target)[0]
     new, new_scales = _shift(
         raw, T, spec, to_spec, source, target, found.rule if found.rule in ("R16", "R17") else rule
     )

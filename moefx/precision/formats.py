@@ -236,6 +236,8 @@ class Format:
         steps = a * ((127 + M - e) << 23).view(torch.float32)  # in units of the last place; exact, below 2^(M+1)
         if round == "rne":
             n = steps.round()  # torch rounds halves to even, and an odd code has an odd number of steps
+            if M == 0:  # unless the exponent field is all of the code: then halfway behind an even one stays there
+                n = torch.where(((e - self.emin) % 2 == 1) & (steps == 1.5), 1.0, n)
         else:
             n = steps.floor()
             n = n + (torch.rand(x.shape, generator=generator, device=x.device) < steps - n)

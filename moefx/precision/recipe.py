@@ -123,8 +123,11 @@ class Recipe:
         return (*_MODEL, *aligned, *_TRAINING, *steps, "fuse_gather", "dead_code_training")
 
     def replace(self, name: str, about: str = "", **fields: Any) -> Recipe:
-        """A recipe like this one but for the given fields; `specs` given here are added to this one's."""
-        kept: dict[str, Any] = {f: getattr(self, f) for f in _DEFAULTS if f != "passes"}
+        """A recipe like this one but for the given fields; `specs` given here are added to this one's.
+
+        `passes` that this one was given stay; those that follow from its fields follow from the new ones.
+        """
+        kept: dict[str, Any] = {f: getattr(self, f) for f in _DEFAULTS if self.own_passes or f != "passes"}
         specs = {**self.specs, **fields.pop("specs", {})}
         return Recipe(name, about, **{**kept, **fields, "specs": {k: v for k, v in specs.items() if v is not None}})
 
@@ -146,6 +149,11 @@ class Recipe:
         return self if align == self.align else self.replace(self.name, self.about, align=align)
 
     @property
+    def own_passes(self) -> bool:
+        """Whether `passes` were given: they are not those that follow from the other fields."""
+        return self.passes != self._pipeline()
+
+    @property
     def gpu_align(self) -> int:
         """`align` on a GPU: FP8 codes of weight gradients are read 16 rows at a time (`moefx.kernels.layout`)."""
         by_columns = any(QuantSpec.parse(s).sums_rows for key, s in self._every() if key.endswith(".wgrad"))
@@ -162,6 +170,14 @@ class Recipe:
         """The rule that decides for a module, if any."""
         return next((r for r in self.rules if r.matches(path)), None)
 
+    def variants(self) -> list[tuple[str | None, Mapping[str, str]]]:
+        """All specs that hold together in some module: the recipe's, and with those of each rule that has any.
+
+        The first of each pair says which rule it is, None for the recipe itself.
+        """
+        ruled = [(f"rules[{r.path!r}]", {**self.specs, **r.specs}) for r in self.rules if r.specs is not None]
+        return [(None, self.specs), *ruled]
+
     def specs_of(self, role: str) -> list[str]:
         """Every spec that a role ("input", "weight", "grad", "hidden") has anywhere, rules and products included."""
         return [text for key, text in self._every() if role in key.split(".")]
@@ -173,6 +189,7 @@ class Recipe:
     # --- checks
 
     def _check(self) -> None:
+        self._check_types()
         for f, allowed in (("accumulate", ACCUMULATE), ("out", OUT)):
             for product, value in getattr(self, f).items():
                 self._known(f, product, PRODUCTS)
@@ -180,6 +197,10 @@ class Recipe:
         self._known("turn", self.turn, TURNS)
         if type(self.align) is not int or self.align < 1:
             raise RecipeError(f"recipe {self.name!r}: align is {self.align!r}", todo="give a positive number of rows")
+        if type(self.amax_history) is not int or self.amax_history < 0:
+            raise RecipeError(
+                f"recipe {self.name!r}: amax_history is {self.amax_history!r}", todo="give a number of steps, or 0"
+            )
         for where, specs in [("specs", self.specs), *((f"rules[{r.path!r}]", r.specs) for r in self.rules)]:
             if specs is not None:
                 self._check_keys(where, specs)
@@ -190,10 +211,25 @@ class Recipe:
                 why=f"{delayed[0]!r} takes its scale from earlier steps" if delayed else "no spec is delayed",
                 todo="say how many steps are kept, 1024 for example" if delayed else "leave it at 0",
             )
-        merged = [self.specs, *({**self.specs, **r.specs} for r in self.rules if r.specs is not None)]
-        for specs in merged:
+        for _, specs in self.variants():
             for gemm in GEMMS:
                 self._check_products(specs, gemm)
+
+    def _check_types(self) -> None:
+        """Mappings and rules are what they are taken for below."""
+        mappings = [(f, getattr(self, f)) for f in ("specs", "accumulate", "out")]
+        for rule in self.rules:
+            if not isinstance(rule, Rule):
+                raise RecipeError(
+                    f"recipe {self.name!r}: rules holds {rule!r}, which is no Rule",
+                    todo="write Rule('*.layers.0.*') for modules that stay wide, Rule(path, specs) for others",
+                )
+            mappings += [] if rule.specs is None else [(f"rules[{rule.path!r}]", rule.specs)]
+        for where, found in mappings:
+            if not isinstance(found, Mapping):
+                raise RecipeError(
+                    f"recipe {self.name!r}: {where} is {type(found).__name__}, not a mapping", todo="give a dict"
+                )
 
     def _known(self, where: str, value: str, allowed: Iterable[str]) -> None:
         if value not in allowed:
@@ -201,8 +237,14 @@ class Recipe:
 
     def _check_keys(self, where: str, specs: Mapping[str, str]) -> None:
         for key, text in specs.items():
-            gemm, _, plain = key.partition(".") if key.split(".")[0] in GEMMS else ("", "", key)
+            name = str(key)
+            gemm, _, plain = name.partition(".") if name.split(".")[0] in GEMMS else ("", "", name)
             self._known(where, plain, KEYS)
+            if not isinstance(text, str):
+                raise RecipeError(
+                    f"recipe {self.name!r}: {where}[{key!r}] is {text!r}, which is no line of text",
+                    todo="leave the key out, or write str(spec); a rule with specs=None keeps its modules wide",
+                )
             try:
                 spec = QuantSpec.parse(text)
             except RecipeError as e:
@@ -213,6 +255,12 @@ class Recipe:
                     f"recipe {self.name!r}: {where}[{key!r}] is {text!r}, whose blocks span rows",
                     why="rows travel to different ranks, each with its scales",
                     todo="use blocks within a row: 1x128, 1x32 or row",
+                )
+            if plain == "hidden.stored" and spec.delayed:
+                raise RecipeError(
+                    f"recipe {self.name!r}: {where}[{key!r}] is {text!r}, a scale from earlier steps",
+                    why="no history is kept of pre-activations: the op that computes them measures what it writes",
+                    todo="take the option 'delayed' out of it",
                 )
             along_rows = usage == "wgrad"
             if usage in PRODUCTS and spec.axis not in (None, -2 if along_rows else -1):

@@ -102,7 +102,15 @@ class QuantSpec:
     @staticmethod
     def parse(text: str | QuantSpec) -> QuantSpec:
         """Read a spec (a `QuantSpec` is returned as it is); raises `RecipeError` naming the field that is wrong."""
-        return text if isinstance(text, QuantSpec) else _parse(text)
+        if isinstance(text, QuantSpec):
+            return text
+        if not isinstance(text, str):
+            raise RecipeError(
+                "cannot read a quantization spec",
+                why=f"it is {type(text).__name__}, not a line of text",
+                todo="for example 'e4m3 1x128 po2/rceil'",
+            )
+        return _parse(text)
 
     def __str__(self) -> str:
         options = [f"eps={self.eps:g}" if float(f"{self.eps:g}") == self.eps else f"eps={self.eps!r}"] * (self.eps != 0)

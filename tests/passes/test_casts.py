@@ -160,12 +160,12 @@ def make_inputs(T: int, H: int = 256, E: int = 8, k: int = 2, dtype: torch.dtype
 
 
 def step(module: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The output and every gradient."""
+    """The output and every gradient that there is."""
     leaves = {n: inputs[n].detach().clone().requires_grad_() for n in ("x", "w", "g")}
     loss = module(**{**inputs, **leaves})
     loss.backward()
     out = {"loss": loss.detach(), **{n: t.grad for n, t in leaves.items()}}
-    out |= {n: p.grad.clone() for n, p in module.named_parameters()}
+    out |= {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
     module.zero_grad()
     return out
 
@@ -230,6 +230,43 @@ def test_a_nan_stays_with_its_token_and_experts(layer: Layer, inputs: dict[str, 
     for name in ("experts.gate_up_proj", "experts.down_proj"):
         assert got[name][hit].isnan().any()
         assert torch.equal(got[name][~hit], clean[name][~hit])
+
+
+def frozen(*names: str) -> Layer:
+    """The layer with some of its experts' weights frozen."""
+    pytest.importorskip("transformers")
+    layer = Layer()
+    for name in names:
+        getattr(layer.experts, name).requires_grad_(False)
+    return layer
+
+
+def needing_x(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The batch with tokens that need a gradient."""
+    return {**inputs, "x": inputs["x"].clone().requires_grad_()}
+
+
+@pytest.mark.parametrize("recipe", often(["fp8_flow", "deepseek_v3", "mxfp8", "mxfp4_hopper"], ["fp8_flow"]))
+def test_a_frozen_up_projection_changes_no_other_gradient(layer: Layer, inputs: dict[str, Tensor], recipe: str) -> None:
+    """Then dH is cast by rows alone, while the activation that its backward writes again is cast by columns."""
+    got = step(optimized(frozen("gate_up_proj"), needing_x(inputs), recipe), inputs)
+    want = step(optimized(layer, needing_x(inputs), recipe), inputs)
+    assert want.keys() - got.keys() == {"experts.gate_up_proj"}
+    assert all(torch.equal(got[n], want[n]) for n in got)
+
+
+def test_stored_columns_stay_with_their_expert_where_experts_are_frozen(inputs: dict[str, Tensor]) -> None:
+    """Neither cast of the activation spans rows then, and the stored pre-activations do: a NaN stays in its expert."""
+    recipe = get_recipe("fp8_flow").replace("columns", specs={"hidden.stored": COL})
+    x = inputs["x"].clone()
+    x[5, 3] = float("nan")
+    opt = optimized(frozen("gate_up_proj", "down_proj"), needing_x(inputs), recipe)
+    assert opt.report.casts["stored"] == 1
+    got = step(opt, {**inputs, "x": x})["x"]
+    shares = (inputs["idx"][:, :, None] == inputs["idx"][5]).any(-1).any(-1)
+    assert got[5].isnan().all()
+    assert not shares.all()
+    assert got[~shares].isfinite().all()
 
 
 @pytest.mark.parametrize("routing", ["all to one expert", "one token", "no token"])
@@ -404,11 +441,14 @@ def test_the_ledger_says_what_became_of_each_cast(layer: Layer, inputs: dict[str
 
 def test_rules_keep_modules_wide_and_say_when_they_match_nothing(inputs: dict[str, Tensor]) -> None:
     pytest.importorskip("transformers")
-    rules = [moefx.Rule("experts"), moefx.Rule("*.nowhere", {"input.fprop": ROW})]
+    rules = [moefx.Rule("experts"), moefx.Rule("*.nowhere", {"input.fprop": ROW}), moefx.Rule("exp*")]
     opt = optimized(Layer(), inputs, get_recipe("fp8_flow").replace("ruled", rules=rules))
     (row,) = [p for p in opt.report.passes if p.name == "quantize"]
     assert row.matched == 0
-    assert row.notes == ["rule '*.nowhere' matched no module"]
+    assert row.notes == [
+        "rule '*.nowhere' matched no module",
+        "rule 'exp*' decides for no module: 'experts' stands in front of it",
+    ]
     assert {r["why"] for r in row.rejected} == {"a rule of the recipe keeps this module wide"}
     assert opt.report.casts["before"] == 0
 

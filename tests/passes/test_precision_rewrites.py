@@ -116,6 +116,15 @@ def test_every_pass_keeps_its_class_under_every_recipe(recipe: str) -> None:
     assert {classes[n] for n in ("fold_casts", "propagate_scales") if n in classes} <= {"rounding"}
 
 
+def test_every_pass_keeps_its_class_where_casts_round_stochastically() -> None:
+    """Turning codes rounds to nearest: a draw is left out, and those behind it are others."""
+    drawn = FLOW.replace("drawn", specs={k: f"{s} sr" for k, s in FLOW.specs.items() if k.startswith("grad")})
+    opt = moefx.optimize(Learned(), make_inputs(32), recipe=drawn, codegen="eager", verify=True)
+    classes = {p.name: p.numerics for p in opt.report.passes}
+    assert classes["transpose_scales"] == "changes"
+    assert classes["fuse_casts"] == "exact"
+
+
 # -- fold_casts ------------------------------------------------------------------------------------------------------
 
 

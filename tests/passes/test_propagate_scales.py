@@ -110,6 +110,36 @@ def test_a_move_that_saves_nothing_is_not_made() -> None:
     assert first_cast(opt, "quantize") == first_cast(opt, "propagate_scales")
 
 
+@pytest.mark.parametrize("rounds", ["", " sr"])
+def test_a_stochastic_cast_is_not_shared_by_the_copies_of_a_row(rounds: str) -> None:
+    """Each copy has a draw of its own where the recipe casts it; in front of a gather they would share one."""
+    pytest.importorskip("transformers")
+    row = ONLY_ROWS.specs["input.fprop"] + rounds
+    recipe = ONLY_ROWS.replace("drawn", specs={"input.wire": None, "grad.wire": None, "input.fprop": row})
+    model = Moved(MOVES["selects"])
+    model.experts.requires_grad_(False)  # or the weight gradient would read the rows wide, and nothing move
+    values = inputs()
+    values["x"].requires_grad_()
+    opt = optimized(model, values, recipe, verify=True)
+    assert first_cast(opt, "quantize")[0] == 8 * T
+    (found,) = [p for p in opt.report.passes if p.name == "propagate_scales"]
+    # In front of the experts' gather, and behind the wire, which is wide. The gradients' cast moves either way.
+    assert first_cast(opt, "propagate_scales")[0] == (8 * T if rounds else 4 * T)
+    assert (found.numerics, found.error) == ("rounding", 0.0)
+
+
+def test_codes_that_were_drawn_move_but_are_not_drawn_again() -> None:
+    """A wire's codes go through the gather behind it; the view in front of the wire stays wide."""
+    pytest.importorskip("transformers")
+    specs = {k: ONLY_ROWS.specs[k] + " sr" for k in ("input.wire", "input.fprop")}
+    recipe = ONLY_ROWS.replace("drawn", specs=specs)
+    opt = optimized(Moved(MOVES["selects"]), inputs(), recipe, verify=True)
+    assert first_cast(opt, "quantize")[0] == first_cast(opt, "propagate_scales")[0] == 4 * T
+    (found,) = [p for p in opt.report.passes if p.name == "propagate_scales"]
+    assert found.matched >= 1
+    assert found.error == 0.0
+
+
 def test_wires_of_two_specs_leave_a_value_as_it_is_written() -> None:
     pytest.importorskip("transformers")
 

@@ -19,9 +19,15 @@ ROW = "e4m3 1x128 po2/rceil"
 
 def layer(H: int, I: int) -> nn.Module:
     """A block whose experts have the given widths."""
-    return ref.Block(hidden_size=H, moe_intermediate_size=I)
+    block = ref.Block(hidden_size=H, moe_intermediate_size=I)
+    if I % 4:  # a width that the library's grouped products do not take
+        block.config._experts_implementation = "eager"
+    return block
 
 
+STORED = get_recipe("fp8_rowwise")  # whose products read whole rows of any width
+COL = "e4m3 128x1 po2/rceil"
+FOUR = "e2m1 column e8m0/rceil"
 CASES: dict[str, tuple[dict[str, int], Any, type[Exception], list[str]]] = {
     "a contraction that blocks do not divide": (
         {"H": 192, "I": 128},
@@ -38,6 +44,30 @@ CASES: dict[str, tuple[dict[str, int], Any, type[Exception], list[str]]] = {
         ),
         moefx.RecipeError,
         ["halves of 192 columns", "one scale would cover columns of both halves", "multiple of 128"],
+    ),
+    "stored pre-activations that blocks do not divide": (
+        {"H": 128, "I": 96},
+        STORED.replace("a", specs={"hidden.stored": ROW}),
+        moefx.RecipeError,
+        ["H has 192 columns, which blocks of 128 do not divide", "moe", "multiple of 128"],
+    ),
+    "stored gate and up in one block": (
+        {"H": 128, "I": 64},
+        STORED.replace("a", specs={"hidden.stored": ROW}),
+        moefx.RecipeError,
+        ["H holds gate and up in halves of 64 columns", "moe", "one scale would cover columns of both halves"],
+    ),
+    "stored rows that blocks do not divide": (
+        {"H": 96, "I": 96},
+        STORED.replace("a", specs={"input.stored": ROW, "input.wgrad": COL}),
+        moefx.RecipeError,
+        ["Xp has 96 columns, which blocks of 128 do not divide", "moe"],
+    ),
+    "two codes in a byte of an odd width": (
+        {"H": 32, "I": 17},
+        moefx.Recipe("a", specs={"input.wgrad": FOUR, "grad.wgrad": FOUR}),
+        moefx.RecipeError,
+        ["A has 17 columns, an odd number", "moe", "two in a byte", "make the width even"],
     ),
 }
 

@@ -94,8 +94,11 @@ GRIDS = {
     "e3m3ieee": Grid(3, 3, 3, "ieee"),
     "e2m2fn": Grid(2, 2, 1, "fn"),
     "e2m1small": Grid(2, 1, 5, "none"),  # every number is below 1
+    "e3m0": Grid(3, 0, 3, "none"),  # powers of two: halfway is between an even and an odd exponent field
+    "e5m0fn": Grid(5, 0, 15, "fn"),
+    "e4m0fnuz": Grid(4, 0, 8, "fnuz"),
 }
-for _name in ("e3m2", "e2m3", "e3m3ieee", "e2m2fn", "e2m1small"):
+for _name in ("e3m2", "e2m3", "e3m3ieee", "e2m2fn", "e2m1small", "e3m0", "e5m0fn", "e4m0fnuz"):
     _g = GRIDS[_name]
     register_format(Format(_name, _g.e, _g.m, _g.bias, _g.special))
 

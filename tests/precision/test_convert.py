@@ -103,6 +103,21 @@ def test_transposed_tensor(binades: int, rule: str, back: bool) -> None:
     assert torch.equal(dequantize(*again, to), got)
 
 
+@pytest.mark.parametrize(
+    ("to", "saturates"), [("floor", True), ("even", True), ("rceil", False), ("ceil", False)]
+)  # 240 and 60 are 1.875 * 2^n, and the largest number of E4M3 is 1.75 * 2^8
+def test_the_top_of_a_column_saturates_where_the_rule_of_its_scale_lets_it(to: str, saturates: bool) -> None:
+    x = torch.tensor([[-240.0, 1.0], [3.0, 60.0]])
+    a, b = "e4m3 1x2 po2/rceil", f"e4m3 2x1 po2/{to}"
+    pair = quantize(x, a)
+    assert torch.equal(dequantize(*pair, a), x)
+    got = dequantize(*transpose_scaled(*pair, a, b), b)
+    assert got.tolist() == ([[-224.0, 1.0], [3.0, 56.0]] if saturates else x.tolist())
+    assert torch.equal(got, dequantize(*quantize(x, b), b))
+    assert ("saturate" in exactness(a, b).reason) == saturates
+    assert torch.equal(dequantize(*transpose_scaled(*pair, a, b, rule="tile_max"), b), x)
+
+
 @pytest.mark.parametrize(("binades", "tile_max", "tight"), [(0, 1e-4, 1e-4), (6, 2e-3, 1e-3), (12, 4e-2, 2.2e-2)])
 def test_share_of_elements_changed(binades: int, tile_max: float, tight: float) -> None:
     """About 0.01, 0.1 and 3% with the largest scale of the tile; 1.8% for 12 binades with the tight one."""
@@ -254,6 +269,19 @@ def test_fp8_blocks_to_mxfp8_and_back(shape: tuple[int, ...]) -> None:
     back, back_scales = one_level(convert(new, new_scales, MXFP8, ROW, rule="tile_max"))
     assert same_bits(back, codes)
     assert same_bits(back_scales, scales)
+
+
+@pytest.mark.parametrize("to", ["e4m3 1x32 e8m0/rceil eps=0.0001", "e4m3 1x64 po2/floor eps=0.0001"])
+def test_smaller_blocks_keep_numbers_below_eps(to: str) -> None:
+    """Scales that were raised to the floor of the new spec, over the same codes, would mean other numbers."""
+    x = spread_rows(40, 300, 6) * 2.0**-24
+    x[3] = 0
+    codes, scales = one_level(quantize(x, ROW))
+    assert exactness(ROW, to).kind == "value"
+    got = dequantize(*convert(codes, scales, ROW, to), to)
+    assert torch.equal(got, dequantize(codes, scales, ROW))
+    assert got.abs().max() > 0
+    assert not torch.equal(dequantize(*quantize(got, to), to), got)  # the control: the floor would have shown
 
 
 def test_scales_at_the_ends_of_their_range() -> None:

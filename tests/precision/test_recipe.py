@@ -13,6 +13,7 @@ from moefx.precision.recipe import Recipe, Rule, get_recipe, lookup, recipe_name
 from moefx.precision.spec import QuantSpec
 
 ROW, COL, TILE = "e4m3 1x128 po2/rceil", "e4m3 128x1 po2/rceil", "e4m3 128x128 po2/rceil"
+TENSOR = "e4m3 tensor f32/exact"
 GOOD = {
     "input.fprop": ROW, "input.wgrad": COL, "weight.fprop": TILE, "weight.dgrad": TILE, "grad.dgrad": ROW,
     "grad.wgrad": COL,
@@ -52,6 +53,16 @@ def test_naive_is_flow_without_propagation_and_fusion() -> None:
         ({"specs": {"input.fprop": ROW}}, ["fprop of the up product has input.fprop but no weight.fprop"]),
         ({"specs": {**GOOD, "down.grad.wgrad": TILE, "down.input.wgrad": TILE}}, ["wgrad has two-dim"]),
         ({"rules": [Rule("*", {"input.wirre": ROW})]}, ["rules['*']", "'input.wirre'"]),
+        ({"specs": ["input.fprop"]}, ["specs is list, not a mapping"]),
+        ({"specs": {1: ROW}}, ["specs names '1'"]),
+        ({"specs": {"input.wire": None}}, ["specs['input.wire'] is None", "leave the key out"]),
+        ({"specs": {"hidden.stored": f"{TENSOR} delayed"}, "amax_history": 4}, ["hidden.stored", "no history"]),
+        ({"rules": [Rule("*", {"input.wire": None})]}, ["rules['*']['input.wire'] is None"]),  # type: ignore[dict-item]
+        ({"rules": ["*.layers.0"]}, ["rules holds '*.layers.0', which is no Rule"]),
+        ({"rules": [Rule("*", ROW)]}, ["rules['*'] is str, not a mapping"]),  # type: ignore[arg-type]
+        ({"amax_history": -1}, ["amax_history is -1"]),
+        ({"amax_history": "4"}, ["amax_history is '4'"]),
+        ({"amax_history": 2.5}, ["amax_history is 2.5"]),
         ({"align": 0}, ["align is 0"]),
         ({"accumulate": {"fprop": "fp31"}}, ["accumulate['fprop']", "'fp31'", "fp32"]),
         ({"out": {"fprob": "wide"}}, ["out names 'fprob'", "did you mean 'fprop'"]),

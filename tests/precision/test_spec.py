@@ -258,3 +258,9 @@ def test_refusals_say_what_is_missing(a: str, b: str, why: str) -> None:
     found = exactness(a, b)
     assert found.kind == "refused"
     assert why in found.reason
+
+
+def test_what_is_no_text_is_no_spec() -> None:
+    for spec in (None, 3, ["e4m3"]):
+        with pytest.raises(RecipeError, match=f"it is {type(spec).__name__}, not a line of text"):
+            quantize(torch.ones(2, 2), spec)  # type: ignore[arg-type]

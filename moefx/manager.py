@@ -236,9 +236,11 @@ def _apply(p: Pass, graph: fx.Graph, ctx: Context, *, mark: bool = True) -> list
     before = {n: (n.target, n.args, n.kwargs) for n in graph.nodes}
     try:
         p.run(graph, ctx)
-    except (PassError, RecipeError, InputError, CaptureError):  # graph, recipe, example or model do not allow the pass
+    except (PassError, RecipeError, CaptureError):  # graph, recipe or model do not allow the pass
         raise
     except Exception as e:
+        if isinstance(e, InputError) and ctx.node is None:
+            raise  # nor do the example inputs. At a node, it is about what stands there.
         raise PassError(
             "its code failed",
             where=_where(ctx.node) if ctx.node is not None else None,

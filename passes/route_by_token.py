@@ -201,6 +201,7 @@ def _check_precomputed(tokens: Tokens, source: _Source, experts: list[int]) -> N
     if source.per_layer and given.shape[0] != len(experts):
         raise InputError(
             f"routing_idx holds the choices of {given.shape[0]} layers, the model has {len(experts)} MoE layers",
+            where=f"routing_idx {tuple(given.shape)}",
             todo="give routing [L, B, S, k] of all L layers in order, or [B, S, k] for all of them",
         )
     idx = tokens.call.named.get("routing_idx") if tokens.call is not None else None

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 import moefx
 
 from . import reference as ref
+from .profile import nightly
 
 DIALECT = ("experts", "route", "plan_permute", "grouped_mm", "glu", "unpermute")
 
@@ -45,7 +46,7 @@ def test_a_checkpointed_model_is_rewritten_like_a_plain_one_and_keeps_less(logit
 
 
 @pytest.mark.filterwarnings("ignore:.*activation_checkpointing_enable")
-@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+@pytest.mark.parametrize("codegen", ["eager", nightly("inductor")])
 def test_dropout_in_a_checkpointed_region_draws_the_same_masks_again(codegen: str) -> None:
     model = checkpointed(ref.tiny(attention_dropout=0.5))
     opt = ref.optimize(model, codegen=codegen)

@@ -82,6 +82,7 @@ def test_a_recipe_of_ones_own() -> None:
     assert 0 < abs(mine - original) < 0.02  # rounded, and not by much
 
 
+@pytest.mark.nightly
 def test_a_format_of_ones_own() -> None:
     printed = run("six_bit.py")
     rows = dict(re.findall(r"^(\w+) +loss [\d.]+ > ([\d.]+), casts (?:0 > 0|12 > 2)$", printed, re.MULTILINE))

@@ -35,6 +35,7 @@ def test_sizes_outside_what_was_assumed_compile_another_variant(dynamic: moefx.O
         assert ref.count(opt) == variants
 
 
+@pytest.mark.nightly
 def test_other_signatures_of_a_dynamic_module(dynamic: moefx.OptimizedModule) -> None:
     opt = copy.deepcopy(dynamic)
     for B in (3, 4):

@@ -103,6 +103,7 @@ def test_a_bank_of_experts_that_is_not_raised_is_named_in_the_report() -> None:
     ref.assert_same(ref.step(opt, (ref.hidden(),)), ref.step(opt.original, (ref.hidden(),)))
 
 
+@pytest.mark.nightly
 def test_inductor_with_symbolic_sizes_of_a_transformers_model() -> None:
     """Saved tensors are batch * sequence long: the backward is told both."""
     pytest.importorskip("transformers")

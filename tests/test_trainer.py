@@ -20,6 +20,15 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 
+@pytest.fixture(autouse=True)
+def accelerate_starts_anew() -> Any:
+    """It keeps its mixed precision for the whole process."""
+    from accelerate.state import AcceleratorState
+
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def rows(n: int = 6) -> list[dict[str, Any]]:
     batch = ref.batch(n)
     return [{"input_ids": ids, "labels": ids.clone()} for ids in batch["input_ids"]]

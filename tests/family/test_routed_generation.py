@@ -274,6 +274,7 @@ def test_routing_that_cannot_be_decoded_is_refused(opt: moefx.OptimizedModule) -
             generated(changed)
 
 
+@pytest.mark.nightly
 def test_a_choice_that_is_read_besides_the_experts_is_refused() -> None:
     """Experts of LongCat that hand the token on are no experts of the op: their part would keep the old routing."""
     model, grouter = built("longcat_flash")

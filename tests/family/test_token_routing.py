@@ -96,7 +96,7 @@ def close(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float = 1e
 # -- the rewrite is right, whatever the router is --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", often(FAMILIES, ("qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe", "jamba")))
+@pytest.mark.parametrize("name", often(FAMILIES, ("deepseek_v3", "gpt_oss", "granitemoe")))
 def test_a_models_own_routing_given_from_outside_changes_nothing(name: str) -> None:
     model, inputs = plain(name)
     with recorded(experts_of(model, name), detach=True) as found:
@@ -112,9 +112,7 @@ def test_a_models_own_routing_given_from_outside_changes_nothing(name: str) -> N
     assert float((zoo.reference_step(opt, other)[0] - loss).abs()) > 5e-5 * float(loss.abs())
 
 
-@pytest.mark.parametrize(
-    "name", often(("qwen3_moe", "deepseek_v3", "gpt_oss", "deepseek_v2"), ("deepseek_v3", "gpt_oss"))
-)
+@pytest.mark.parametrize("name", often(("qwen3_moe", "deepseek_v3", "gpt_oss", "deepseek_v2"), ("deepseek_v3",)))
 def test_layers_weigh_given_experts_by_their_own_routers(name: str) -> None:
     """With the model's own choice, gates of the layers are the whole model, and its routers train as before."""
     model, inputs = plain(name)
@@ -137,7 +135,7 @@ def tiny(name: str = "qwen3_moe") -> tuple[nn.Module, dict[str, Tensor], Table]:
     ("name", "codegen"),
     often(
         [(n, c) for n in ("qwen3_moe", "granitemoe", "deepseek_v3") for c in ("eager", "inductor")],
-        (("qwen3_moe", "inductor"), ("deepseek_v3", "eager")),
+        (("deepseek_v3", "eager"),),
     ),
 )
 def test_one_choice_and_one_plan_serve_all_layers(name: str, codegen: str) -> None:

@@ -216,6 +216,7 @@ def test_a_model_without_a_loss_gets_it_in_the_backward() -> None:
     )
 
 
+@pytest.mark.nightly
 def test_dynamic_sizes() -> None:
     model, inputs = build("qwen3_moe"), zoo.batch(zoo.get("qwen3_moe"))
     dynamic = {"input_ids": [0, 1], "labels": [0, 1]}
@@ -351,6 +352,7 @@ def test_metrics_of_a_model_that_is_routed_by_token_ids(training: bool) -> None:
         assert float(opt.losses["sp"]) == pytest.approx(k * (k - 1) * float(found["overlap"].sum()), rel=1e-5)
 
 
+@pytest.mark.nightly
 def test_scores_are_not_known_of_precomputed_routing_and_leave_a_selection_bias_out() -> None:
     model, inputs = build("qwen3_moe"), zoo.batch(zoo.get("qwen3_moe"))
     E, k = model.config.num_experts, model.config.num_experts_per_tok
@@ -372,6 +374,7 @@ def test_scores_are_not_known_of_precomputed_routing_and_leave_a_selection_bias_
     assert set(opt.routing) == set(SHAPES) - set(SCORED) - {"choices"}
 
 
+@pytest.mark.nightly
 def test_losses_of_routers_that_are_gone_say_so() -> None:
     model, inputs = build("qwen3_moe"), zoo.batch(zoo.get("qwen3_moe"))
     table = Table(model.config.num_experts)

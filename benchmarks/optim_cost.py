@@ -2,9 +2,9 @@
 
     python benchmarks/optim_cost.py [--quick]
 
-Both sides of a ratio take turns in one process and see the same gradients; a ratio is that of the medians of `REPEATS`
-turns after one that is left out (fewer, but at least 3, where they take over a minute). Results:
-benchmarks/results/optim_cost.csv; rows of CPUs with other instructions stay.
+Both sides of a ratio take turns in one process and see the same gradients; a ratio is that of the medians of at least
+`REPEATS` turns, for three seconds or more, after one that is left out (fewer, but at least 3, where they take over a
+minute). Results: benchmarks/results/optim_cost.csv; rows of CPUs with other instructions stay.
 
   loop        64 equal matrices, one polar factor after the other, over all in batches
   torch       `torch.optim.Muon`, one step of all matrices, over Muon with the same polynomial and number of steps;
@@ -30,7 +30,8 @@ from torch import nn
 from moefx.optim import LiteConfig, Muon
 
 RESULTS = Path(__file__).parent / "results" / "optim_cost.csv"
-REPEATS = 7
+REPEATS, LEAST = 7, 3
+SECONDS = (3, 60)  # so long at least, by more turns than REPEATS; so long at most, by fewer
 Shape = tuple[int, ...]
 Step = Callable[[], Any]
 FULL, BOOST = LiteConfig(2.0, -0.25, 1.0), LiteConfig(2.0, 0.0, 0.0)
@@ -56,10 +57,9 @@ def stepper(cls: type[torch.optim.Optimizer], shapes: Sequence[Shape], **options
 def compare(slow: Step, fast: Step) -> tuple[float, float]:
     """Median CPU seconds of both, in turns."""
     taken: tuple[list[float], list[float]] = ([], [])
-    begin = time.process_time()
-    for turn in range(REPEATS + 1):
-        if turn > 3 and time.process_time() - begin > 60:
-            break
+    begin, turn = time.process_time(), 0
+    while turn <= LEAST or (time.process_time() - begin < SECONDS[turn <= REPEATS]):
+        turn += 1
         for step, found in zip((slow, fast), taken, strict=True):
             start = time.process_time()
             step()

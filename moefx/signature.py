@@ -60,13 +60,14 @@ class Structure:
         self.children = [(m._modules, n, c) for m in self.modules for n, c in m._modules.items()]
         self.dicts: list[Any] = [d for m in self.modules for d in (m._modules, m._parameters, m._buffers)]
         self.sizes = [len(d) for d in self.dicts]
-        self.forwards = [m.__dict__.get("forward") for m in self.modules]
+        self.own = [m.__dict__ for m in self.modules]
+        self.forwards = [d.get("forward") for d in self.own]
         self.tensors = [(d, n) for m in self.modules for d in (m._parameters, m._buffers) for n in d]
         # The root's own hooks run around the compiled forward, at every call.
         self.hooks = [getattr(m, h) for m in self.modules[1:] for h in compat.HOOKS]
         configs = [getattr(m, "config", None) for m in self.modules]
         self.configs = list({id(c): c.__dict__ for c in configs if hasattr(c, "__dict__")}.values())
-        self.plain = [(i, n) for i, m in enumerate(self.modules) for n, v in m.__dict__.items() if _watched(n, v)]
+        self.plain = [(i, n) for i, d in enumerate(self.own) for n, v in d.items() if _watched(n, v)]
         self.paths = [path for path, _ in named]
         self._left_out: set[int] = set()
         self._last: _Tensors | None = None
@@ -77,7 +78,7 @@ class Structure:
         return (
             all(d.get(n) is c for d, n, c in self.children)
             and list(map(len, self.dicts)) == self.sizes
-            and all(map(operator.is_, [m.__dict__.get("forward") for m in self.modules], self.forwards))
+            and all(map(operator.is_, [d.get("forward") for d in self.own], self.forwards))
         )
 
     def mode(self) -> State:
@@ -97,8 +98,7 @@ class Structure:
 
     def plain_values(self) -> list[Any]:
         """Numbers, truth values and strings that modules hold as attributes, in a fixed order."""
-        dicts = [m.__dict__ for m in self.modules]
-        return [dicts[i].get(n) for i, n in self.plain]
+        return [self.own[i].get(n) for i, n in self.plain]
 
     def leave_out_changed(self, before: list[Any]) -> None:
         """No longer watch what has changed since: values that a forward writes, as counters, say nothing of it."""

@@ -16,7 +16,7 @@ from moefx import compat
 from moefx.dialect.glu import GluKind
 from moefx.dialect.route import DTYPES, RouteSpec
 from moefx.errors import CaptureError, InputError, PassError
-from moefx.graph.edit import arguments, find, module_path, origin, source_line, targets, value
+from moefx.graph.edit import arguments, find, module_path, origin, place, targets, value
 from moefx.graph.effects import name_of
 from moefx.graph.router import MOVES, route_of
 from moefx.graph.tokens import Tokens
@@ -147,7 +147,7 @@ def _rows(tokens: Tokens, x: fx.Node, items: Sequence[Item]) -> Rows:
     if mask is not None and layout is None:
         raise PassError(
             f"it is not known which row of the experts is which token of {tokens.mask_name(x)}",
-            where=_place(x),
+            where=place(x, named=True),
             why="with another first sequence, other rows change than its own in batch-major or sequence-major order",
             todo="leave the mask out of example inputs, or losses out of optimize",
         )
@@ -169,7 +169,7 @@ def _taps(write: Writer, node: fx.Node, rows: Rows) -> Taps:
     if plan.target in targets(ops.choice_plan):
         raise PassError(
             "losses are not defined where experts choose their tokens",
-            where=_place(node),
+            where=place(node, named=True),
             why="a token has no k experts of its own",
             todo="leave losses out for this model",
         )
@@ -345,11 +345,7 @@ def _row(item: Item, taps: Sequence[Taps]) -> dict[str, Any]:
 def _refused(item: Item, node: fx.Node, why: str) -> PassError:
     return PassError(
         f"loss {item.name!r} is not defined for {module_path(node) or 'this layer'}",
-        where=_place(node),
+        where=place(node, named=True),
         why=why,
         todo=f"leave {item.name!r} out of losses for this model",
     )
-
-
-def _place(node: fx.Node) -> str:
-    return ", ".join(p for p in (module_path(node), f"node {node.name}", source_line(node)) if p)

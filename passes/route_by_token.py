@@ -12,7 +12,7 @@ from torch import fx
 from moefx import compat
 from moefx.dialect.route import RouteSpec, write_gates, write_scores, write_weights
 from moefx.errors import InputError, PassError
-from moefx.graph.edit import arguments, find, module_path, origin, outputs, same_sizes, source_line, value
+from moefx.graph.edit import arguments, find, module_path, origin, outputs, place, same_sizes, value
 from moefx.graph.effects import erase_unread, name_of
 from moefx.graph.removal import downstream, take_out
 from moefx.graph.routed import RoutedLayer, routed_layer
@@ -185,7 +185,7 @@ def _layout(tokens: Tokens, marker: fx.Node) -> str:
         read = ", ".join(name for name, n in tokens.inputs.items() if n in tokens.sources(x))
         raise InputError(
             f"the order of the rows in front of the experts is not known, for {B} sequences of {S} tokens",
-            where=", ".join(p for p in (module_path(x), source_line(x)) if p) or None,
+            where=place(x) or None,
             why=f"with other tokens in the first sequence ({read}) no rows change, or others than its own in "
             "batch-major or sequence-major order"
             if read
@@ -345,5 +345,4 @@ def _returned(node: fx.Node, i: int, source: _Source) -> fx.Node:
 
 
 def _error(node: fx.Node, what: str, todo: str) -> PassError:
-    where = ", ".join(p for p in (module_path(node), source_line(node)) if p)
-    return PassError(what, where=where or None, todo=todo)
+    return PassError(what, where=place(node) or None, todo=todo)

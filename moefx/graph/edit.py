@@ -65,6 +65,11 @@ def source_line(node: fx.Node) -> str:
     return f"{user[-1][0]}:{user[-1][1]}" if user else ""
 
 
+def place(node: fx.Node, *, named: bool = False) -> str:
+    """Module path, the node's name if `named`, and source line: the `where` of an error, or ''."""
+    return ", ".join(p for p in (module_path(node), f"node {node.name}" if named else "", source_line(node)) if p)
+
+
 def is_backward(node: fx.Node) -> bool:
     """Whether a training-graph node belongs to the backward."""
     return node.meta.get("partitioner_tag") == "is_backward"

@@ -16,7 +16,7 @@ import moefx.dialect  # noqa: F401  registers the ops
 from moefx import compat
 from moefx.errors import PassError
 
-from .edit import arguments, find, is_backward, module_path, source_line, targets
+from .edit import arguments, find, is_backward, module_path, place, targets
 
 ops = torch.ops.moefx
 aten = torch.ops.aten
@@ -98,7 +98,7 @@ def products(graph: fx.Graph) -> list[Product]:
 def _unknown(node: fx.Node, why: str) -> PassError:
     return PassError(
         f"product {node.name} is neither a forward product nor a gradient of one",
-        where=", ".join(p for p in (module_path(node), source_line(node)) if p),
+        where=place(node),
         why=why,
         todo="keep the module wide by a rule of the recipe, or leave out the pass that changed its products",
     )

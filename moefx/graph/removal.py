@@ -14,7 +14,7 @@ from torch import fx
 
 from moefx.errors import PassError
 
-from .edit import inheriting, module_path, same_sizes, source_line, value
+from .edit import inheriting, place, same_sizes, source_line, value
 from .effects import is_effect, name_of
 
 Tensor = torch.Tensor
@@ -66,7 +66,7 @@ def take_out(
         if odd := _reads(node, tainted.difference(old), trained):
             raise PassError(
                 f"an output mixes the old routers with {name_of(odd)} other than by a sum",
-                where=", ".join(p for p in (module_path(node), source_line(node)) if p),
+                where=place(node),
                 todo="let the model add its auxiliary loss to its loss, or switch it off",
             )
         return None

@@ -21,7 +21,7 @@ from moefx.errors import PassError
 from moefx.precision.spec import QuantSpec
 
 from .casts import DEQUANTIZE, MOVES, QUANTIZE, WIRES, is_weight, read_codes
-from .edit import arguments, module_path, source_line, targets, value
+from .edit import arguments, place, targets, value
 from .placement import CODES, WIDE, Problem, Reader
 
 ops = torch.ops.moefx
@@ -124,7 +124,7 @@ def check_edge(reader: fx.Node, written: str, read: str) -> None:
     if a != b:
         raise PassError(
             f"node {reader.name} reads codes as {read!r}, which were written as {written!r}",
-            where=", ".join(p for p in (module_path(reader), source_line(reader)) if p),
+            where=place(reader),
             todo="change the spec of a cast and of everything that reads its codes together",
         )
 

@@ -8,7 +8,7 @@ from moefx.dialect.glu import GluKind
 from moefx.errors import RecipeError
 from moefx.precision.spec import QuantSpec
 
-from .edit import module_path, source_line
+from .edit import place
 
 REMEDY = "choose another spec, or keep the module wide by a rule"
 
@@ -23,7 +23,7 @@ def check_width(text: str, width: int, node: fx.Node, tensor: str) -> None:
     if block is not None and width % block:
         raise RecipeError(
             f"{tensor} has {width} columns, which blocks of {block} do not divide",
-            where=place(node),
+            where=place(node, named=True),
             why=f"{text!r} scales {block} columns together, and the last block would hold {width % block}",
             todo=f"make the width (of a shard: its own) a multiple of {block}, {REMEDY}",
         )
@@ -35,7 +35,7 @@ def check_packed(text: str, width: int, node: fx.Node, tensor: str) -> None:
     if width % fmt.per_byte:
         raise RecipeError(
             f"{tensor} has {width} columns, an odd number",
-            where=place(node),
+            where=place(node, named=True),
             why=f"codes of {fmt.name} lie two in a byte along a row, and stored ones do not say that the last is alone",
             todo=f"make the width even, {REMEDY}",
         )
@@ -48,12 +48,7 @@ def check_halves(text: str, kind: str, width: int, node: fx.Node, tensor: str) -
     if block is not None and glu.gated and not glu.interleaved and (width // 2) % block:
         raise RecipeError(
             f"{tensor} holds gate and up in halves of {width // 2} columns, which blocks of {block} do not divide",
-            where=place(node),
+            where=place(node, named=True),
             why="one scale would cover columns of both halves",
             todo=f"make the experts' width a multiple of {block}, {REMEDY}",
         )
-
-
-def place(node: fx.Node) -> str:
-    """Module path, node and source line, for the `where` of an error."""
-    return ", ".join(p for p in (module_path(node), f"node {node.name}", source_line(node)) if p)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..routing import TOLERANCE, compare_prefixes
-from .modes import modes_kept
+from ..train.modes import modes_kept
 
 Router = nn.Module | Callable[[Tensor], Tensor]
 GRID = 16  # prefixes that are tried unless some are named

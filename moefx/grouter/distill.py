@@ -21,7 +21,7 @@ from ..optim.schedule import WarmupCosine
 from ..train import checkpoint as store
 from ..train.aside import make_room, say
 from ..train.loop import DivergedError
-from .modes import modes_kept
+from ..train.modes import modes_kept
 from .reports import write_report
 from .running import Batch, Batches, bar, batches_from, check_figures, for_grouter, next_batch, overlap, require_tokens
 from .tap import Tap, tap

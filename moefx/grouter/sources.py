@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import InputError, first_line
 from ..packages import optional
-from ..train.checkpoint import MANIFEST, MODEL, latest, safetensors
+from ..train.checkpoint import MANIFEST, MODEL, latest, safetensors, safetensors_error
 from ..train.data import BYTES, TAIL, TokenDataset, open_dataset
 from ..train.models import load_model
 from ..train.story import OPTIMIZED
@@ -94,12 +94,11 @@ def load_data(paths: Sequence[Path], vocab_size: int, seq: int | None) -> TokenD
 
 def _from_run(checkpoint: Path, model: str) -> nn.Module:
     teacher = load_model(model)
-    refused: type[Exception] = optional("safetensors", "for checkpoints", "train").SafetensorError
     try:
         tensors = safetensors().load_file(checkpoint / MODEL)
         aliases = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["aliases"]
         teacher.load_state_dict({**tensors, **{alias: tensors[name] for alias, name in aliases.items()}}, strict=True)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, refused) as e:
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, safetensors_error()) as e:
         raise InputError(
             "the run's checkpoint does not fit the teacher",
             where=str(checkpoint),

@@ -18,7 +18,7 @@ from ..passes import get_pass
 from ..passes.raise_experts import Block, raised, to_observe
 from ..raising.probe import observed
 from ..report import Report
-from .modes import modes_kept
+from ..train.modes import modes_kept
 
 ops = torch.ops.moefx
 RAISING = ("raise_idioms", "raise_routers")

@@ -17,9 +17,9 @@ from ..errors import InputError, nearest
 from ..models.grouter import Grouter
 from ..optim.schedule import WarmupCosine
 from ..train.loop import DivergedError
+from ..train.modes import modes_kept
 from .check import top_set
 from .distill import kl
-from .modes import modes_kept
 from .reports import write_report
 from .running import (
     Batch,

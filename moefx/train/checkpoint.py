@@ -79,7 +79,7 @@ def save(
         MissingPackageError: safetensors is not installed.
     """
     writer = safetensors()
-    refused: type[Exception] = optional("safetensors", "for checkpoints", "train").SafetensorError
+    refused = safetensors_error()
     final = directory / f"step-{step:08d}"
     temporary = directory / f".tmp-{final.name}-{os.getpid()}"
     tensors, aliases, extra = collect(model)
@@ -328,3 +328,9 @@ def _digest(file: Path) -> dict[str, Any]:
 def safetensors() -> Any:
     """The `safetensors.torch` module. Raises MissingPackageError when it is not installed."""
     return optional("safetensors.torch", "for checkpoints", "train")
+
+
+def safetensors_error() -> type[Exception]:
+    """What safetensors raises for a file that it cannot read or write; it is no OSError."""
+    found: type[Exception] = optional("safetensors", "for checkpoints", "train").SafetensorError
+    return found

@@ -16,6 +16,7 @@ from ..errors import InputError
 from ..optim import LiteConfig, Muon, Soap, param_groups
 from .config import TrainConfig
 from .data import TokenDataset
+from .modes import modes_kept
 from .rng import undisturbed_rng
 
 
@@ -59,17 +60,12 @@ def evaluate(
     behind every batch.
     """
     losses = []
-    modes = [(module, module.training) for module in model.modules()]  # a part may be frozen in eval mode
-    model.eval()
-    try:
-        with torch.no_grad(), undisturbed_rng(), autocast(model, cfg):
-            for ids in val_batches(data, cfg):
-                losses.append(float(loss_of(model, ids.to(device_of(model)))))
-                if after is not None:
-                    after()
-    finally:
-        for module, training in modes:
-            module.training = training
+    with modes_kept(model), torch.no_grad(), undisturbed_rng(), autocast(model, cfg):
+        model.eval()
+        for ids in val_batches(data, cfg):
+            losses.append(float(loss_of(model, ids.to(device_of(model)))))
+            if after is not None:
+                after()
     return math.fsum(losses) / len(losses)
 
 

@@ -5,36 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from .entry import HIDDEN, INTERMEDIATE, VOCAB, WEIGHT_STD, Entry
-
-_COMMON: dict[str, Any] = dict(
-    vocab_size=VOCAB,
-    hidden_size=HIDDEN,
-    max_position_embeddings=64,
-    initializer_range=WEIGHT_STD,
-    use_cache=False,
-    # The defaults of several classes lie outside the tiny vocabulary, and a padding index would leave one
-    # row of the embedding without a gradient.
-    pad_token_id=None,
-    bos_token_id=None,
-    eos_token_id=None,
-)
-_GQA: dict[str, Any] = dict(num_attention_heads=4, num_key_value_heads=2)
-_MLA: dict[str, Any] = dict(
-    num_attention_heads=4,
-    num_key_value_heads=4,
-    q_lora_rank=24,
-    kv_lora_rank=16,
-    qk_nope_head_dim=16,
-    qk_rope_head_dim=8,
-    v_head_dim=16,
-)
-
-# Sigmoid routers get smaller weights than softmax routers: at a logit standard deviation above about 2 the
-# leading scores all saturate at 1 and the choice between them becomes a matter of rounding.
-_SIGMOID: dict[str, Any] = dict(router_std=0.15, correction_std=0.1)
+from .entry import COMMON, GQA, INTERMEDIATE, MLA, SIGMOID, Entry
 
 ENTRIES: tuple[Entry, ...] = (
     Entry(
@@ -42,8 +13,8 @@ ENTRIES: tuple[Entry, ...] = (
         config_class="Qwen2MoeConfig",
         model_class="Qwen2MoeForCausalLM",
         kwargs=dict(
-            **_COMMON,
-            **_GQA,
+            **COMMON,
+            **GQA,
             num_hidden_layers=2,
             intermediate_size=80,
             moe_intermediate_size=INTERMEDIATE,
@@ -66,8 +37,8 @@ ENTRIES: tuple[Entry, ...] = (
         config_class="Qwen3MoeConfig",
         model_class="Qwen3MoeForCausalLM",
         kwargs=dict(
-            **_COMMON,
-            **_GQA,
+            **COMMON,
+            **GQA,
             head_dim=16,
             num_hidden_layers=3,
             # One dense layer in the middle.
@@ -89,8 +60,8 @@ ENTRIES: tuple[Entry, ...] = (
         config_class="MixtralConfig",
         model_class="MixtralForCausalLM",
         kwargs=dict(
-            **_COMMON,
-            **_GQA,
+            **COMMON,
+            **GQA,
             num_hidden_layers=2,
             intermediate_size=INTERMEDIATE,
             num_local_experts=8,
@@ -108,7 +79,7 @@ ENTRIES: tuple[Entry, ...] = (
         config_class="OlmoeConfig",
         model_class="OlmoeForCausalLM",
         kwargs=dict(
-            **_COMMON, **_GQA, num_hidden_layers=2, intermediate_size=INTERMEDIATE, num_experts=8, num_experts_per_tok=2
+            **COMMON, **GQA, num_hidden_layers=2, intermediate_size=INTERMEDIATE, num_experts=8, num_experts_per_tok=2
         ),
         block="OlmoeSparseMoeBlock",
         router="OlmoeTopKRouter",
@@ -122,8 +93,8 @@ ENTRIES: tuple[Entry, ...] = (
         config_class="DeepseekV2Config",
         model_class="DeepseekV2ForCausalLM",
         kwargs=dict(
-            **_COMMON,
-            **_MLA,
+            **COMMON,
+            **MLA,
             num_hidden_layers=3,
             first_k_dense_replace=1,
             intermediate_size=80,
@@ -149,8 +120,8 @@ ENTRIES: tuple[Entry, ...] = (
         config_class="DeepseekV3Config",
         model_class="DeepseekV3ForCausalLM",
         kwargs=dict(
-            **_COMMON,
-            **_MLA,
+            **COMMON,
+            **MLA,
             num_hidden_layers=3,
             first_k_dense_replace=1,
             intermediate_size=80,
@@ -166,15 +137,15 @@ ENTRIES: tuple[Entry, ...] = (
         experts="DeepseekV3Experts",
         router_seed=90,
         mixed="router and correction bias in fp32, weights stay fp32",
-        **_SIGMOID,
+        **SIGMOID,
     ),
     Entry(
         name="glm4_moe",
         config_class="Glm4MoeConfig",
         model_class="Glm4MoeForCausalLM",
         kwargs=dict(
-            **_COMMON,
-            **_GQA,
+            **COMMON,
+            **GQA,
             head_dim=16,
             num_hidden_layers=3,
             first_k_dense_replace=1,
@@ -190,15 +161,15 @@ ENTRIES: tuple[Entry, ...] = (
         experts="Glm4MoeExperts",
         router_seed=145,
         mixed="router and correction bias in fp32, weights stay fp32",
-        **_SIGMOID,
+        **SIGMOID,
     ),
     Entry(
         name="dots1",
         config_class="Dots1Config",
         model_class="Dots1ForCausalLM",
         kwargs=dict(
-            **_COMMON,
-            **_GQA,
+            **COMMON,
+            **GQA,
             num_hidden_layers=3,
             first_k_dense_replace=1,
             intermediate_size=80,
@@ -214,7 +185,7 @@ ENTRIES: tuple[Entry, ...] = (
         experts="Dots1Experts",
         router_seed=41,
         mixed="router and correction bias in fp32, weights stay fp32",
-        **_SIGMOID,
+        **SIGMOID,
     ),
     Entry(
         name="gpt_oss",
@@ -222,11 +193,11 @@ ENTRIES: tuple[Entry, ...] = (
         model_class="GptOssForCausalLM",
         kwargs=dict(
             **{
-                **_COMMON,
+                **COMMON,
                 # The default position scaling is tied to this length and warns about any other.
                 "max_position_embeddings": 131072,
             },
-            **_GQA,
+            **GQA,
             head_dim=16,
             num_hidden_layers=2,
             # Smaller than the sequence, so that the sliding layer differs from the full one.
@@ -252,8 +223,8 @@ ENTRIES: tuple[Entry, ...] = (
         config_class="GraniteMoeConfig",
         model_class="GraniteMoeForCausalLM",
         kwargs=dict(
-            **_COMMON,
-            **_GQA,
+            **COMMON,
+            **GQA,
             num_hidden_layers=2,
             intermediate_size=INTERMEDIATE,
             num_local_experts=8,
@@ -276,8 +247,8 @@ ENTRIES: tuple[Entry, ...] = (
         config_class="PhimoeConfig",
         model_class="PhimoeForCausalLM",
         kwargs=dict(
-            **_COMMON,
-            **_GQA,
+            **COMMON,
+            **GQA,
             num_hidden_layers=2,
             intermediate_size=INTERMEDIATE,
             num_local_experts=8,
@@ -301,8 +272,8 @@ ENTRIES: tuple[Entry, ...] = (
         config_class="JambaConfig",
         model_class="JambaForCausalLM",
         kwargs=dict(
-            **_COMMON,
-            **_GQA,
+            **COMMON,
+            **GQA,
             # Layers: Mamba with MoE, Mamba with a dense MLP, attention with MoE.
             num_hidden_layers=3,
             expert_layer_period=2,
@@ -327,8 +298,8 @@ ENTRIES: tuple[Entry, ...] = (
         config_class="HunYuanMoEV1Config",
         model_class="HunYuanMoEV1ForCausalLM",
         kwargs=dict(
-            **_COMMON,
-            **_GQA,
+            **COMMON,
+            **GQA,
             head_dim=16,
             num_hidden_layers=2,
             intermediate_size=INTERMEDIATE,
@@ -349,8 +320,8 @@ ENTRIES: tuple[Entry, ...] = (
         config_class="MiniMaxConfig",
         model_class="MiniMaxForCausalLM",
         kwargs=dict(
-            **_COMMON,
-            **_GQA,
+            **COMMON,
+            **GQA,
             head_dim=16,
             num_hidden_layers=2,
             layer_types=["linear_attention", "full_attention"],
@@ -372,8 +343,8 @@ ENTRIES: tuple[Entry, ...] = (
         config_class="MiniMaxM2Config",
         model_class="MiniMaxM2ForCausalLM",
         kwargs=dict(
-            **_COMMON,
-            **_GQA,
+            **COMMON,
+            **GQA,
             head_dim=16,
             num_hidden_layers=2,
             intermediate_size=INTERMEDIATE,
@@ -386,15 +357,15 @@ ENTRIES: tuple[Entry, ...] = (
         router_seed=123,
         router_logits=True,
         mixed="sigmoid in fp32, weights stay fp32; correction bias on the block, in the model dtype",
-        **_SIGMOID,
+        **SIGMOID,
     ),
     Entry(
         name="ernie4_5_moe",
         config_class="Ernie4_5_MoeConfig",
         model_class="Ernie4_5_MoeForCausalLM",
         kwargs=dict(
-            **_COMMON,
-            **_GQA,
+            **COMMON,
+            **GQA,
             num_hidden_layers=3,
             moe_layer_start_index=1,
             intermediate_size=80,
@@ -418,8 +389,8 @@ ENTRIES: tuple[Entry, ...] = (
         config_class="NemotronHConfig",
         model_class="NemotronHForCausalLM",
         kwargs=dict(
-            **_COMMON,
-            **_GQA,
+            **COMMON,
+            **GQA,
             head_dim=16,
             # Every mixer, the MoE included, is a layer of its own.
             layers_block_type=["linear_attention", "moe", "full_attention", "moe"],
@@ -449,15 +420,15 @@ ENTRIES: tuple[Entry, ...] = (
         experts="NemotronHExperts",
         router_seed=8,
         mixed="router and correction bias in fp32, weights stay fp32",
-        **_SIGMOID,
+        **SIGMOID,
     ),
     Entry(
         name="lfm2_moe",
         config_class="Lfm2MoeConfig",
         model_class="Lfm2MoeForCausalLM",
         kwargs=dict(
-            **_COMMON,
-            **_GQA,
+            **COMMON,
+            **GQA,
             num_hidden_layers=3,
             num_dense_layers=1,
             layer_types=["conv", "full_attention", "conv"],
@@ -471,15 +442,15 @@ ENTRIES: tuple[Entry, ...] = (
         experts="Lfm2MoeExperts",
         router_seed=55,
         mixed="scores in the model dtype (a fp32 correction bias promotes the choice only)",
-        **_SIGMOID,
+        **SIGMOID,
     ),
     Entry(
         name="flex_olmo",
         config_class="FlexOlmoConfig",
         model_class="FlexOlmoForCausalLM",
         kwargs=dict(
-            **_COMMON,
-            **_GQA,
+            **COMMON,
+            **GQA,
             num_hidden_layers=2,
             intermediate_size=INTERMEDIATE,
             # An odd number of experts, as in the released model.
@@ -498,8 +469,8 @@ ENTRIES: tuple[Entry, ...] = (
         config_class="Llama4TextConfig",
         model_class="Llama4ForCausalLM",
         kwargs=dict(
-            **_COMMON,
-            **_GQA,
+            **COMMON,
+            **GQA,
             head_dim=16,
             # A dense layer, an MoE layer with rotary embedding and chunked attention, and an MoE layer
             # with neither.

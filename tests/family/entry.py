@@ -21,6 +21,34 @@ NORM_SPREAD = 0.05
 # Labels at these leading positions are ignored by the loss, as in a prompt-completion batch.
 IGNORED_PREFIX = 3
 
+# Parts of the configurations of several families.
+COMMON: dict[str, Any] = dict(
+    vocab_size=VOCAB,
+    hidden_size=HIDDEN,
+    max_position_embeddings=64,
+    initializer_range=WEIGHT_STD,
+    use_cache=False,
+    # The defaults of several classes lie outside the tiny vocabulary, and a padding index would leave one
+    # row of the embedding without a gradient.
+    pad_token_id=None,
+    bos_token_id=None,
+    eos_token_id=None,
+)
+GQA: dict[str, Any] = dict(num_attention_heads=4, num_key_value_heads=2)
+MLA: dict[str, Any] = dict(
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    q_lora_rank=24,
+    kv_lora_rank=16,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=8,
+    v_head_dim=16,
+)
+
+# Sigmoid routers get smaller weights than softmax routers: at a logit standard deviation above about 2 the
+# leading scores all saturate at 1 and the choice between them becomes a matter of rounding.
+SIGMOID: dict[str, Any] = dict(router_std=0.15, correction_std=0.1)
+
 
 @dataclass(frozen=True)
 class Entry:

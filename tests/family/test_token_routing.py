@@ -134,14 +134,12 @@ def tiny(name: str = "qwen3_moe") -> tuple[nn.Module, dict[str, Tensor], Table]:
 @pytest.mark.parametrize(
     ("name", "codegen"),
     often(
-        [(n, c) for n in ("qwen3_moe", "granitemoe", "deepseek_v3") for c in ("eager", "inductor")],
+        [("qwen3_moe", "inductor"), *((n, "eager") for n in ("qwen3_moe", "granitemoe", "deepseek_v3"))],
         (("deepseek_v3", "eager"),),
     ),
 )
 def test_one_choice_and_one_plan_serve_all_layers(name: str, codegen: str) -> None:
     model, inputs, table = tiny(name)
-    if codegen == "inductor" and name != "qwen3_moe":
-        pytest.skip("one family is enough")
     before = set(model.state_dict())
     opt = moefx.optimize(model, inputs, router=table, codegen=codegen)
     row = next(p for p in opt.report.passes if p.name == "route_by_token")

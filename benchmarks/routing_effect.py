@@ -15,6 +15,7 @@ the same windows. Results: benchmarks/results/routing_effect.csv (one row per me
   layer_gates      indices by the tuned Grouter, gates by the layers' own routers (no balance loss)
   random           a causal Grouter with random weights, of its own initialisation (std 0.02)
   random_unit      the same with embeddings of std 1, matrices of std 1/sqrt(fan-in): more context in the routing
+  random_context   the same with embeddings of std 0.02, matrices as in torch.nn.Linear: context outweighs tokens
   bidirectional    a Grouter that sees later tokens, distilled and tuned likewise: also validated on prefixes alone
   folded           8 experts, the Grouter folded from 16 by affinity; learned_8: 8 experts, learned
 """
@@ -62,6 +63,7 @@ ARMS = (
     "sp_cp_10",
     "lb",
     "lb_sp_cp",
+    "random_context",
 )
 LEARNED = ("learned", "learned_8", "matched", "sp_cp", "sp_cp_10", "lb", "lb_sp_cp")
 LOSSES = {
@@ -70,6 +72,7 @@ LOSSES = {
     "lb": "lb,metrics",
     "lb_sp_cp": "lb,sp,cp,metrics",
 }
+RANDOM = {"random": "own", "random_unit": "unit", "random_context": "context"}  # arm: how its weights are drawn
 
 
 @lru_cache
@@ -96,7 +99,7 @@ def build(seed: int, **sizes: int) -> nn.Module:
     return AutoModelForCausalLM.from_config(config(**sizes), dtype=torch.float32).train()
 
 
-def network(seed: int, *, causal: bool = True, unit: bool = False) -> Any:
+def network(seed: int, *, causal: bool = True, weights: str = "own") -> Any:
     torch.manual_seed(1000 + seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -105,9 +108,12 @@ def network(seed: int, *, causal: bool = True, unit: bool = False) -> Any:
             intermediate_size=128, causal=causal,
         )  # fmt: skip
     with torch.no_grad():
-        for p in made.parameters() if unit else ():
-            if p.dim() == 2:
-                p.mul_(1 / made.config.init_std / (1 if p is made.embed.weight else math.sqrt(p.shape[1])))
+        for p in made.parameters():
+            token = p is made.embed.weight
+            if weights == "unit" and p.dim() == 2:
+                p.mul_(1 / made.config.init_std / (1 if token else math.sqrt(p.shape[1])))
+            elif weights == "context" and p.dim() == 2 and not token:
+                nn.init.uniform_(p, -1 / math.sqrt(p.shape[1]), 1 / math.sqrt(p.shape[1]))
     return made
 
 
@@ -266,9 +272,7 @@ def run(arm: str, seed: int, out: Path) -> None:
     else:
         names = {"raw": "causal-raw", "folded": "folded", "bidirectional": "bidirectional"}
         router = (
-            network(seed, unit=arm == "random_unit")
-            if arm.startswith("random")
-            else load(out, f"{names.get(arm, 'causal')}-{seed}")
+            network(seed, weights=RANDOM[arm]) if arm in RANDOM else load(out, f"{names.get(arm, 'causal')}-{seed}")
         )
         gates = "layer" if arm == "layer_gates" else "router"
         options["router"] = moefx.Routing(router, gates=gates, causal=arm != "bidirectional")
@@ -314,19 +318,20 @@ def plot(rows: list[dict[str, str]]) -> None:
     found = {
         (r["seed"], r["arm"], int(r["step"])): float(r["value"]) for r in rows if r["measure"] == "validation loss"
     }
-    shown = ("matched", "grouter", "raw", "layer_gates", "bidirectional", "random", "random_unit")
+    shown = ("matched", "grouter", "raw", "layer_gates", "bidirectional", "random", "random_unit", "random_context")
     seeds = sorted({seed for seed, arm, _ in found if arm == "grouter"})
     figure, axes = plt.subplots(1, len(seeds), figsize=(5 * len(seeds) + 1.6, 4), squeeze=False, sharey=True)
     for axis, seed in zip(axes[0], seeds, strict=True):
-        for arm, marker in zip(shown, "os^vDPX", strict=True):
+        for i, (arm, marker) in enumerate(zip(shown, "os^vDPX*", strict=True)):
             if (seed, arm, STEPS) not in found:
                 continue  # a seed of a few arms only
             gaps = [found[seed, arm, t] - found[seed, "learned", t] for t in EVALUATED]
-            axis.plot(EVALUATED, gaps, marker=marker, label=arm)
+            axis.plot(EVALUATED, gaps, marker=marker, color=f"C{i}", label=arm)
         axis.axhline(0, color="black", linewidth=1)
         axis.set(title=f"seed {seed}", xlabel="step")
     axes[0][0].set_ylabel("validation loss less that of learned routers, nats")
-    axes[0][-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    lines, names = axes[0][0].get_legend_handles_labels()  # of the first seed, which has all arms
+    axes[0][-1].legend(lines, names, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.tight_layout()
     figure.savefig(RESULTS / "routing_effect.png", dpi=100)
 
@@ -355,7 +360,7 @@ def main() -> None:
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         jobs = [subprocess.Popen([*here, "--seeds", *map(str, g)], env=env) for g in groups if g]
         sys.exit(max(j.wait() for j in jobs))
-    for seed in a.seeds if a.prepare or not set(a.arms) <= set(LEARNED) else ():
+    for seed in a.seeds if a.prepare or not set(a.arms) <= {*LEARNED, *RANDOM} else ():
         prepare(seed, a.out)
     for arm in () if a.prepare else a.arms:
         for seed in a.seeds:

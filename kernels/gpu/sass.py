@@ -11,6 +11,7 @@ it catches spills, scalar loads and lost tensor-core instructions before any tim
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import subprocess
@@ -24,9 +25,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import triton
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from triton.runtime.cache import get_cache_manager
 
 from .launch import Compiled, recording
 
@@ -125,21 +128,33 @@ def compile_call(call: Callable[[], Any], target: str) -> list[Code]:
 def _read(c: Compiled, target: str) -> Code:
     shared = int(c.kernel.metadata.shared)
     if target.startswith("sm_"):
-        with tempfile.TemporaryDirectory() as folder:
-            cubin = Path(folder) / "kernel.cubin"
-            cubin.write_bytes(c.kernel.asm["cubin"])
-            usage = _tool("cuobjdump", "--dump-resource-usage", cubin)
-            text = _tool("nvdisasm", "-c", "-ndf", cubin)  # without its dataflow analysis, a third faster
-            names = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]+)", text, re.M)
-        found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-        assert found is not None, usage
-        registers, stack = int(found[1]), int(found[2])
-    else:
-        text = c.kernel.asm["amdgcn"]
-        names = [m.upper() for m in re.findall(r"^\s+([a-z][a-z0-9_]+)", text, re.M)]
-        registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])  # type: ignore[index]
-        stack = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])  # type: ignore[index]
+        return Code(c.name, target, shared=shared, **_disassembled(c.kernel.asm["cubin"]))
+    text = c.kernel.asm["amdgcn"]
+    names = [m.upper() for m in re.findall(r"^\s+([a-z][a-z0-9_]+)", text, re.M)]
+    registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])  # type: ignore[index]
+    stack = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])  # type: ignore[index]
     return Code(c.name, target, registers, stack, shared, dict(Counter(names)))
+
+
+def _disassembled(cubin: bytes) -> dict[str, Any]:
+    """Registers, stack and instructions of a kernel. Kept in Triton's cache: the tools take longer than its lookup."""
+    key = hashlib.sha256(cubin + triton.__version__.encode() + Path(__file__).read_bytes()).hexdigest()
+    cache = get_cache_manager(key)
+    kept = cache.get_file("sass.json")
+    if kept is not None:
+        known: dict[str, Any] = json.loads(Path(kept).read_text())
+        return known
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        usage = _tool("cuobjdump", "--dump-resource-usage", file)
+        text = _tool("nvdisasm", "-c", "-ndf", file)  # without its dataflow analysis, a third faster
+    names = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]+)", text, re.M)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    made = {"registers": int(found[1]), "stack": int(found[2]), "instructions": dict(Counter(names))}
+    cache.put(json.dumps(made), "sass.json", binary=False)
+    return made
 
 
 def _tool(name: str, *args: Any) -> str:

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from . import compat
-from .capture import as_call, capture, check_call, check_dynamic, check_symbolic, distinct, warm_up
+from .capture import as_call, capture, check_call, check_dynamic, check_symbolic, distinct
 from .delayed import attach
 from .errors import CaptureError, InputError, PassError, nearest
 from .graph.edit import copy_plain, value
 from .graph.tokens import called
-from .joint import Joint, compiler, split, trace_joint
+from .joint import compiler, split, trace_joint
 from .ledger import ledger
 from .losses import Item, as_losses
 from .manager import Pass, PassManager
@@ -30,10 +28,11 @@ from .passes.raise_experts import Block, raised, to_observe
 from .precision.recipe import Recipe, get_recipe
 from .precision_metrics import Meter
 from .program import Assemblies, Program
-from .raising.draw import alone
-from .raising.probe import Seen, observed
+from .raising.calls import calls_of
 from .report import Report
 from .routing import Routing, as_routing, check_causal, check_vocabulary, routed
+from .slots import guard_of, label_inputs, names_of, parameters_of, values_of
+from .stages import Stages, describe, shapes
 from .verify import Verifier
 from .weights import hoist_weight_casts
 
@@ -167,7 +166,7 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
 
     own = {k: v for k, v in kwargs.items() if o.routing is None or k not in o.routing.extra}
     with stage("warm-up"):
-        calls = _calls(model, args, own)
+        calls = calls_of(to_observe(model), model, args, own)
     with contextlib.ExitStack() as undo:
         with stage("raise"):  # stage 1; what it installs stays until the joint graph is there
             blocks = undo.enter_context(raised(model, calls=calls, live=False))
@@ -177,7 +176,7 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
                 raise _not_raised(model, blocks)
         with stage("capture") as done, routed(model, o.routing), _with_reasons(blocks):  # stage 2
             captured = done(capture(model, args, kwargs, o.dynamic))
-        _label_inputs(captured.graph, captured.names)
+        label_inputs(captured.graph, captured.names)
         report.graphs.keep("captured", captured.gm, copy_plain(captured.graph))
 
         with stage("model passes") as done:  # stage 3
@@ -202,11 +201,11 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
             if o.recipe.amax_history:
                 attach(joint, o.recipe.amax_history, model.training)
     assemblies = _assemblies(model, blocks)
-    _label_inputs(joint.graph, _joint_names(joint, args, kwargs))
+    label_inputs(joint.graph, names_of(joint, args, kwargs))
     report.graphs.keep("joint", joint.gm, copy_plain(joint.graph))
 
     with stage("training passes") as done:  # stage 5
-        values = _joint_values(opt, joint, args, kwargs, assemblies) if o.verify else []
+        values = values_of(joint, args, kwargs, _state(opt, assemblies)) if o.verify else []
         verifier = Verifier(values, False) if o.verify else None
         with compat.disable_autocast():
             o.passes.run("training", joint.gm, report, joint.fake_mode, verifier)
@@ -216,7 +215,7 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
     with stage("partition") as done:  # stage 6
         fw, bw = split(joint, codegen=o.codegen) if grad else (joint.gm, None)
         weights = (
-            [hoist_weight_casts(half, _parameters(joint)) for half in (fw, bw)] if bw is not None else (None, None)
+            [hoist_weight_casts(half, parameters_of(joint)) for half in (fw, bw)] if bw is not None else (None, None)
         )
         done(fw)
     for name, half in (*zip(("weights", "weights_backward"), weights, strict=True), ("forward", fw), ("backward", bw)):
@@ -230,86 +229,8 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
 
     signature = describe(model, leaves, grad, stage.total)
     opt.report.signatures.append(signature)
-    guard = _guard(joint, len(pytree.tree_leaves((args, kwargs)))) if o.dynamic else None
+    guard = guard_of(joint) if o.dynamic else None
     return Variant(program, signature, guard, meter=Meter.of(joint), routed=by_token, chosen_from=chosen_from)
-
-
-def _calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Seen]:
-    """How hand-written blocks are called, by a forward of the unchanged model.
-
-    A model may leave out a mask that hides nothing, which it cannot do while it is traced; so where the example has no
-    padding, a forward with one hidden position shows how blocks are called then.
-    """
-    modules = to_observe(model)
-    with observed(modules) as calls:
-        warm_up(model, args, kwargs)
-    padded = pytree.tree_map(_with_padding, (args, kwargs))
-    if modules and any(a is not b for a, b in zip(*map(pytree.tree_leaves, ((args, kwargs), padded)), strict=True)):
-        with contextlib.suppress(InputError), observed(modules) as again:
-            warm_up(model, *padded)
-            for seen in again.values():
-                seen.hidden = True
-            return again
-    return calls
-
-
-def _with_padding(v: Any) -> Any:
-    """A mask of ones (or zeros) with its last position the other way round; anything else as it is."""
-    if not isinstance(v, torch.Tensor) or v.is_complex() or v.dim() < 2 or v.numel() < 2:
-        return v
-    flat = v.detach().clone().reshape(-1)
-    if not alone(flat) or flat[0] not in (0, 1):
-        return v
-    flat[-1] = 1 - flat[-1].long()
-    return flat.view(v.shape)
-
-
-class Stages:
-    """Times stages into the report, and says on standard error what is going on once it takes over two seconds."""
-
-    def __init__(self, report: Report, show: str) -> None:
-        self.report, self.show, self.start = report, show, time.perf_counter()
-
-    @property
-    def total(self) -> float:
-        """Seconds since the first stage began."""
-        return time.perf_counter() - self.start
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[Any]:
-        begin, nodes = time.perf_counter(), [0]
-
-        def done(result: Any) -> Any:
-            graph = getattr(result, "graph", None)
-            nodes[0] = len(graph.nodes) if isinstance(graph, fx.Graph) else 0
-            return result
-
-        yield done
-        row = self.report.stages.setdefault(name, {"seconds": 0.0, "nodes": 0})
-        row["seconds"], row["nodes"] = row["seconds"] + time.perf_counter() - begin, nodes[0] or row["nodes"]
-        if self.total > 2:
-            print(
-                f"moefx: {self.show}: {name} {row['seconds']:.1f} s, {row['nodes']} nodes ({self.total:.1f} s so far)",
-                file=sys.stderr,
-            )
-
-    def backward(self, gm: fx.GraphModule, seconds: float) -> None:
-        """Add the compilation of a backward variant, which happens at the first backward."""
-        row = self.report.stages.setdefault("codegen backward", {"seconds": 0.0, "nodes": 0})
-        row["seconds"], row["nodes"] = row["seconds"] + seconds, len(gm.graph.nodes)
-        if seconds > 2:
-            print(f"moefx: {self.show}: codegen backward {seconds:.1f} s", file=sys.stderr)
-
-
-def describe(model: nn.Module, leaves: Sequence[torch.Tensor], grad: bool, seconds: float) -> dict[str, Any]:
-    """A signature for the report."""
-    mode = "train" if model.training else "eval"
-    return {"mode": mode, "grad": grad, "inputs": shapes(leaves), "seconds": seconds}
-
-
-def shapes(leaves: Sequence[torch.Tensor]) -> list[str]:
-    """Tensors as `int64[2, 16]`."""
-    return [f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in leaves]
 
 
 @contextmanager
@@ -342,28 +263,6 @@ def _not_raised(model: nn.Module, blocks: list[Block]) -> CaptureError:
     )
 
 
-def _label_inputs(graph: fx.Graph, names: dict[str, str]) -> None:
-    for node in graph.find_nodes(op="placeholder"):
-        node.meta["moefx_name"] = names.get(node.name, node.name)
-
-
-def _joint_names(joint: Joint, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, str]:
-    """Placeholders of a joint graph by what they are: dotted parameter names, argument names, tangents by output."""
-    paths = [path for path, _ in pytree.tree_flatten_with_path((args, kwargs))[0]]
-    called = [".".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path[1:]) for path in paths]
-    names = {}
-    for slot, node in zip(joint.inputs, joint.graph.find_nodes(op="placeholder"), strict=True):
-        named = called[int(slot.key)] if slot.kind == "input" else str(slot.key)
-        names[node.name] = f"gradient of output {slot.key}" if slot.kind == "tangent" else named
-    return names
-
-
-def _parameters(joint: Joint) -> set[str]:
-    """Names of the placeholders that are parameters."""
-    placeholders = joint.graph.find_nodes(op="placeholder")
-    return {n.name for s, n in zip(joint.inputs, placeholders, strict=True) if s.kind == "param"}
-
-
 def _assemblies(model: nn.Module, blocks: list[Block]) -> Assemblies:
     """Tensors made of several parameters, under every name that a graph may know them by.
 
@@ -378,47 +277,10 @@ def _assemblies(model: nn.Module, blocks: list[Block]) -> Assemblies:
     }
 
 
-def _joint_values(
-    opt: OptimizedModule, joint: Joint, args: tuple[Any, ...], kwargs: dict[str, Any], assemblies: Assemblies
-) -> list[Any]:
-    flat, model = pytree.tree_leaves((args, kwargs)), opt.original
-    state = {
-        **opt.tensors(),
-        **{name: a.build(model.get_submodule(path).get_parameter) for name, (path, a) in assemblies.items()},
-    }
-    gen = torch.Generator().manual_seed(0)
-    values = []
-    for slot, node in zip(joint.inputs, joint.graph.find_nodes(op="placeholder"), strict=True):
-        if slot.kind == "state":
-            values.append(torch.zeros(value(node).shape, device=value(node).device))
-        elif slot.kind == "tangent":
-            val = value(node)
-            values.append(torch.randn([int(s) for s in val.shape], generator=gen).to(val.device, val.dtype))
-        else:
-            values.append(flat[int(slot.key)] if slot.kind == "input" else state[str(slot.key)].detach())
-    return values
-
-
-def _guard(joint: Joint, count: int) -> Any:
-    """Whether a call's sizes satisfy what tracing assumed about the symbolic ones."""
-    fakes = {
-        int(s.key): value(n)
-        for s, n in zip(joint.inputs, joint.graph.find_nodes(op="placeholder"), strict=True)
-        if s.kind == "input"
-    }
-    order = sorted(fakes)
-    expression = compat.guard_expression(joint.fake_mode, [fakes[i] for i in order])
-
-    def holds(leaves: list[Any]) -> bool:
-        values = [leaves[i] for i in order]
-        static = all(
-            isinstance(w, torch.SymInt) or w == h
-            for i, v in zip(order, values, strict=True)
-            for w, h in zip(fakes[i].shape, v.shape, strict=True)
-        )
-        return static and compat.guards_hold(joint.fake_mode, expression, values)
-
-    return holds
+def _state(opt: OptimizedModule, assemblies: Assemblies) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by the names that a joint graph has for them, assembled ones included."""
+    built = {name: a.build(opt.original.get_submodule(path).get_parameter) for name, (path, a) in assemblies.items()}
+    return {**opt.tensors(), **built}
 
 
 __all__ = ["CODEGENS", "Options", "PassError", "compile_variant", "optimize", "reoptimize"]

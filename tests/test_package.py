@@ -28,6 +28,8 @@ LAYERS = (
     (
         *(
             "moefx.optimize",
+            "moefx.slots",
+            "moefx.stages",
             "moefx.backend",
             "moefx.module",
             "moefx.primals",

@@ -240,6 +240,12 @@ class Recipe:
             name = str(key)
             gemm, _, plain = name.partition(".") if name.split(".")[0] in GEMMS else ("", "", name)
             self._known(where, plain, KEYS)
+            if (gemm and plain.endswith(".wire")) or (gemm == "down" and plain == "hidden.stored"):
+                raise RecipeError(
+                    f"recipe {self.name!r}: {where} names {name!r}, which nothing reads",
+                    why="rows travel to the experts and back once, and pre-activations are the up product's",
+                    todo=f"write {plain!r}",
+                )
             if not isinstance(text, str):
                 raise RecipeError(
                     f"recipe {self.name!r}: {where}[{key!r}] is {text!r}, which is no line of text",

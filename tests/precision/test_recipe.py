@@ -57,6 +57,8 @@ def test_naive_is_flow_without_propagation_and_fusion() -> None:
         ({"specs": {1: ROW}}, ["specs names '1'"]),
         ({"specs": {"input.wire": None}}, ["specs['input.wire'] is None", "leave the key out"]),
         ({"specs": {"hidden.stored": f"{TENSOR} delayed"}, "amax_history": 4}, ["hidden.stored", "no history"]),
+        ({"specs": {"up.input.wire": ROW}}, ["specs names 'up.input.wire'", "write 'input.wire'"]),
+        ({"specs": {"down.hidden.stored": ROW}}, ["'down.hidden.stored', which nothing reads", "'hidden.stored'"]),
         ({"rules": [Rule("*", {"input.wire": None})]}, ["rules['*']['input.wire'] is None"]),  # type: ignore[dict-item]
         ({"rules": ["*.layers.0"]}, ["rules holds '*.layers.0', which is no Rule"]),
         ({"rules": [Rule("*", ROW)]}, ["rules['*'] is str, not a mapping"]),  # type: ignore[arg-type]

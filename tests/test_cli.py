@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
 
-from moefx.cli import main
+from .command import moefx
 
 FAST = ["--seq", "16", "--batch", "1"]
 
 
-def moefx(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def process(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     code = "from moefx.cli import main; main()"
     return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, cwd=cwd, timeout=300)
 
@@ -57,25 +56,18 @@ def test_inspect_prints_the_report_for_people() -> None:
     ],
 )
 def test_errors_name_the_culprit_and_exit_with_2(
-    args: tuple[str, ...],
-    named: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    args: tuple[str, ...], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["moefx", *args])
-    with warnings.catch_warnings(), pytest.raises(SystemExit) as exit:
-        main()
-    said = capsys.readouterr().err
-    assert exit.value.code == 2, said
-    assert named in said
-    assert "what to do:" in said
-    assert "Traceback" not in said
+    run = moefx(*args)
+    assert run.returncode == 2, run.stderr
+    assert named in run.stderr
+    assert "what to do:" in run.stderr
+    assert "Traceback" not in run.stderr
 
 
 def test_errors_are_json_too(tmp_path: Path) -> None:
-    run = moefx("inspect", "--recipe", "bf61", "--json", cwd=tmp_path)
+    run = process("inspect", "--recipe", "bf61", "--json", cwd=tmp_path)
     error = json.loads(run.stdout)["error"]
     assert run.returncode == 2
     assert error["type"] == "RecipeError"
@@ -111,6 +103,6 @@ def test_a_model_of_the_users_own(tmp_path: Path) -> None:
         "                      num_attention_heads=2, num_key_value_heads=1, num_local_experts=4)\n"
         "    return MixtralForCausalLM(c)\n"
     )
-    run = moefx("inspect", "mine:make", "--json", *FAST, cwd=tmp_path)
+    run = process("inspect", "mine:make", "--json", *FAST, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout)["model"] == "MixtralForCausalLM"

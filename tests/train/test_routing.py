@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +24,7 @@ from moefx.train.loop import TrainResult
 from moefx.train.metrics import read_metrics
 from moefx.train.models import default_model, load_weights
 from moefx.train.story import summarize, table
+from tests import command
 from tests.view.made import choices, metrics
 
 from .runs import interrupt_at, run
@@ -287,27 +287,22 @@ def test_drawing_without_matplotlib_fails_before_the_work(tmp_path: Path, monkey
 
 def test_the_command(grouter: Path, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-
-    def run_cli(*args: str) -> subprocess.CompletedProcess[str]:
-        code = "from moefx.cli import main; main()"
-        return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=300)
-
     few = ("--batch", "1", "--seq", "16", "--router", str(grouter))
-    done = run_cli("inspect", "--routing", *few, "--json", "--batches", "2", "--out", str(tmp_path))
+    done = command.moefx("inspect", "--routing", *few, "--json", "--batches", "2", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["tokens"] == 32
     assert f"by {grouter}" in (tmp_path / "routing.html").read_text()
     assert (tmp_path / "load.png").stat().st_size > 1000
-    done = run_cli("inspect", *few, "--json", "--diff", "raise_routers", "route_by_token")
+    done = command.moefx("inspect", *few, "--json", "--diff", "raise_routers", "route_by_token")
     assert done.returncode == 0, done.stderr
     data = json.loads(done.stdout)
     assert next(p for p in data["passes"] if p["name"] == "route_by_token")["matched"] == 4
     removed = [line for line in data["diff"].splitlines() if line.startswith("-")]
     assert sum("moefx.route(" in line for line in removed) == 4
     assert any("moefx.token_route" in line for line in removed)
-    done = run_cli("inspect", "--router", str(tmp_path))
+    done = command.moefx("inspect", "--router", str(tmp_path))
     assert done.returncode == 2
     assert "no Grouter can be read from this folder" in done.stderr
-    done = run_cli("inspect", "--places", "2")
+    done = command.moefx("inspect", "--places", "2")
     assert done.returncode == 2
     assert "--places is given without --routing" in done.stderr

@@ -40,6 +40,7 @@ SPECS: dict[str, tuple[str, str | None]] = {
     "lfm2_moe": ("sigmoid f32 | bias | top2 | sum + 1e-06", "sigmoid bf16 | bias | top2 | sum + 1e-06"),
     "flex_olmo": ("softmax f32 | top2", "softmax f32 | top2 | to bf16"),
 }
+ALIKE = ("qwen2_moe", "olmoe", "jamba", "minimax", "flex_olmo", "glm4_moe")  # another family has the same, or nearly
 SECOND = {"hunyuan_v1_moe": "softmax f32 | top3 | sum"}  # one k per layer
 
 
@@ -56,7 +57,7 @@ def specs(graph: torch.fx.Graph) -> list[str]:
     ("name", "dtype"),
     often(
         [(n, d) for d in (torch.float32, torch.bfloat16) for n in SPECS],
-        [*((n, torch.float32) for n in SPECS), *((n, torch.bfloat16) for n in ("mixtral", "deepseek_v3", "gpt_oss"))],
+        [*((n, torch.float32) for n in SPECS if n not in ALIKE), ("deepseek_v3", torch.bfloat16)],
     ),
     ids=str,
 )

@@ -84,6 +84,18 @@ def check_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return flat
 
 
+def _check_gradients(model: nn.Module) -> None:
+    """Raise `InputError` for a gradient that no longer fits its parameter, which tracing would stumble over."""
+    for name, p in model.named_parameters():
+        if p.grad is not None and p.grad.shape != p.shape:
+            raise InputError(
+                f"the gradient of {name} is {list(p.grad.shape)}, the parameter {list(p.shape)}",
+                where=type(model).__qualname__,
+                why="the parameter was resized (resize_token_embeddings, for example) after a backward",
+                todo="call zero_grad() first",
+            )
+
+
 def _signature(model: nn.Module) -> inspect.Signature:
     """Of the forward; a model that is routed by token ids takes the router's arguments too (`moefx.routing.routed`)."""
     return getattr(model, "moefx_signature", None) or inspect.signature(model.forward)
@@ -137,10 +149,11 @@ def capture(
         dynamic: input name -> axes whose size stays symbolic; names that this call does not have are passed over.
 
     Raises:
-        InputError: the inputs do not fit the model's signature.
+        InputError: the inputs do not fit the model's signature, or a gradient its parameter.
         CaptureError: the model runs but cannot be traced into one graph.
     """
     named = check_call(model, args, kwargs)
+    _check_gradients(model)
     tensors = {k: v for k, v in named.items() if isinstance(v, Tensor)}
     axes = {k: [a for a in v if a < tensors[k].dim()] for k, v in (dynamic or {}).items() if k in tensors}
     _say_what_packs(model, tensors, named)

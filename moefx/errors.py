@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+LONGEST = 400  # characters of another library's message
+
 
 class MoefxError(Exception):
     """Base of all moefx errors.
@@ -53,8 +55,12 @@ class MissingPackageError(MoefxError):
 
 
 def first_line(e: BaseException, default: str = "") -> str:
-    """The first line of an error's text that says something."""
-    return next((line for line in str(e).splitlines() if line.strip()), default)
+    """The first line of an error's text that says something; with the next one, where it ends in a colon."""
+    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+    if not lines:
+        return default
+    told = f"{lines[0]} {lines[1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+    return told if len(told) <= LONGEST else f"{told[:LONGEST]} ..."  # torch lists every key that is missing
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

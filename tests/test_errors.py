@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 import moefx
-from moefx.errors import nearest
+from moefx.errors import first_line, nearest
 
 from . import reference as ref
 
@@ -336,6 +336,15 @@ def test_the_nearest_name() -> None:
     )
     assert nearest("zzz", ["share_plans"]) == "known: share_plans"
     assert nearest("zzz", []) == "known: none"
+
+
+def test_another_librarys_error_in_a_line() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        nn.Linear(2, 3).load_state_dict(nn.Linear(2, 4).state_dict())
+    assert "size mismatch for weight" in first_line(caught.value)  # torch's first line ends in a colon
+    assert first_line(ValueError("\n  \none\ntwo")) == "one"
+    assert first_line(ValueError(), "ValueError") == "ValueError"
+    assert len(first_line(ValueError("x" * 10_000))) < 500
 
 
 def test_the_cause_is_kept() -> None:

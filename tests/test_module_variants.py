@@ -136,6 +136,12 @@ def test_embeddings_resized(opt: moefx.OptimizedModule) -> None:
     opt.resize_token_embeddings(ref.VOCAB + 16)
     assert opt(**ref.batch()).logits.shape[-1] == ref.VOCAB + 16
     ref.check(opt, ref.batch())
+    opt(**ref.batch()).loss.backward()
+    opt.resize_token_embeddings(ref.VOCAB)
+    with pytest.raises(moefx.InputError, match=r"the gradient of .* is \[80, [\s\S]*zero_grad"):
+        opt(**ref.batch())
+    opt.zero_grad()
+    ref.check(opt, ref.batch())
 
 
 def test_config_changed(opt: moefx.OptimizedModule) -> None:

@@ -20,7 +20,7 @@ from .cli_training import register
 from .clusters import SEEDS
 from .expand import expand as expand_grouter
 from .fold import fold as fold_grouter
-from .fold import fold_report
+from .fold import fold_report, require_affinity_of
 from .groups import group_experts
 from .place import place as place_routing
 from .precompute import precompute as write_records
@@ -109,6 +109,7 @@ def fold(
     require_folder(out)
     if affinity:
         counts = sum_affinities(affinity)
+        require_affinity_of(model, counts)
     elif k is None:
         raise InputError("no affinity to fold by", todo="give --affinity, or the router's --k to count it from --data")
     else:

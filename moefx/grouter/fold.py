@@ -56,12 +56,7 @@ def fold(
     if isinstance(by, (AffinityResult, np.ndarray, Tensor)):
         if num_targets is None:
             raise InputError("num_targets is needed with an affinity", todo="say how many experts the target has")
-        matrix = affinity_matrix(by)
-        if len(matrix) != experts:
-            raise InputError(
-                f"an affinity of {len(matrix)} experts for a Grouter of {experts}",
-                todo="count the affinity with this Grouter's own routing",
-            )
+        require_affinity_of(grouter, by)
         by = group_experts(by, num_targets, method=method)
     elif num_targets is not None and num_targets != len(by):
         raise InputError(f"{len(by)} groups, but num_targets={num_targets}", todo="leave num_targets out with groups")
@@ -76,6 +71,16 @@ def fold(
     elif len({len(g) for g in groups}) > 1:
         wide, wide_bias = wide - wide.mean(0), wide_bias - wide_bias.mean()
     return with_score(grouter, member.T @ wide, wide_bias @ member)
+
+
+def require_affinity_of(grouter: Grouter, by: AffinityResult | npt.NDArray[Any] | Tensor) -> None:
+    """Raise `InputError` where an affinity is of another number of experts than the Grouter."""
+    known, experts = len(affinity_matrix(by)), len(grouter.score.weight)
+    if known != experts:
+        raise InputError(
+            f"an affinity of {known} experts for a Grouter of {experts}",
+            todo="count the affinity with this Grouter's own routing",
+        )
 
 
 def membership(groups: Sequence[Sequence[int]], experts: int) -> Tensor:

@@ -66,6 +66,8 @@ def test_affinity_then_fold(folder: Path) -> None:
     assert "affinity retained" in (folder / "f" / "fold.md").read_text()
     counted = run(folder, "fold", grouter(folder), "--targets", "3", "--k", "3", "--out", str(folder / "g"))
     assert counted["groups"] == folded["groups"]
+    with pytest.raises(InputError, match="an affinity of 8 experts for a Grouter of 3"):
+        run(folder, "fold", str(folder / "f"), "--targets", "2", "--affinity", shard, "--out", str(folder / "h"))
 
 
 def test_expand(folder: Path) -> None:

@@ -1,4 +1,6 @@
-"""Muon-LITE in transformers' Trainer: the optimizer and its schedule go in as a pair, and resume with its checkpoints.
+"""An optimized model and Muon-LITE in transformers' Trainer, which resumes both with its checkpoints.
+
+The Trainer is given the module that `moefx.optimize` returns, and the optimizer with its schedule as a pair.
 
 Needs `accelerate`, as the Trainer does.
 """
@@ -18,7 +20,7 @@ from transformers import (
 
 import moefx
 
-STEPS, WARMUP = 40, 4
+STEPS, WARMUP, BATCH = 40, 4, 8
 
 
 class Successors(Dataset):
@@ -45,16 +47,20 @@ def trainer(folder: str, checkpoint: str | None = None) -> Trainer:
     )  # fmt: skip
     # The Trainer's own resume does not stack experts again, which a checkpoint holds one by one; from_pretrained does.
     model = Qwen3MoeForCausalLM.from_pretrained(checkpoint) if checkpoint else Qwen3MoeForCausalLM(config)
-    groups = moefx.optim.param_groups(model, split="heads", verbose=False)
+    # As the Trainer calls it: it adds how many tokens the loss is a mean of. Shapes and dtypes matter, values do not.
+    ids = torch.zeros(BATCH, 16, dtype=torch.long)
+    example = {"input_ids": ids, "labels": ids, "num_items_in_batch": torch.tensor(1.0)}
+    opt = moefx.optimize(model.train(), example, codegen="eager")
+    groups = moefx.optim.param_groups(opt, split="heads", verbose=False)
     lite = moefx.optim.LiteConfig.wsd(warmup=WARMUP, total=STEPS)  # the recipe of MoE models: damping, no boost
     optimizer = moefx.optim.MuonLITE(groups, lr=1e-2, lite=lite)
     schedule = get_cosine_schedule_with_warmup(optimizer, WARMUP, STEPS)
     arguments = TrainingArguments(
-        folder, max_steps=STEPS, per_device_train_batch_size=8, logging_steps=10, save_steps=STEPS // 2,
+        folder, max_steps=STEPS, per_device_train_batch_size=BATCH, logging_steps=10, save_steps=STEPS // 2,
         report_to=[], use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
     set_seed(0)  # whatever drew before: the same data in the same order
-    return Trainer(model, arguments, train_dataset=Successors(), optimizers=(optimizer, schedule))
+    return Trainer(opt, arguments, train_dataset=Successors(), optimizers=(optimizer, schedule))
 
 
 if __name__ == "__main__":

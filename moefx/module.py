@@ -24,6 +24,7 @@ from . import compat
 from .delayed import AmaxHistory
 from .errors import InputError
 from .graph.routed import RoutedLayer
+from .holder import HOOKS
 from .losses import BiasUpdate, sign_update
 from .pickled import without_recorders
 from .precision_metrics import Meter
@@ -93,7 +94,7 @@ class OptimizedModule(nn.Module):
         own["_signed"] = _with_signature(OptimizedModule.forward, original.forward)
         super().__init__()
         del own["_is_full_backward_hook"]
-        for registry in (*REGISTRIES, *compat.HOOKS):
+        for registry in (*REGISTRIES, *HOOKS):
             own[registry] = original.__dict__[registry]
 
     # --- the original shows through

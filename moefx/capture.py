@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from . import compat
 from .errors import CaptureError, InputError, first_line, nearest
 from .graph.checkpointed import inline_checkpointed
+from .holder import HOOKS, Holder
 
 Tensor = torch.Tensor
 RECORDING = "transformers/utils/output_capturing.py"
@@ -35,6 +36,7 @@ class Captured:
     """
 
     gm: fx.GraphModule
+    holder: Holder
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     names: dict[str, str] = field(default_factory=dict)  # placeholder -> dotted parameter or buffer name, or input name
@@ -179,7 +181,7 @@ def capture(
     out.meta["moefx_outputs"] = compat.output_names(gm, args, kwargs)
     out.meta["moefx_differentiable"] = _differentiable(out)
     accepts = frozenset(_signature(model).parameters)
-    return Captured(gm, args, kwargs, names, axes, tensors, accepts)
+    return Captured(gm, Holder(gm, model), args, kwargs, names, axes, tensors, accepts)
 
 
 def _differentiable(out: fx.Node) -> frozenset[int]:
@@ -282,7 +284,7 @@ def _say_what_packs(model: nn.Module, tensors: dict[str, Tensor], named: dict[st
 @contextlib.contextmanager
 def _no_hooks(model: nn.Module) -> Iterator[None]:
     """Take off the model's own hooks, not those of its submodules: `OptimizedModule` runs them around its graphs."""
-    kept = {name: model.__dict__[name] for name in compat.HOOKS}
+    kept = {name: model.__dict__[name] for name in HOOKS}
     try:
         model.__dict__.update({name: type(hooks)() for name, hooks in kept.items()})
         yield

@@ -17,6 +17,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 import torch
@@ -28,16 +29,6 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 Tensor = torch.Tensor
 DynamicDims = Mapping[str, Sequence[int]]
-# The hook registries of a module.
-HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_backward_pre_hooks",
-    "_backward_hooks",
-)
 # Held while a graph is made: Dynamo, AOT and the registries of transformers keep their state per process.
 compiling = threading.RLock()
 # Calls that a forward may make to tell people something, all of which return None: no part of a graph.
@@ -85,20 +76,47 @@ def capture_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict
         skip_fwd_side_effects_in_bwd_under_checkpoint=True,
         **{telling: {*_TELLING, *getattr(config, telling)}},
     )
-    with settings, warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        gm: fx.GraphModule = dynamo_graph_capture_for_export(module)(*args, **kwargs)
+    with settings, _globals_kept(module) as scope:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            gm: fx.GraphModule = dynamo_graph_capture_for_export(module)(*args, **kwargs)
+        halves: list[Any] = [gm._dynamo_bytecode_flatten, gm._dynamo_bytecode_unflatten]
+        for half in halves:
+            # Alone what the code names: among the other globals there may be models. torch 2.11 looks builtins (`type`)
+            # up there too, and does not find them.
+            named = _globals_of(half.out.graph_capture_output.bytecode)
+            half.f_globals = {name: v for name, v in {**vars(builtins), **scope}.items() if name in named}
     gm.meta["side_effects"] = []
     for w in caught:
         if (found := _SIDE_EFFECTS.search(str(w.message))) is not None:
             gm.meta["side_effects"] += ast.literal_eval(found[1])
         else:
             warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
-    # torch 2.11 looks the builtins that the captured code names (`type`) up among its globals and does not find them.
-    halves: list[Any] = [gm._dynamo_bytecode_flatten, gm._dynamo_bytecode_unflatten]
-    for half in halves:
-        half.f_globals = {**vars(builtins), **half.f_globals}
     return gm
+
+
+@contextlib.contextmanager
+def _globals_kept(module: torch.nn.Module) -> Iterator[dict[str, Any]]:
+    """The globals of the module's forward. What a capture adds to them is taken out at the end.
+
+    Dynamo names its graph there, which leads to the model. It takes its names out when the code that it compiled dies,
+    but a capture makes no such code: the model would live as long as the process.
+    """
+    from torch._dynamo.convert_frame import get_traced_fn
+    from torch._dynamo.utils import CleanupHook
+
+    scope: dict[str, Any] = get_traced_fn(module)[0].__globals__
+    before = set(scope)
+    try:
+        yield scope
+    finally:
+        for name in [n for n in scope if n not in before and n.startswith("__")]:
+            CleanupHook(scope, name)()
+
+
+def _globals_of(code: CodeType) -> set[str]:
+    """Names that some code, or a function made in it, may look up."""
+    return {*code.co_names}.union(*(_globals_of(c) for c in code.co_consts if isinstance(c, CodeType)))
 
 
 def flat_inputs(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -218,8 +236,7 @@ def export_graph(
             from torch._inductor.decomposition import select_decomp_table
 
             table = select_decomp_table()
-        with _tensors_kept(gm):
-            joint = aot_export_joint_with_descriptors(stack, gm, args, kwargs, decompositions=table)
+        joint = aot_export_joint_with_descriptors(stack, gm, args, kwargs, decompositions=table)
     out = joint.graph_module
     out.graph.set_codegen(fx.graph.CodeGen())
     placeholders = out.graph.find_nodes(op="placeholder")
@@ -260,22 +277,6 @@ def export_graph(
         {i: o.output_type.name for i, o in odd.items()},
         {i: kept.index(int(b)) for i, b in same.items()},
     )
-
-
-@contextlib.contextmanager
-def _tensors_kept(module: torch.nn.Module) -> Iterator[None]:
-    """Put every module's own parameters and buffers back.
-
-    While AOT traces, they are replaced. What torch 2.13 puts back is wrong for a module that is registered under two
-    names: the second name is restored last, and what was found under it was the first one's replacement.
-    """
-    registries: list[dict[str, Any]] = [r for m in module.modules() for r in (m._parameters, m._buffers)]
-    before = [dict(r) for r in registries]
-    try:
-        yield
-    finally:
-        for registry, tensors in zip(registries, before, strict=True):
-            registry.update(tensors)
 
 
 def _slot(desc: Any) -> Slot:

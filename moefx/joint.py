@@ -94,7 +94,8 @@ def trace_joint(captured: Captured, *, grad: bool, codegen: str) -> Joint:
 
 def _export(captured: Captured, grad: bool, inductor: bool) -> compat.ExportedGraph:
     try:
-        return compat.export_graph(captured.gm, captured.args, captured.kwargs, grad=grad, inductor=inductor)
+        with captured.holder.as_model():
+            return compat.export_graph(captured.gm, captured.args, captured.kwargs, grad=grad, inductor=inductor)
     except Exception as e:
         first = first_line(e)
         _refuse_numbers(captured, e)

@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from . import compat
 from .errors import CaptureError, InputError, MoefxError, PassError, RecipeError, nearest
 from .graph import edit
 from .graph.effects import is_random, name_of, writers
+from .holder import attribute
 from .report import PassRow, Report
 from .verify import Verifier
 
@@ -95,7 +96,7 @@ class Context:
 
 @dataclass
 class PassManager:
-    """An ordered list of passes. Edited by copies: `pipeline("bf16").insert(after="share_plans", p)`."""
+    """An ordered list of passes. Edited by copies: `pipeline("bf16").insert(p, after="share_plans")`."""
 
     passes: tuple[Pass, ...] = ()
     given: frozenset[str] = field(default_factory=lambda: frozenset({"captured", "moe_raised"}))
@@ -106,8 +107,13 @@ class PassManager:
         return [p.name for p in self.passes]
 
     def insert(self, p: Pass, *, before: str | None = None, after: str | None = None) -> PassManager:
-        """A copy with `p` next to the named pass, or at the end."""
+        """A copy with `p` before or after the named pass, or at the end. `PassError` for both, or an unknown name."""
         check_pass(p)
+        if before is not None and after is not None:
+            raise PassError(
+                f"pass {p.name} is to stand before {before} and after {after}",
+                todo="name one of them; what a pass has to run behind, its `requires` says",
+            )
         if before is None and after is None:
             return PassManager((*self.passes, p), self.given)
         at = self._index(before if before is not None else str(after)) + (before is None)
@@ -169,7 +175,7 @@ class PassManager:
         """Run this level's passes on `gm` in place; rows and snapshots go to the report."""
         if verifier is not None:
             verifier.start(gm)
-        kept = before = Kept(gm.graph)
+        kept = before = Kept(gm.graph, frozenset(gm.parameters()))
         for p in self.ordered():
             if p.level == level:
                 kept = _run_one(p, gm, report, fake_mode, verifier, kept)
@@ -204,6 +210,7 @@ def _run_one(
         changed = _apply(p, graph, Context(row, p.level))
         if changed:
             _lint(graph)
+            _refuse_modules(changed, kept.parameters)
             refresh(graph, changed, p.level, fake_mode)
             kept = kept.check(p, graph)
             again = _apply(p, graph, Context(PassRow(p.name, p.level, p.numerics), p.level), mark=False)
@@ -234,6 +241,7 @@ def _run_one(
 def _apply(p: Pass, graph: fx.Graph, ctx: Context, *, mark: bool = True) -> list[fx.Node]:
     """Run a pass; the nodes that are new or read something else than before, in graph order."""
     before = {n: (n.target, n.args, n.kwargs) for n in graph.nodes}
+    output = graph.output_node()
     try:
         p.run(graph, ctx)
     except (PassError, RecipeError, CaptureError):  # graph, recipe or model do not allow the pass
@@ -247,6 +255,8 @@ def _apply(p: Pass, graph: fx.Graph, ctx: Context, *, mark: bool = True) -> list
             why=f"{type(e).__name__}: {e}",
             todo="the model itself is unchanged; mend the pass or leave it out",
         ) from e
+    if (now := graph.output_node()) is not output:  # notes on the outputs hold for the node that a pass made anew
+        now.meta = {**output.meta, **now.meta}
     changed = [n for n in graph.nodes if n not in before or _differs((n.target, n.args, n.kwargs), before[n])]
     if mark:
         for n in changed:
@@ -272,16 +282,18 @@ def _flat_outputs(graph: fx.Graph) -> list[Any]:
 class Kept:
     """What of a graph no pass may change: inputs, types of outputs, and (unless its class is "changes") its effects."""
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, parameters: frozenset[nn.Parameter]) -> None:
         self.inputs = graph.find_nodes(op="placeholder")
         self.outputs = edit.map_values(_flat_outputs(graph))
         self.draws = [n for n in graph.nodes if is_random(n)]
         written = writers(graph)
         self.updates = {n: written(n) for n in self.inputs if written(n)}
+        # Parameters of the model: what a graph's module has before the first pass.
+        self.parameters = parameters
 
     def check(self, p: Pass, graph: fx.Graph) -> Kept:
         """The same of the graph after pass `p`; raises `PassError` for what is not as it was."""
-        now = Kept(graph)
+        now = Kept(graph, self.parameters)
         if now.inputs != self.inputs:
             raise PassError("the graph's inputs changed", todo="add, remove and move no placeholder")
         if len(now.outputs) != len(self.outputs) and not (p.adds_outputs and len(now.outputs) > len(self.outputs)):
@@ -333,6 +345,27 @@ def _lint(graph: fx.Graph) -> None:
             why=str(e),
             todo="insert a node before its readers (graph.inserting_before), and erase only what nobody reads",
         ) from e
+
+
+def _refuse_modules(changed: Iterable[fx.Node], parameters: frozenset[nn.Parameter]) -> None:
+    """Raise `PassError` for modules that a pass calls, and for parameters that it brings."""
+    for node in changed:
+        if node.op == "call_module":
+            raise PassError(
+                f"it calls the module {node.target}",
+                where=_where(node),
+                why="graphs call functions; what a module computes, no other pass would see",
+                todo="call the functions instead (graph.call_function), and register its tensors as buffers that "
+                "graph.get_attr reads",
+            )
+        found = attribute(node.graph.owning_module, node.target) if node.op == "get_attr" else None
+        if isinstance(found, torch.Tensor) and found.requires_grad and found not in parameters:
+            raise PassError(
+                f"it adds {node.target}, which requires a gradient",
+                where=_where(node),
+                why="what a pass adds to a graph is a constant and would never be trained",
+                todo="register a parameter on the model before moefx.optimize, or a buffer in the pass",
+            )
 
 
 @contextlib.contextmanager
@@ -388,9 +421,7 @@ def refresh(graph: fx.Graph, changed: Iterable[fx.Node], level: str, fake_mode: 
 
 
 def _set_constant(node: fx.Node, level: str, fake_mode: Any) -> None:
-    val: Any = node.graph.owning_module
-    for name in str(node.target).split("."):
-        val = getattr(val, name)
+    val = attribute(node.graph.owning_module, node.target)
     if isinstance(val, torch.Tensor) and fake_mode is not None:
         with compat.no_fake():
             val = fake_mode.from_tensor(val, static_shapes=True)

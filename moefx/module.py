@@ -24,6 +24,7 @@ from . import compat
 from .delayed import AmaxHistory
 from .errors import InputError
 from .graph.routed import RoutedLayer
+from .holder import HOOKS
 from .losses import BiasUpdate, sign_update
 from .pickled import without_recorders
 from .precision_metrics import Meter
@@ -93,7 +94,7 @@ class OptimizedModule(nn.Module):
         own["_signed"] = _with_signature(OptimizedModule.forward, original.forward)
         super().__init__()
         del own["_is_full_backward_hook"]
-        for registry in (*REGISTRIES, *compat.HOOKS):
+        for registry in (*REGISTRIES, *HOOKS):
             own[registry] = original.__dict__[registry]
 
     # --- the original shows through
@@ -215,12 +216,14 @@ class OptimizedModule(nn.Module):
         options = self._options
         if self.router is not None:  # else `copy.to(...)` would move the router of this module
             options = replace(options, routing=copy.deepcopy(options.routing, memo))
-        new = OptimizedModule(copy.deepcopy(self.original, memo), self.__dict__["_compile"], options, self.report)
+        report = copy.deepcopy(self.report, memo)
+        new = OptimizedModule(copy.deepcopy(self.original, memo), self.__dict__["_compile"], options, report)
         if self._structure is not None and self._structure.holds():
             new.__dict__["_structure"] = new._present_structure()
             new.__dict__["_structure"].watch_as(self._structure)
             new.__dict__["_variants"] = dict(self._variants)
         new.load_precision_state(self.precision_state())
+        new._counts.update(copy.deepcopy(self._counts, memo))
         memo[id(self)] = new
         new.__dict__.update(copy.deepcopy(self._assigned(), memo))
         return new
@@ -231,7 +234,7 @@ class OptimizedModule(nn.Module):
 
     def __reduce__(self) -> Any:
         """Pickle the original and the options; graphs are compiled again when next called."""
-        rebuilt = (without_recorders(self.original), self._options, self.precision_state())
+        rebuilt = (without_recorders(self.original), self._options, self.precision_state(), self._counts)
         return (_rebuild, rebuilt, *([assigned] if (assigned := self._assigned()) else []))
 
     def _assigned(self) -> dict[str, Any]:
@@ -469,9 +472,12 @@ def _with_signature(method: Callable[..., Any], like: Callable[..., Any]) -> Cal
     return new
 
 
-def _rebuild(original: nn.Module, options: Any, state: Mapping[str, Any]) -> nn.Module:
+def _rebuild(
+    original: nn.Module, options: Any, state: Mapping[str, Any], counts: Mapping[str, Tensor] | None = None
+) -> nn.Module:
     from .optimize import reoptimize
 
     opt = reoptimize(original, options)
     opt.load_precision_state(state)
+    opt._counts.update(counts or {})
     return opt

@@ -10,6 +10,7 @@ from typing import Any
 from torch import fx
 
 import moefx.kernels.registry as providers
+from moefx.holder import attribute
 from moefx.view.casts import summary
 
 
@@ -41,14 +42,24 @@ class Graphs(Mapping[str, fx.GraphModule]):
     """Graphs by stage or pass name, in order. Kept as bare graphs; a GraphModule is made when one is looked at."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, tuple[fx.GraphModule, fx.Graph]] = {}
+        self._kept: dict[str, tuple[dict[str, Any], fx.Graph]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
+        """Another collection of the same snapshots, which nobody changes."""
+        new = Graphs()
+        new._kept.update(self._kept)
+        return new
 
     def keep(self, name: str, root: fx.GraphModule, graph: fx.Graph) -> None:
-        """Add a snapshot; a name that is taken gets a number."""
+        """Add a snapshot; a name that is taken gets a number.
+
+        Of the root, what the graph reads off it is kept alone: a captured graph's leads to the model.
+        """
         unique, n = name, 2
         while unique in self._kept:
             unique, n = f"{name}#{n}", n + 1
-        self._kept[unique] = (root, graph)
+        constants = {str(n.target): attribute(root, n.target) for n in graph.find_nodes(op="get_attr")}
+        self._kept[unique] = (constants, graph)
 
     def graph(self, name: str) -> fx.Graph | None:
         """The bare graph of a stage, None when there is no such stage."""
@@ -57,8 +68,8 @@ class Graphs(Mapping[str, fx.GraphModule]):
     def __getitem__(self, name: str) -> fx.GraphModule:
         if name not in self._kept:
             raise KeyError(f"no stage {name!r}; there are {', '.join(self._kept)}")
-        root, graph = self._kept[name]
-        return fx.GraphModule(root, graph, class_name=name.replace("#", "_"))
+        constants, graph = self._kept[name]
+        return fx.GraphModule(constants, graph, class_name=name.replace("#", "_"))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._kept)

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from . import compat
 from .errors import InputError
+from .holder import HOOKS
 
 Tensor = torch.Tensor
 # Config entries that no forward depends on: captures run without a cache, and `save_pretrained` notes the other ones.
@@ -64,7 +65,7 @@ class Structure:
         self.forwards = [d.get("forward") for d in self.own]
         self.tensors = [(d, n) for m in self.modules for d in (m._parameters, m._buffers) for n in d]
         # The root's own hooks run around the compiled forward, at every call.
-        self.hooks = [getattr(m, h) for m in self.modules[1:] for h in compat.HOOKS]
+        self.hooks = [getattr(m, h) for m in self.modules[1:] for h in HOOKS]
         configs = [getattr(m, "config", None) for m in self.modules]
         self.configs = list({id(c): c.__dict__ for c in configs if hasattr(c, "__dict__")}.values())
         self.plain = [(i, n) for i, d in enumerate(self.own) for n, v in d.items() if _watched(n, v)]

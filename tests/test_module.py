@@ -268,6 +268,16 @@ def test_a_shallow_copy_shares_the_original(opt: moefx.OptimizedModule) -> None:
     assert shallow.original is opt.original
 
 
+def test_copies_have_reports_of_their_own() -> None:
+    opt = ref.optimize(ref.Block(), (ref.hidden(),))
+    text, copied = str(opt.report), copy.deepcopy(opt)
+    assert str(copied.report) == text
+    assert list(copied.graphs) == list(opt.graphs)
+    copied.eval()(ref.hidden())
+    assert len(copied.report.signatures) == 2
+    assert str(opt.report) == text
+
+
 def test_deepcopy_of_a_module_that_holds_an_optimized_one(opt: moefx.OptimizedModule) -> None:
     outer = nn.ModuleDict({"opt": opt, "head": opt.lm_head})
     copied = copy.deepcopy(outer)

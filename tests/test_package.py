@@ -45,6 +45,7 @@ LAYERS = (
         "moefx.verify",
         "moefx.graph",
         "moefx.capture",
+        "moefx.holder",
         "moefx.joint",
         "moefx.routing",
         "moefx.report",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -253,7 +255,12 @@ def test_biases_follow_the_load() -> None:
         opt.update_router_bias()
     for _ in range(2):  # two micro-batches count together
         opt(**inputs).loss.backward()
+    copies = [copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))]  # with what they have counted
     opt.update_router_bias()
+    for other in copies:
+        other.update_router_bias()
+        moved = dict(other.original.named_buffers())
+        assert all(torch.equal(moved[n], b) for n, b in biases.items())
     assert len(biases) == len(layers) == 2
     for (name, bias), m in zip(biases.items(), layers, strict=True):
         counts = [m.c(e) for e in range(m.experts)]

@@ -152,6 +152,8 @@ def test_insert_and_remove_leave_the_original_alone() -> None:
     assert base.remove("a").names == ["b"]
     assert base.names == ["a", "b"]
     assert base.remove("a").remove("b").ordered() == []
+    with pytest.raises(PassError, match="pass c is to stand before b and after a"):
+        base.insert(c, before="b", after="a")
 
 
 @pytest.mark.parametrize(

@@ -280,8 +280,9 @@ class GroupedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from `state_dict`: every tensor keeps its own dtype, so that the next step is the one that it was.
 
-        A state that was saved with other ranks, or one, is laid out as the parameters are here. Hooks run as torch's
-        documentation says: what the ones before make of the state is what is checked and loaded.
+        A state that was saved with other ranks, or one, is laid out as the parameters are here. `rounding` may be
+        another: float32 masters begin as the parameters, or are dropped. Hooks run as torch's documentation says: what
+        the ones before make of the state is what is checked and loaded.
 
         Raises:
             InputError: groups, parameters, their names or shapes, algorithms, layouts or LITE settings are others than
@@ -297,9 +298,10 @@ class GroupedOptimizer(Optimizer):
         groups: list[Group] = []
         for saved, here in zip(checked(state_dict, self.param_groups, self.state), self.param_groups, strict=True):
             for index, p in zip(saved["params"], here["params"], strict=True):
-                for key, value in state_dict["state"][index].items():
+                found = state_dict["state"][index]
+                for key, kept in self.state[p].items():
                     device = "cpu" if key.partition(".")[0] in HOST_COUNTERS else p.device
-                    kept = self.state[p][key]
+                    value = found.get(key, p)  # a master that the saved run did not keep begins as the parameter
                     state[p][key] = as_laid_out(value, kept).to(device, kept.dtype)
             group = {key: copy.deepcopy(value) for key, value in saved.items() if key != "params"}
             group.update({key: group[key].to("cpu") for key in ("step", "projected") if key in group})

@@ -172,9 +172,9 @@ def check_copies(grads: Sequence[Tensor], places: Sequence[Place]) -> None:
     Raises:
         InputError: on every rank, if they are not the same everywhere, or nobody averaged their gradients.
     """
-    if not any(place.copies for place in places):
+    plain = [g for g, place in zip(grads, places, strict=True) if place.copies and dist.group.WORLD in place.copies]
+    if not plain:
         return
-    plain = [g for g, place in zip(grads, places, strict=True) if dist.group.WORLD in place.copies]
     mine = [(tuple(g.shape), float(g.double().abs().sum())) for g in plain]
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, mine)

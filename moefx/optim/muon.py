@@ -98,11 +98,15 @@ def _update(items: list[Item], group: Group, step: int) -> None:
         buckets.setdefault(key, []).append(_Piece(x, slice(0, matrices(x.weights).shape[0])))
     if step == 0 and group["replicas"] == "split":
         check_copies([x.grad for x in items], [x.place for x in items])
-    turn = 0
+    # Matrices dealt so far among the same ranks, which all count alike; of what is whole, each rank has its own number.
+    turns: dict[Any, int] = {}
     for bucket in buckets.values():
+        place = bucket[0].item.place
+        ranks = place.gather, place.copies
         for chunk in _chunks(bucket, budget(group, bucket[0].item.weights.device)):
+            turn = turns.get(ranks, 0)
             _update_chunk(chunk, group, values, turn)
-            turn += sum(piece.rows.stop - piece.rows.start for piece in chunk)
+            turns[ranks] = turn + sum(piece.rows.stop - piece.rows.start for piece in chunk)
     if lite is not None and lite.mode == "fast" and values is not None and items:
         group["projected"].fill_(not values.uniform)
 

@@ -18,6 +18,7 @@ Group = dict[str, Any]
 HOST_COUNTERS = ("calls",)  # state that stays on the CPU
 # Who computes what is no part of the result, and there may be other ranks now; how weights are rounded may change.
 _OF_HERE = ("lite", "replicas", "rounding", "split")
+_OF_ROUNDING = {"master"}  # state that one way of rounding keeps
 _SHOWN = 3
 _SHORT = Repr()
 _SHORT.maxlist, _SHORT.maxstring, _SHORT.maxother = _SHOWN, 120, 120
@@ -77,10 +78,10 @@ def _differences(saved: Any, here: Any) -> str:
 
 
 def _compare_state(saved: Mapping[str, Tensor] | None, here: Mapping[str, Tensor], where: str) -> None:
-    if saved is None or set(saved) != set(here):
+    if saved is None or set(saved) - _OF_ROUNDING != set(here) - _OF_ROUNDING:
         raise _other(f"the state holds {sorted(saved or ())}, here it is {sorted(here)}", where)
     for key, value in here.items():
-        if saved[key].shape != value.shape:
+        if key in saved and saved[key].shape != value.shape:
             raise _other(f"{key} {list(saved[key].shape)} was saved, {list(value.shape)} is here", where)
 
 

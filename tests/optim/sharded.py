@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
@@ -92,6 +93,46 @@ def experts_cut_in_both_ways(c: Context) -> None:
         equal_to_one_process(
             MADE[kind], mesh, lambda p: [Shard(0), Shard(1)] if p.ndim == 3 else [Replicate(), Shard(0)]
         )
+
+
+@check
+def work_is_dealt_alike_whatever_stacks_a_rank_holds(c: Context) -> None:
+    # Three experts, or one, are not as many on each rank; the matrices after them are shared all the same.
+    shapes = ((3, 8, 6), (6, 6), (1, 5, 6), (6, 7), (7, 6), (7, 6), (3, 6, 6))
+    mesh, hybrid = c.mesh(c.world), c.mesh(c.world // 2, 2)
+    cases: list[tuple[Any, Any]] = [
+        (mesh, rows),
+        (mesh, lambda p: [Shard(0) if p.ndim == 3 else Replicate()]),
+        (hybrid, lambda p: [Replicate(), Shard(0)]),
+        (hybrid, lambda p: [Shard(0), Shard(1)] if p.ndim == 3 else [Replicate(), Shard(0)]),
+    ]
+    for kind in ("muon", "fast", "parity"):
+        for where, placements in cases:
+            equal_to_one_process(
+                lambda g: MADE[kind]([{**x, "replicas": "split"} for x in g]),  # noqa: B023
+                where,
+                placements,
+                shapes,
+                steps=3,
+            )
+    # Experts of one rank alone, of which nobody else has as many.
+    params, wanted = laid_out(parameters(shapes[1:2]), mesh, rows), parameters(shapes[1:2])
+    own = nn.Parameter(random(1 + c.rank, 8, 6))
+    own.grad = torch.ones_like(own)
+    train(params, Muon([{"params": [own, *params]}], lr=0.02), range(2))
+    train(wanted, Muon(wanted, lr=0.02), range(2))
+    assert distance(params, wanted) < 1e-6
+
+
+@check
+def ranks_outside_of_a_mesh_are_not_waited_for(c: Context) -> None:
+    half = DeviceMesh("cpu", list(range(c.world // 2)))
+    if c.rank >= c.world // 2:
+        return
+    params, wanted = laid_out(parameters(), half, lambda p: [Replicate()]), parameters()
+    train(params, Muon(groups(params), lr=0.02, replicas="split"), range(2))
+    train(wanted, Muon(groups(wanted), lr=0.02), range(2))
+    assert distance(params, wanted) < 1e-6
 
 
 @check

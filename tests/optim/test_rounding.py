@@ -200,10 +200,35 @@ def test_wrong_roundings() -> None:
         with pytest.raises(InputError, match=match):
             make()
     AdamW([half], rounding="master")  # a master suits any dtype
-    params = parameters()
-    saved = Muon(params).state_dict()
-    with pytest.raises(InputError, match="master"):
-        Muon(params, rounding="master").load_state_dict(saved)
-    other = Muon(params, rounding="stochastic")
-    other.load_state_dict(saved)  # needs no state: it may begin at any time
-    assert other.param_groups[0]["rounding"] == "stochastic"
+
+
+@pytest.mark.parametrize("kind", list(MADE))
+def test_a_resumed_run_may_round_otherwise(kind: str) -> None:
+    for before in ("nearest", *CAREFUL):
+        params = parameters()
+        first = MADE[kind](params, rounding=before)
+        train(params, first, range(4))
+        saved = copy.deepcopy(first.state_dict())
+        # From here on it is a run whose float32 weights begin as the rounded ones.
+        wide = [nn.Parameter(p.detach().float()) for p in params]
+        reference = MADE[kind](wide)
+        reference.load_state_dict(saved)
+        train(wide, reference, range(4, 5))
+        for after in {"nearest", *CAREFUL} - {before}:
+            again = parameters()
+            optimizer = MADE[kind](again, rounding=after)
+            train(again, optimizer, range(7, 8))  # its own masters are no longer what they were
+            for p, q in zip(again, params, strict=True):
+                p.data.copy_(q)
+            optimizer.load_state_dict(saved)
+            assert optimizer.param_groups[0]["rounding"] == after
+            train(again, optimizer, range(4, 5))
+            for p, q in zip(again, wide, strict=True):
+                assert ("master" in optimizer.state[p]) == (after == "master")
+                if after == "master":
+                    assert torch.equal(optimizer.state[p]["master"], q)
+                if after == "stochastic":
+                    far = (p.float() - q).abs() / q.abs().clamp_min(1e-3)
+                    assert far.max() < 2**-7  # one of the two neighbours
+                else:
+                    assert torch.equal(p, q.bfloat16())

@@ -168,23 +168,47 @@ def table(rows: list[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def decide(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
-    """For each shape whose layer was measured wide and under a recipe: how many times faster the recipe is."""
+def decide(rows: list[dict[str, str]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """For each shape whose layer was measured wide and under a recipe: how many times faster the recipe is.
+
+    Returns:
+        rows of kernels/decisions.csv; the shapes that give none, with the reason.
+    """
     ms: dict[tuple[str, str, str], float] = {}
     for r in rows:
         if r["part"] == "layers":
             shape, _, way = r["case"].rpartition(", ")
             ms[r["device"], shape, f"{r['provider']} {way}"] = float(r["ms"])
-    found = []
+    found, skipped = [], []
     for device, shape in dict.fromkeys((d, s) for d, s, _ in ms):
         wide, narrow = (
             sum(ms.get((device, shape, f"moefx {recipe} {way}"), float("nan")) for way in ("forward", "backward"))
             for recipe in ("bf16", "fp8_flow")
         )
-        if wide / narrow == wide / narrow:  # neither is missing
+        if shape not in gpu_layers.LAYERS:
+            skipped.append(f"{shape} on {device}: no layer of this name in gpu_layers.LAYERS")
+        elif wide / narrow != wide / narrow:
+            skipped.append(f"{shape} on {device}: not measured under bf16 and fp8_flow, forward and backward")
+        else:
             sizes = dict(zip("THIEk", gpu_layers.LAYERS[shape], strict=True))
             found.append({"device": device, "recipe": "fp8_flow", **sizes, "speedup": f"{wide / narrow:.3f}"})
-    return found
+    return found, skipped
+
+
+def record(file: Path, decisions: Path) -> None:
+    """Write the table `decisions` from what `file` says was measured; without a row for it, leave it as it is."""
+    from moefx.files import replacing
+    from moefx.kernels.decisions import FIELDS as COLUMNS
+
+    found, skipped = decide(read(file))
+    for line in skipped:
+        print(f"skipped: {line}")
+    if not found:
+        sys.exit(f"{file} holds no layer to record: {decisions} stays as it is")
+    with replacing(decisions.parent, decisions.name) as folder, (folder / decisions.name).open("w", newline="") as f:
+        writer = csv.DictWriter(f, COLUMNS)
+        writer.writeheader()
+        writer.writerows(found)
 
 
 def main() -> None:
@@ -203,12 +227,7 @@ def main() -> None:
         print(table(read(file)))
         return
     if args.decide:
-        from moefx.kernels.decisions import FIELDS as COLUMNS
-
-        with (Path(__file__).parents[1] / "kernels" / "decisions.csv").open("w", newline="") as f:
-            writer = csv.DictWriter(f, COLUMNS)
-            writer.writeheader()
-            writer.writerows(decide(read(file)))
+        record(file, Path(__file__).parents[1] / "kernels" / "decisions.csv")
         return
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("no CUDA device here: every row stays 'not yet measured' (--device cpu --small tries the script)")

@@ -14,9 +14,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from moefx.errors import InputError
 from moefx.precision.recipe import get_recipe, recipe_names
 
 FIELDS = ("device", "recipe", "T", "H", "I", "E", "k", "speedup")
@@ -46,11 +48,38 @@ class Row:
 
 
 def read(file: Path) -> tuple[Row, ...]:
-    """The rows of a table."""
+    """The rows of a table.
+
+    Raises:
+        InputError: other columns than `FIELDS`, or a value that no measured layer has; it names the line.
+    """
     with file.open(newline="") as f:
-        lines = list(csv.DictReader(f))
-    return tuple(
-        Row(r["device"], r["recipe"], speedup=float(r["speedup"]), **{n: int(r[n]) for n in "THIEk"}) for r in lines
+        lines = csv.DictReader(f)
+        if tuple(lines.fieldnames or ()) != FIELDS:
+            raise _malformed(file, 1, f"the columns are {', '.join(lines.fieldnames or ()) or 'none'}")
+        return tuple(_row(r, file, lines.line_num) for r in lines)
+
+
+def _row(r: dict[str, Any], file: Path, line: int) -> Row:
+    try:
+        if None in r or None in r.values():
+            raise ValueError(f"the row has not {len(FIELDS)} values")
+        sizes = {n: int(r[n]) for n in "THIEk"}
+        found = Row(r["device"], r["recipe"], speedup=float(r["speedup"]), **sizes)
+    except ValueError as error:
+        raise _malformed(file, line, str(error)) from error
+    if not (found.device and found.recipe and min(sizes.values()) > 0 and 0 < found.speedup < math.inf):
+        raise _malformed(file, line, f"the row says {found}, under {found.recipe!r}")
+    return found
+
+
+def _malformed(file: Path, line: int, why: str) -> InputError:
+    return InputError(
+        "a table of measured layers cannot be read",
+        where=f"{file}:{line}",
+        why=why,
+        todo=f"columns {','.join(FIELDS)}; names, sizes of at least 1, a finite speedup above 0; "
+        "benchmarks/gpu.py --decide writes such tables",
     )
 
 

@@ -42,6 +42,9 @@ def _act(g: Tensor, kind: str, out: Tensor) -> Tensor:
     """`act(g)` into `out`."""
     if kind == "silu":
         aten.silu.out(g, out=out)
+    elif g.is_contiguous() and not out.is_contiguous():
+        # oneDNN's exact GELU, which takes contiguous operands, would write beside an `out` that lies otherwise.
+        out.copy_(aten.gelu(g, approximate=_APPROXIMATE[kind]))
     else:
         aten.gelu.out(g, approximate=_APPROXIMATE[kind], out=out)
     return out

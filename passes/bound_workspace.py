@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ from moefx.precision.spec import QuantSpec
 ops = torch.ops.moefx
 aten = torch.ops.aten
 WIDE, SCALED = targets(ops.grouped_mm), targets(ops.scaled_grouped_mm)
-STEP = 128  # columns: a tile of a product, and a block of scales
+STEP = 128  # columns: a tile of a product
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class BoundWorkspace(Pass):
             if y.target not in WIDE | SCALED:
                 continue
             rows, columns = (size_hint(s) for s in value(y).shape)
+            per = _block_height(y)
+            step = math.lcm(STEP, per or 1)  # a slice of W begins at a block of its scales
             a_column = rows * value(y).element_size()
             if a_column * columns <= self.mib * 2**20:
                 continue
@@ -53,16 +56,20 @@ class BoundWorkspace(Pass):
                 ctx.rejected(combine, "the gradient of its weights reads all columns of a row")
             elif len(y.users) > 1:
                 ctx.rejected(combine, "others read the rows, too")
-            elif columns <= STEP:
-                ctx.rejected(combine, f"{STEP} columns of {rows} rows are the least that is made at once")
+            elif columns <= step:
+                ctx.rejected(combine, f"{step} columns of {rows} rows are the least that is made at once")
             else:
-                width = max(int(self.mib * 2**20 / a_column) // STEP, 1) * STEP
-                ctx.matched(_by_columns(graph, combine, y, width, columns))
+                width = max(int(self.mib * 2**20 / a_column) // step, 1) * step
+                ctx.matched(_by_columns(graph, combine, y, width, columns, per))
 
 
-def _by_columns(graph: fx.Graph, combine: fx.Node, y: fx.Node, width: int, columns: int) -> fx.Node:
+def _block_height(product: fx.Node) -> int | None:
+    """Rows of W under one scale; None: all of them, or none has a scale."""
+    return QuantSpec.parse(arguments(product)["w_spec"]).br if product.target in SCALED else None
+
+
+def _by_columns(graph: fx.Graph, combine: fx.Node, y: fx.Node, width: int, columns: int, per: int | None) -> fx.Node:
     a, product = arguments(combine), arguments(y)
-    per = QuantSpec.parse(product["w_spec"]).br if y.target in SCALED else None  # None: one scale for all rows of W
     parts = []
     with inheriting(graph, combine) as call:
 

@@ -47,7 +47,7 @@ def _softplus(x):
     series = 1 + q * (
         1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13 + q * (1 / 15 + q / 17))))))
     )
-    return tl.where(x > 0, x, 0.0) + 2 * z * series + (x - x)  # NaN stays NaN
+    return tl.where(x > 0, x, 0.0) + 2 * z * series
 
 
 @triton.jit

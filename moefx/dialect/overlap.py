@@ -43,8 +43,8 @@ def _normalised(z_SI: Tensor, slot_Tk: Tensor, eps: float) -> tuple[Tensor, Tens
 
 def _cosines(u_TkI: Tensor) -> Tensor:
     """The Gram matrix [T, k, k] with zeros on its diagonal."""
-    gram = u_TkI @ u_TkI.mT
-    return gram - torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1))
+    itself = torch.eye(u_TkI.shape[-2], dtype=torch.bool, device=u_TkI.device)
+    return (u_TkI @ u_TkI.mT).masked_fill(itself, 0)  # not a difference: NaN in a row is no pair of it with itself
 
 
 def _overlap(z_SI: Tensor, slot_Tk: Tensor, eps: float = EPS) -> Tensor:

@@ -133,7 +133,7 @@ def _topk_route_backward(
     elif score == "sigmoid":
         ds = ds * s * (1 - s)
     elif score == "sqrtsoftplus":
-        ds = torch.where(s > 0, ds * x.sigmoid() / (2 * s), 0)
+        ds = torch.where(s == 0, 0, ds * x.sigmoid() / (2 * s))
     return ds.to(logits.dtype)
 
 

@@ -76,9 +76,19 @@ class Blocks:
         grouped = rows is not None and spec.br != 1
         return Blocks(M, N, R, C, br, bc, rows, rows.blocks(spec.br, R) if rows is not None and grouped else None)
 
+    @property
+    def within_rows(self) -> bool:
+        """Whether each row has a row of blocks to itself."""
+        return self.row_block is None and self.br == 1 and self.R == self.M
+
+    @property
+    def within_columns(self) -> bool:
+        """Whether each column has a column of blocks to itself."""
+        return self.bc == 1 and self.C == self.N
+
     def amax(self, t: Tensor, low: float = 0) -> Tensor:
         """Largest `t` [..., M, N] of each block, `low` in blocks without elements: [..., R, C]. NaN is the largest."""
-        if self.bc > 1 or self.C != self.N:
+        if not self.within_columns:
             t = pad(t, (0, self.C * self.bc - self.N), value=low) if self.C * self.bc != self.N else t
             t = t.unflatten(-1, (self.C, self.bc)).amax(-1)
         return self.amax_of_rows(t, low)
@@ -88,7 +98,7 @@ class Blocks:
         if self.row_block is not None:
             out = t.new_full((self.R + 1, t.shape[-1]), low)
             return out.scatter_reduce_(0, self.row_block[:, None].expand_as(t), t, "amax")[: self.R]
-        if self.br == 1 and self.R == self.M:
+        if self.within_rows:
             return t
         if self.R * self.br != self.M:
             t = pad(t, (0, 0, 0, self.R * self.br - self.M), value=low)
@@ -99,7 +109,7 @@ class Blocks:
         """Values of blocks [..., R, C] at the rows: [..., M, C]."""
         if self.row_block is not None:
             return s.index_select(-2, self.row_block.clamp(max=self.R - 1))
-        if self.br == 1 and self.R == self.M:
+        if self.within_rows:
             return s
         return (
             s.expand(*s.shape[:-2], self.M, -1) if self.R == 1 else s.repeat_interleave(self.br, -2)[..., : self.M, :]
@@ -108,7 +118,7 @@ class Blocks:
     def at_elements(self, s: Tensor) -> Tensor:
         """Values of blocks [..., R, C] at the elements: [..., M, N]."""
         s = self.at_rows(s)
-        if self.bc == 1 and self.C == self.N:
+        if self.within_columns:
             return s
         return s.expand(*s.shape[:-1], self.N) if self.C == 1 else s.repeat_interleave(self.bc, -1)[..., : self.N]
 

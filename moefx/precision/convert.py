@@ -229,11 +229,10 @@ def _shift(
 ) -> tuple[Tensor, Tensor]:
     """Codes uint8 [..., M, N] and scales of `to_spec`, whose exponents follow `rule`."""
     a, b = spec.format, to_spec.format
-    x = a.decode(raw)
-    if source.rows is not None:
-        x = torch.where(source.rows.live[:, None], x, 0.0)
     T_elem = source.at_elements(T)
-    x = torch.where(T_elem == NAN_EXPONENT, torch.nan, x)
+    x = torch.where(T_elem == NAN_EXPONENT, torch.nan, a.decode(raw))
+    if source.rows is not None:  # after NaN: a row of nobody has no block, `at_elements` gives it that of another
+        x = torch.where(source.rows.live[:, None], x, 0.0)
     bad = ~x.isfinite()
     if rule in ("tight", "R17"):
         exponents = _tight(x, bad, T_elem, a, to_spec, target)
@@ -256,7 +255,7 @@ def _largest(x: Tensor, T: Tensor, source: Blocks, target: Blocks) -> Tensor:
     """The largest exponent (fp32) among the source blocks in each target block, blocks of zeros and NaN aside."""
     used = (source.amax((x.isfinite() & (x != 0)).to(torch.float32)) > 0) & (T != NAN_EXPONENT)
     largest = torch.where(used, T, int(_NONE)).to(torch.float32)
-    if target.bc == 1 and source.br == 1:  # the same for all columns of a source block
+    if target.within_columns and source.within_rows:  # the same for all columns of a source block
         return _source_columns(target.amax_of_rows(largest, _NONE), source)
     return target.amax(source.at_elements(largest), _NONE)
 

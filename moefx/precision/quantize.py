@@ -104,6 +104,8 @@ def quantize(
     s = fp32_scales(scales, spec)
     scaled = blocks.combine(torch.mul, x, 1.0 / s) if spec.is_po2 else blocks.combine(torch.div, x, s)
     codes = spec.format.encode(scaled, round="sr" if spec.stochastic else "rne", generator=generator)
+    if rows is not None:  # a row of nobody has no block: the scale that it was multiplied with may be NaN
+        codes = torch.where(rows.live[:, None], codes, 0)
     return spec.format.store(codes), scales
 
 

@@ -162,6 +162,17 @@ def test_any_strides(kind: str, arm: str) -> None:
 
 @each_arm
 @each_kind
+def test_one_column_may_lie_by_columns(kind: str, arm: str) -> None:
+    da, h, w = (t if t is None or t.dim() == 1 else t[:, : t.shape[1] // I] for t in inputs(kind, torch.float32, True))
+    assert da.shape == (S, 1)
+    with running(arm):
+        want = ops.glu(h, w, kind), *ops.glu_backward(da, h, w, kind)
+        by_columns = h.t().contiguous().t()
+        torch.testing.assert_close((ops.glu(by_columns, w, kind), *ops.glu_backward(da, by_columns, w, kind)), want)
+
+
+@each_arm
+@each_kind
 def test_leading_axes(kind: str, arm: str) -> None:
     da, h, _ = inputs(kind, torch.float32, False)
     with running(arm):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import moefx
+from moefx.errors import InputError
 from moefx.kernels import decisions
 from moefx.kernels.decisions import Row, read, table, verdict
 from moefx.precision.recipe import get_recipe
@@ -70,3 +71,55 @@ def test_a_table_reads_back(tmp_path: Path) -> None:
     file = tmp_path / "decisions.csv"
     file.write_text(",".join(decisions.FIELDS) + "\nNVIDIA H200,fp8_flow,8192,2048,768,128,8,1.25\n")
     assert read(file) == (Row("NVIDIA H200", "fp8_flow", 8192, 2048, 768, 128, 8, 1.25),)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "why"),
+    [
+        ("", 1, "columns are none"),
+        ("cpu,fp8_flow,64,128,128,8,2,0.5\n", 1, "columns are cpu"),
+        ("device,recipe,T,H,I,E,speedup\n", 1, "T, H, I, E, speedup"),
+        ("{head}{row}cpu,fp8_flow,64,128\n", 3, "not 8 values"),
+        ("{head}cpu,fp8_flow,64,128,128,8,2,0.5,1\n", 2, "not 8 values"),
+        ("{head}cpu,fp8_flow,64,128,128,eight,2,0.5\n", 2, "'eight'"),
+        ("{head}cpu,fp8_flow,64,128,128,0,2,0.5\n", 2, "E=0"),
+        ("{head}{row}cpu,fp8_flow,64,128,128,8,2,nan\n", 3, "nanx"),
+        ("{head}cpu,fp8_flow,64,128,128,8,2,-1\n", 2, "-1.00x"),
+        ("{head},fp8_flow,64,128,128,8,2,1\n", 2, "on : 1.00x"),
+    ],
+)
+def test_a_malformed_table_names_the_line(tmp_path: Path, text: str, line: int, why: str) -> None:
+    file = tmp_path / "decisions.csv"
+    head = ",".join(decisions.FIELDS) + "\n"
+    file.write_text(text.format(head=head, row="cpu,fp8_flow,64,128,128,8,2,0.5\n"))
+    with pytest.raises(InputError, match=why) as error:
+        read(file)
+    assert error.value.where == f"{file}:{line}"
+
+
+def test_what_was_measured_is_recorded_or_the_table_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks import gpu
+
+    table, measured = tmp_path / "kernels" / "decisions.csv", tmp_path / "gpu.csv"
+    table.parent.mkdir()
+    table.write_text("what was decided before\n")
+    with pytest.raises(SystemExit, match=r"no layer to record.*stays as it is"):
+        gpu.record(measured, table)  # there is no such file
+    arms = [(a, way) for a in ("moefx bf16", "moefx fp8_flow") for way in ("forward", "backward")]
+    for shape in ("small", "Qwen3-30B T=8192"):  # not a layer of the table; a layer, but for one arm
+        for arm, way in arms[: None if shape == "small" else 3]:
+            row = {"part": "layers", "case": f"{shape}, {way}", "provider": arm, "device": "a GPU", "ms": 1}
+            gpu.append(measured, row)
+    with pytest.raises(SystemExit, match="no layer to record"):
+        gpu.record(measured, table)
+    assert table.read_text() == "what was decided before\n"
+    assert {line.split(" on ")[0] for line in capsys.readouterr().out.splitlines()} == {
+        "skipped: small",
+        "skipped: Qwen3-30B T=8192",
+    }
+    for arm, way in arms:
+        ms = {"moefx bf16": 3, "moefx fp8_flow": 2}[arm]
+        gpu.append(measured, {"part": "layers", "case": f"OLMoE, {way}", "provider": arm, "device": "a GPU", "ms": ms})
+    gpu.record(measured, table)
+    assert read(table) == (Row("a GPU", "fp8_flow", 32768, 2048, 1024, 64, 8, 1.5),)
+    assert [f.name for f in table.parent.iterdir()] == ["decisions.csv"]

@@ -103,6 +103,14 @@ def test_nan_stays_in_its_token() -> None:
     assert dz[others].isfinite().all()
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_row_is_no_pair_with_itself_whatever_it_holds(bad: float) -> None:
+    z, slot = torch.ones(4, 8), torch.tensor([[0], [1]])
+    z[1, 3] = bad
+    for find in (kernels.overlap, _overlap):
+        assert_same_bits(find(z, slot), torch.zeros(2))
+
+
 def test_strides_and_an_expanded_gradient() -> None:
     z, slot = rows(5, 4, 48)
     strided, by_column = z.repeat_interleave(2, 1)[:, ::2], slot.t().contiguous().t()

@@ -57,6 +57,12 @@ def test_rows_of_nobody_may_hold_anything(monkeypatch: pytest.MonkeyPatch) -> No
     check(monkeypatch, lambda: kernel.quantize(x, groups, [ROW, COLUMN]), encode(x, [ROW, COLUMN], groups))
 
 
+def test_a_nan_scale_of_the_last_block_is_not_that_of_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, groups, specs = values(6, 32), offsets(1, 2, 4), [COLUMN, SQUARE]
+    x[3, 5] = torch.nan
+    check(monkeypatch, lambda: kernel.quantize(x, groups, specs), encode(x, specs, groups))
+
+
 def test_every_expert_may_be_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     x, groups = values(140, 64), offsets(7, 7, 7)
     check(monkeypatch, lambda: kernel.quantize(x, groups, [COLUMN, ROW]), encode(x, [COLUMN, ROW], groups))

@@ -98,6 +98,23 @@ def test_nan_is_chosen_first_and_stays_in_its_row() -> None:
         assert w.isnan().any(1).tolist() == scores.isnan().any(1).tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrtsoftplus", "identity"])
+@pytest.mark.parametrize("norm", list(NORMS))
+def test_infinite_logits_and_nan_as_the_definition_has_them(score: str, norm: str) -> None:
+    inf, nan, gen = torch.inf, torch.nan, torch.Generator().manual_seed(0)
+    x = torch.tensor([[1.0, 2.0, -inf, 0.5], [1, inf, 0, 0.5], [inf, inf, -inf, 1], [-inf] * 4, [1, nan, -inf, inf]])
+    args = score, norm, NORMS[norm], 2.5
+    for bias in (None, torch.tensor([0.5, 0, -inf, 0])):
+        got, want = (f(x, bias, 2, score, "scores", *args[1:]) for f in (kernels.topk_route, _topk_route))
+        assert_same_bits(got[1], want[1], "idx")
+        for a, b in ((got[0], want[0]), (got[2], want[2])):
+            torch.testing.assert_close(a, b, equal_nan=True)
+        dw, dscores = torch.randn(5, 2, generator=gen), torch.randn(5, 4, generator=gen)
+        back, right = (f(dw, dscores, x, want[1], *args) for f in (kernels.topk_route_backward, _topk_route_backward))
+        torch.testing.assert_close(back, right, equal_nan=True)
+        assert right[4, 1].isnan() or score == "identity"  # the gradient of a score that is NaN shows
+
+
 def gradient(x: Tensor, k: int, score: str, norm: str, given: str, order: str = "scores", dtype: Any = F32) -> None:
     eps, gen = NORMS[norm], torch.Generator().manual_seed(1)
     idx = _topk_route(x, None, k, score)[1]

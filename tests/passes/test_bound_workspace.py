@@ -17,6 +17,8 @@ from tests.profile import often
 Tensor = torch.Tensor
 WIDTH, T, I, E = 512, 12, 16, 4
 MIB = 2.0**-20
+ROW = "e4m3 1x128 po2/rceil"
+ops = torch.ops.moefx
 
 
 def block(folded: bool = True) -> Subject:
@@ -63,6 +65,26 @@ def test_rows_whose_weights_need_a_gradient_are_left(subject: Subject) -> None:
 @settings(max_examples=10, deadline=None)
 def test_any_bound_gives_the_same_results(subject: Subject, columns: int) -> None:
     rewrite(BoundWorkspace(mib=rows_of(subject) * 4 * columns * MIB), subject)  # compares outputs and gradients
+
+
+@pytest.mark.parametrize(
+    ("rows", "widths"), [(1, [128, 128, 128, 128]), (192, [384, 128]), (256, [256, 256]), (512, [512])]
+)
+def test_slices_of_quantized_weights_begin_at_a_block(rows: int, widths: list[int]) -> None:
+    spec = f"e4m3 {rows}x{128 if rows == 1 else rows} po2/rceil"
+
+    def run(m: torch.nn.Module, x: Tensor) -> Tensor:
+        _, w, idx = route(m, x)
+        token, order, slot, offsets = ops.plan(idx, E, 1)
+        codes = ops.quantize(ops.permute(x, token, slot), offsets, [ROW])
+        y = ops.scaled_grouped_mm(*codes, *ops.quantize(m.down, None, [spec]), offsets, ROW, spec, torch.float32)
+        return ops.unpermute(y, token, order, slot, None) + w.sum()
+
+    down = rand(E, WIDTH, I) * torch.logspace(0, 3, WIDTH)[:, None]  # every block has a scale of its own
+    subject = training_graph(Made(run, grad=False, router=rand(E, I, seed=1), down=down), rand(T, I))
+    done = rewrite(BoundWorkspace(mib=rows_of(subject) * 4 * 255 * MIB), subject)  # compares outputs
+    assert [n.args[0].meta["val"].shape[1] for n in nodes(done.graph, "unpermute")] == widths
+    assert (len(widths) == 1) == any("512 columns" in why for why in done.reasons)
 
 
 @pytest.mark.parametrize("recipe", often(["bf16", "fp8_flow", "fp8_rowwise"], ["fp8_flow"]))

@@ -121,6 +121,36 @@ def test_rows_of_nobody_do_not_count_for_the_scale_of_the_matrix() -> None:
     assert (scales.block[30:].float() == 2.0**-9).all()
 
 
+@pytest.mark.parametrize("spec", [*SPECS, NVFP4, "e5m2 1x16 e4m3+f32/exact"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_nan_scale_of_the_last_block_is_not_that_of_nobody(spec: str, bad: float) -> None:
+    x, offsets = spread_rows(6, 32, 3), torch.tensor([1, 2, 4], dtype=torch.int32)
+    x[1:4] = bad  # the last row of blocks, and the whole matrix
+    codes, scales = quantize(x, spec, offsets=offsets)
+    assert int(codes.view(torch.uint8)[[0, 4, 5]].sum()) == 0
+    assert bool(dequantize(codes, scales, spec, offsets=offsets)[1:4].isnan().all())
+
+
+@pytest.mark.parametrize("to", ["e4m3 1x32 po2/rceil", "e4m3 128x1 po2/rceil", "e2m1 32x1 e8m0/rceil"])
+def test_a_converted_nan_scale_is_not_that_of_nobody(to: str) -> None:
+    x, offsets, spec = spread_rows(6, 128, 3), torch.tensor([1, 2, 4], dtype=torch.int32), "e4m3 32x1 po2/rceil"
+    x[1:4] = math.nan
+    codes, scales = quantize(x, spec, offsets=offsets)
+    new, _ = convert(codes, scales, spec, to, offsets=offsets)
+    assert int(new.view(torch.uint8)[[0, 4, 5]].sum()) == 0
+
+
+def test_one_by_one_and_empty_matrices_keep_their_shapes() -> None:
+    sizes = ((1, 1, "column", "row"), (1, 1, "row", "column"), (1, 0, "1x2", "row"), (0, 1, "2x1", "column"))
+    for M, N, spec, to in sizes:
+        for offsets in (None, torch.tensor([0, M, M], dtype=torch.int32)):
+            spec_, to_ = (f"e4m3 {block} po2/rceil" for block in (spec, to))
+            q, want = (quantize(torch.ones(M, N), s, offsets=offsets) for s in (spec_, to_))
+            new = convert(*q, spec_, to_, offsets=offsets, rule="tile_max")
+            assert [t.shape for t in new] == [t.shape for t in want]  # type: ignore[union-attr]
+            assert same_bits(new[0], want[0])
+
+
 @each_size
 @pytest.mark.parametrize("rule", ["tight", "tile_max"])
 @pytest.mark.parametrize("spec", [ROW, "e5m2 1x128 e8m0/floor"])

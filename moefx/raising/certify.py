@@ -308,7 +308,7 @@ def _compare(want: _Run, got: _Run, case: Case, done: Certificate, exact: Callab
             if a != b:
                 raise Refuted(f"{case}: output {i} is {b}, not {a}")
             continue
-        worst["output"] = max(worst["output"], _close(f"output {i}", a, b, a.norm(), for_outputs, case))
+        worst["output"] = max(worst["output"], _close(f"output {i}", a, b, _norm(a), for_outputs, case))
     truth: _Run | None = None
     scale = max((g.norm() for g in want.grads.values() if g is not None and g.numel()), default=torch.zeros(()))
     for key, g in want.grads.items():
@@ -328,9 +328,14 @@ def _compare(want: _Run, got: _Run, case: Case, done: Certificate, exact: Callab
         error = _close(f"the gradient of {key}", a, b, scale, limit, case, scaled=True)
         worst["gradient"] = max(worst["gradient"], error)
     for key, b in want.buffers.items():
-        _close(key, b, got.buffers[key], b.float().norm(), for_outputs, case)
+        _close(key, b, got.buffers[key], _norm(b), for_outputs, case)
     if not torch.equal(want.random, got.random):
         raise Refuted(f"{case}: other random numbers are drawn")
+
+
+def _norm(t: Tensor) -> Tensor:
+    """What differences of a tensor are measured by; integers, which have no norm, are compared exactly."""
+    return t.double().norm() if t.is_floating_point() else torch.zeros(())
 
 
 def _close(what: str, a: Tensor, b: Tensor, scale: Any, limit: float, case: Case, *, scaled: bool = False) -> float:

@@ -169,7 +169,7 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
         calls = calls_of(to_observe(model), model, args, own)
     with contextlib.ExitStack() as undo:
         with stage("raise"):  # stage 1; what it installs stays until the joint graph is there
-            blocks = undo.enter_context(raised(model, calls=calls, live=False))
+            blocks = undo.enter_context(raised(model, calls=calls, live=False, symbolic=bool(o.dynamic)))
             report.blocks = [b.to_dict() for b in blocks]
             later = not o.strict and set(GRAPH_LEVEL) & set(o.passes.names)  # these work on the graph
             if not (blocks or later) or (o.strict and not all(b.raised for b in blocks)):

@@ -93,6 +93,7 @@ def raised(
     calls: dict[str, Seen] | None = None,
     live: bool = True,
     experts: Callable[[str], Callable[..., Tensor]] | None = None,
+    symbolic: bool = False,
 ) -> Iterator[list[Block]]:
     """While active, every raisable MoE block of `model` runs dialect ops. Undone at the end, also on error.
 
@@ -102,6 +103,7 @@ def raised(
         live: expert tensors made of several parameters are put together at every call. Otherwise, for a capture, they
             are parameters of the block for the time being (`Block.assemblies`).
         experts: from the path of a hand-written block to what it calls in the place of `moefx.experts`.
+        symbolic: whether what is raised will run on inputs of other sizes without being raised again.
     """
     looks = find_blocks(model)
     blocks = [b for b in looks if is_interface(model.get_submodule(b.path))]
@@ -111,6 +113,8 @@ def raised(
             if tries and (args or kwargs):
                 with undisturbed(model), torch.no_grad():
                     model(*args, **(kwargs or {}))
+    for seen in calls.values():
+        seen.symbolic = symbolic
     with _versioned():
         outcomes = raise_all(model, tries, calls)
     blocks += [_row(o) for o in outcomes]

@@ -11,93 +11,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import torch
 
-from .capacity import Dropping, capacity_rules
+from .capacity import Dropping
 from .explain import Capacity
-from .fit import NoFit
+from .numbers import InputDtype, Shapes, Size, Solver, shown
 from .slice import NoSlice, Op, Program
-
-Shapes = Sequence[tuple[int, ...]]  # of the block's tensor arguments, in order
-Var = tuple[int, int]  # (argument, axis)
-
-
-@dataclass(frozen=True)
-class Size:
-    """`ratio * product of sizes + offset`, or `min(product, max(1, floor(ratio * product)))` where `floored`.
-
-    The second is how many tokens an expert chooses: a share of them, at least one, and not more than there are.
-    `guarded`: at least one in any case, as `max(1, n)` guards a division when there are no tokens.
-    """
-
-    factors: tuple[Var, ...]
-    ratio: Fraction = Fraction(1)
-    offset: int = 0
-    floored: bool = False
-    guarded: bool = False
-
-    def value(self, shapes: Shapes) -> int:
-        """The number for inputs of these shapes."""
-        product = 1
-        for leaf, axis in self.factors:
-            product *= shapes[leaf][axis]
-        scaled = self.ratio * product
-        found = min(product, max(1, math.floor(scaled))) if self.floored else int(scaled) + self.offset
-        return max(1, found) if self.guarded else found
-
-
-@dataclass(frozen=True)
-class InputDtype:
-    """The dtype that the block is run in."""
-
-
-class _Solver:
-    def __init__(self, shapes: Sequence[Shapes], dtypes: Sequence[torch.dtype]) -> None:
-        self.shapes, self.dtypes = shapes, list(dtypes)
-        vectors: dict[tuple[int, ...], Var] = {}
-        for leaf, first in enumerate(shapes[0]):
-            for axis in range(len(first)):
-                seen = tuple(s[leaf][axis] for s in shapes)
-                if len(set(seen)) > 1:
-                    vectors.setdefault(seen, (leaf, axis))
-        variables = list(vectors.values())
-        self.products = [*((v,) for v in variables), *itertools.combinations(variables, 2)]
-
-    def __call__(self, values: Sequence[int]) -> Any:
-        if len(set(values)) == 1:
-            return values[0]
-        for factors in self.products:
-            base = [Size(factors).value(s) for s in self.shapes]
-            steps = {Fraction(v - values[0], b - base[0]) for v, b in zip(values, base, strict=True) if b != base[0]}
-            if len(steps) != 1:
-                continue
-            ratio = steps.pop()
-            offset = values[0] - ratio * base[0]
-            size = Size(factors, ratio, int(offset)) if offset.denominator == 1 else None
-            if size is not None and [size.value(s) for s in self.shapes] == list(values):
-                return size
-        for factors in self.products:
-            base = [Size(factors).value(s) for s in self.shapes]
-            low = max(Fraction(v, b) for v, b in zip(values, base, strict=True))
-            high = min(Fraction(v + 1, b) for v, b in zip(values, base, strict=True))
-            simple = (Fraction(math.ceil(low * q), q) for q in range(1, 129))
-            share = next((r for r in simple if low <= r < high and r < 1), None)
-            if share is not None:
-                return Size(factors, share, floored=True)
-        raise NoSlice(
-            f"a number in it is {', '.join(map(str, values))} for inputs of {', '.join(_shown(s) for s in self.shapes)}"
-            ", which is no simple function of their sizes"
-        )
-
-
-def _shown(shapes: Shapes) -> str:
-    return "x".join(map(str, shapes[0])) if shapes else "()"
 
 
 def align(
@@ -112,26 +34,27 @@ def align(
     Args:
         shapes: for each program the shapes of the block's tensor arguments.
         dtypes: for each program the dtype that the block was run in.
-        numbers: what the block's modules carry, of which a capacity may be made.
+        numbers: what the block's modules carry, of which a capacity or another number may be made.
         guarded: whether divisors that follow sizes are at least one; None where there are no such.
 
     Raises:
         NoSlice: they differ in more than sizes.
     """
-    solve = _Solver(shapes, dtypes)
+    routed = next(o.kwargs for o in programs[0].ops if o.kind == "experts")
+    solve = Solver(shapes, dtypes, routed["experts"], routed["k"], numbers)
     divisors = 0
     for i, ops in enumerate(itertools.zip_longest(*(p.ops for p in programs))):
         if any(o is None for o in ops) or len({(o.kind, o.target if o.kind != "experts" else 0) for o in ops}) > 1:
             at: dict[str, list[str]] = {}
             for o, s in zip(ops, shapes, strict=True):
-                at.setdefault(_name(o), []).append(_shown(s))
+                at.setdefault(_name(o), []).append(shown(s))
             which = ", but ".join(f"{n} for inputs of shape {' and '.join(s)}" for n, s in at.items())
             raise NoSlice(f"it takes different steps for different numbers of tokens: step {i} is {which}")
     merged = []
     for ops in zip(*(p.ops for p in programs), strict=True):
         first = ops[0]
         if first.kind == "experts":
-            merged.append(_experts(ops, solve, numbers))
+            merged.append(_experts(ops, solve))
             continue
         if len({o.grad for o in ops}) > 1:
             raise NoSlice("gradients are switched on and off depending on the input")
@@ -151,7 +74,7 @@ def _name(op: Op | None) -> str:
     return "nothing" if op is None else getattr(op.target, "__name__", str(op.target)) if op.kind == "call" else op.kind
 
 
-def _merge(values: Sequence[Any], solve: _Solver) -> Any:
+def _merge(values: Sequence[Any], solve: Solver) -> Any:
     first = values[0]
     if any(type(v) is not type(first) for v in values):
         raise NoSlice("an argument has different types for different inputs")
@@ -175,7 +98,7 @@ def _merge(values: Sequence[Any], solve: _Solver) -> Any:
     return first
 
 
-def _experts(ops: Sequence[Op], solve: _Solver, numbers: Sequence[float]) -> Op:
+def _experts(ops: Sequence[Op], solve: Solver) -> Op:
     if any(o.target != ops[0].target for o in ops):
         raise NoSlice("the experts were read in different ways for different inputs")
     details = [dict(o.kwargs) for o in ops]
@@ -183,17 +106,11 @@ def _experts(ops: Sequence[Op], solve: _Solver, numbers: Sequence[float]) -> Op:
     # Rows of the routed sum are a layout matter: `shape` follows sizes like any other number.
     tokens = [d.pop("tokens") for d in details]
     merged = _merge(details, solve)
-    merged["capacity"] = _dropping(capacities, tokens, solve, details[0], numbers)
+    merged["capacity"] = _dropping(capacities, tokens, solve)
     return Op("experts", ops[0].target, (), merged)
 
 
-def _dropping(
-    seen: Sequence[Capacity | None],
-    tokens: Sequence[int],
-    solve: _Solver,
-    detail: dict[str, Any],
-    numbers: Sequence[float],
-) -> Dropping | None:
+def _dropping(seen: Sequence[Capacity | None], tokens: Sequence[int], solve: Solver) -> Dropping | None:
     """A capacity by all rules that explain what was seen."""
     cases = [c for c in seen if c is not None]
     if not cases:
@@ -203,10 +120,5 @@ def _dropping(
     if len({c.order for c in cases}) > 1:
         raise NoSlice("choices are dropped in different orders for different inputs")
     per_group = [t // c.groups for t, c in zip(tokens, cases, strict=True)]
-    try:
-        rules = capacity_rules(
-            [(t, c.rows) for t, c in zip(per_group, cases, strict=True)], detail["experts"], detail["k"], numbers
-        )
-    except NoFit as e:
-        raise NoSlice(str(e)) from e
-    return Dropping(cases[0].order, solve([c.groups for c in cases]), solve(per_group), tuple(rules))
+    rows = solve.rows(per_group, [c.rows for c in cases])
+    return Dropping(cases[0].order, solve([c.groups for c in cases]), rows)

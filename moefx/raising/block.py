@@ -6,7 +6,7 @@ import copy
 import itertools
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,8 +16,7 @@ from moefx.errors import first_line
 
 from .align import align
 from .bank import Bank, find_banks
-from .capacity import CapacityRule, Dropping, told_apart
-from .certify import FULL, SHORT, Case, Certificate, Refuted, agrees, beyond, own_cases, prove, under_autocast
+from .certify import FULL, SHORT, Case, Certificate, Refuted, beyond, own_cases, prove, under_autocast
 from .explain import explain
 from .fit import NoFit, fit
 from .nearest import difference
@@ -27,6 +26,7 @@ from .probe import Inputs, Seen, copy_of
 from .reading import Reading
 from .record import Record, has_hooks, objects, record
 from .replay import Assembly, Replay, emit
+from .settle import settled
 from .slice import NoSlice, Program, Region, cut, drawn_inside
 
 RUNS = ((2, 12), (3, 7), (5, 10))
@@ -199,8 +199,9 @@ def _raise_bank(
             program = align([o[variant] for o in options], shapes, dtypes, numbers, guarded)
             if program is None:
                 continue
-            program = _settled(program, copied, inputs, runs[0], first.out_type)
-            replay = emit(program, runs[0].args, runs[0].kwargs, copied, first.out_type)
+            call = (runs[0].args, runs[0].kwargs, copied, first.out_type)
+            program = settled(program, inputs, call)
+            replay = emit(program, *call)
             forward = replay.forward(copied, live=True)
             proof = prove(block, copied, forward, inputs, (*FULL, *more, *beyond(copied)))
             return Raising(f"{idiom(first, bank, program)}: {replay.spec}", replay, proof, inputs)
@@ -209,29 +210,6 @@ def _raise_bank(
         except Refuted as e:
             worst = NotRaised(_for_case(e), 4)
     raise worst or NotRaised("nothing was found")
-
-
-def _settled(program: Program, copied: nn.Module, inputs: Inputs, run: _Run, out_type: type | None) -> Program:
-    """The program with the one capacity rule that the block follows."""
-    at = next(i for i, o in enumerate(program.ops) if o.kind == "experts")
-    drop: Dropping | None = program.ops[at].kwargs["capacity"]
-    if drop is None:
-        return program
-
-    def ruled(rule: CapacityRule) -> Program:
-        op = program.ops[at]
-        op = replace(op, kwargs={**op.kwargs, "capacity": drop.of(rule)})
-        return replace(program, ops=[*program.ops[:at], op, *program.ops[at + 1 :]])
-
-    def keeps(tokens: int, rows: int) -> bool | None:
-        replay = emit(ruled(CapacityRule(fixed=rows)), run.args, run.kwargs, copied, out_type)
-        case = Case(1, tokens, "alike", backward=False)
-        return agrees(copied, replay.forward(copied, live=True), inputs, case)
-
-    try:
-        return ruled(told_apart(drop.rules, keeps))
-    except NoFit as e:
-        raise NoSlice(str(e)) from e
 
 
 def _for_case(e: Refuted) -> str:

@@ -2,7 +2,7 @@
 
 `int(1.2 * T * 2 / 6)` and `int(1.2 * 2 / 6 * T)` are the same number but for rounding, and at some T one row apart. So
 a rule is an expression, every order of products and quotients is a rule of its own, and those that agree on what was
-seen are told apart by running the block where they differ (`told_apart`).
+seen are told apart by running the block where they differ (`settle`).
 """
 
 from __future__ import annotations
@@ -31,32 +31,39 @@ OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
 
 @dataclass(frozen=True)
 class CapacityRule:
-    """Rows per expert as a function of the tokens in a group: max(least, rounding(expression)), or a fixed number."""
+    """Rows per expert as a function of the tokens in a group: max(least, rounding(expression)), or a fixed number.
+
+    `within`: no more than there are tokens, as where experts choose them.
+    """
 
     expr: Expr = 0
     rounding: str = "floor"
     least: int = 0
     fixed: int | None = None
+    within: bool = False
 
     def __call__(self, tokens: int) -> int:
         """Rows that an expert keeps of a group of so many tokens."""
         if self.fixed is not None:
             return self.fixed
         raw = evaluated(self.expr, tokens)
-        return max(self.least, math.ceil(raw) if self.rounding == "ceil" else int(raw))
+        rows = max(self.least, math.ceil(raw) if self.rounding == "ceil" else int(raw))
+        return min(tokens, rows) if self.within else rows
 
     def table(self, tokens: Tensor) -> Tensor:
-        """Rows for many numbers of tokens, no more than there are; as Python computes them, in float64."""
+        """Rows for many numbers of tokens; as Python computes them, in float64."""
         if self.fixed is not None:
-            return torch.full_like(tokens, self.fixed).minimum(tokens)
+            return torch.full_like(tokens, self.fixed)
         raw: Tensor = evaluated(self.expr, tokens.double())
-        return (raw.ceil() if self.rounding == "ceil" else raw.trunc()).long().clamp_min(self.least).minimum(tokens)
+        rows = (raw.ceil() if self.rounding == "ceil" else raw.trunc()).long().clamp_min(self.least)
+        return rows.minimum(tokens) if self.within else rows
 
     def __str__(self) -> str:
         if self.fixed is not None:
             return str(self.fixed)
         rounded = f"{'ceil' if self.rounding == 'ceil' else 'int'}({_written(self.expr)})"
-        return f"max({self.least}, {rounded})" if self.least else rounded
+        rows = f"max({self.least}, {rounded})" if self.least else rounded
+        return f"min(T, {rows})" if self.within else rows
 
 
 def evaluated(expr: Expr, tokens: Any, call: Callable[[Any, Any, Any], Any] = lambda op, a, b: op(a, b)) -> Any:
@@ -104,81 +111,77 @@ def expressions(factor: float, times: int, by: int) -> Iterator[Expr]:
         yield "//", product, by
 
 
+def _hundredths(seen: Sequence[tuple[int, int]], share: float) -> list[float]:
+    """Factors of two decimals that what was seen leaves possible, where it shows how rows grow with tokens."""
+    least = min(c for _, c in seen)
+    low = max(((c - 1) / (share * t) for t, c in seen if c > least), default=math.inf)
+    high = min((c + 1) / (share * t) for t, c in seen)
+    return [n / 100 for n in range(max(1, math.ceil(low * 100)), math.floor(high * 100) + 1)] if low < high else []
+
+
+def _shares(
+    seen: Sequence[tuple[int, int]], experts: int, k: int, numbers: Sequence[float]
+) -> Iterator[tuple[float, int, int]]:
+    """(factor, times, by) of expressions factor * T * times / by."""
+    carried = [*(float(n) for n in numbers if 0 < n < 1e4), 1.0, 1.25, 1.5, 2.0]
+    # Where experts choose tokens, no k is seen.
+    ks = [k] if k else [int(n) for n in dict.fromkeys(numbers) if n == int(n) and 0 < n <= experts]
+    for times, by in dict.fromkeys([*((k, experts) for k in ks), (1, experts), (1, 1)]):
+        yield from ((f, times, by) for f in dict.fromkeys([*carried, *_hundredths(seen, times / by)]))
+    if len({c for _, c in seen}) > 1:
+        yield from ((1.0, 1, by) for by in range(2, _LARGEST_PART + 1))
+
+
+_LARGEST_PART = 64  # of the tokens, as in T // 64
+
+
 def capacity_rules(
-    seen: Sequence[tuple[int, int]], experts: int, k: int, numbers: Iterable[float]
+    seen: Sequence[tuple[int, int]], experts: int, k: int, numbers: Iterable[float], *, bounded: bool = True
 ) -> list[CapacityRule]:
-    """Rules behind (tokens, rows) pairs, made of numbers that the module carries; `NoFit` if there is none.
+    """Rules behind (tokens, rows) pairs, with factors that the module carries or of two decimals.
 
     Several may agree on what was seen: in another order of the arithmetic, with or without a least number of rows,
     rounded up or down. Of those that agree up to `LONGEST` tokens there is one.
+
+    Args:
+        k: choices per token, or 0 where experts choose.
+        bounded: whether rows beyond the tokens are the same as all of them.
+
+    Raises:
+        NoFit: there is none.
     """
-    rows = {c for _, c in seen}
-    found = [CapacityRule(fixed=c) for c in rows if len(rows) == 1]
-    factors = dict.fromkeys([*(float(n) for n in numbers if 0 < n < 1e4), 1.0, 1.25, 1.5, 2.0])
-    for factor, (times, by) in itertools.product(factors, dict.fromkeys([(k, experts), (1, experts), (1, 1)])):
-        if any(factor * times / by * t > c + 1.5 for t, c in seen):
+    rows = [c for _, c in seen]
+    found = [CapacityRule(fixed=c) for c in set(rows) if len(set(rows)) == 1]
+    for factor, times, by in _shares(seen, experts, k, list(numbers)):
+        share = factor * times / by
+        if any(share * t > c + 1.5 or (share * t < c - 1.5 and c > min(rows)) for t, c in seen):
             continue
-        for expr in expressions(factor, times, by):
-            for rounding, least in itertools.product(("floor", "ceil"), (1, 0, *range(2, min(rows) + 1))):
-                rule = CapacityRule(expr, rounding, least)
-                if all(rule(t) == c for t, c in seen):
-                    found.append(rule)
+        for expr, rounding in itertools.product(expressions(factor, times, by), ("floor", "ceil")):
+            rule = CapacityRule(expr, rounding)
+            raw = [rule(t) for t, _ in seen]
+            for least in (1, 0, *range(2, min(rows) + 1)):
+                if all(max(least, r) == c for r, c in zip(raw, rows, strict=True)):
+                    found.append(CapacityRule(expr, rounding, least))
     if not found:
-        raise NoFit(f"the capacity of an expert is {sorted(seen)} (tokens, rows), which no rule explains")
+        raise NoFit(f"a number in it is {sorted(seen)} (tokens, rows), as no capacity rule has it")
     tokens = torch.arange(1, LONGEST + 1, device="cpu")
-    different = {rule.table(tokens).numpy().tobytes(): rule for rule in reversed(found)}
-    return list(reversed(different.values()))
+    different: dict[bytes, CapacityRule] = {}
+    for rule in found:
+        table = rule.table(tokens)
+        within = table.minimum(tokens)
+        if not bounded:  # first, for it may differ without any tokens alone, of which there is no more than none
+            different.setdefault(within.numpy().tobytes(), dataclasses.replace(rule, within=True))
+        different.setdefault((within if bounded else table).numpy().tobytes(), rule)
+    return list(different.values())
 
 
 @dataclass(frozen=True)
 class Dropping:
-    """A capacity for all sizes: groups and tokens as expressions, rows by the first of several rules."""
+    """A capacity for all sizes: expert e keeps its first `rows` choices, counted in `order` in each of `groups` anew.
+
+    Both are numbers as `numbers` has them.
+    """
 
     order: str
     groups: Any
-    tokens: Any
-    rules: tuple[CapacityRule, ...]
-
-    @property
-    def rule(self) -> CapacityRule:
-        """The rule that is taken."""
-        return self.rules[0]
-
-    def of(self, *rules: CapacityRule) -> Dropping:
-        """The same with other rules."""
-        return dataclasses.replace(self, rules=rules)
-
-
-_MOST = 40  # runs for telling rules apart
-
-
-def told_apart(rules: Sequence[CapacityRule], agrees: Callable[[int, int], bool | None]) -> CapacityRule:
-    """The one rule that the block follows, by what it does with the fewest tokens for which rules differ.
-
-    Args:
-        rules: different ones.
-        agrees: whether the block keeps so many rows (second) of so many tokens; None where it cannot be run.
-
-    Raises:
-        NoFit: none agrees, or several differ where the block does not tell.
-    """
-    left, tokens = list(rules), torch.arange(1, LONGEST + 1, device="cpu")
-    mute = torch.zeros(LONGEST, dtype=torch.bool, device="cpu")  # where the block did not tell
-    for _ in range(_MOST):
-        tables = torch.stack([r.table(tokens) for r in left])
-        differ = (tables != tables[0]).any(0)
-        at = (differ & ~mute).nonzero()
-        if not len(at):
-            if bool(differ.any()):
-                break
-            return left[0]
-        n = int(at[0])
-        verdicts = {c: agrees(n + 1, c) for c in tables[:, n].unique().tolist()}
-        mute[n] = True
-        if all(v is not False for v in verdicts.values()):
-            continue
-        left = [r for r, c in zip(left, tables[:, n].tolist(), strict=True) if verdicts[c] is not False]
-        if not left:
-            raise NoFit(f"the capacity of an expert follows no known rule: for {n + 1} tokens it is none of {verdicts}")
-    shown = " or ".join(dict.fromkeys(map(str, left[:3])))
-    raise NoFit(f"the capacity of an expert, for T tokens, may be {shown}, which running it does not tell apart")
+    rows: Any

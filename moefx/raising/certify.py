@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,10 +102,18 @@ def beyond(block: nn.Module) -> tuple[Case, ...]:
 SHORT = (Case(3, 19), Case(3, 13, dtype=torch.bfloat16))
 
 
+# Few tokens, where a least number counts, and many, where one that is larger than all of the other cases does.
+_ANY_SIZE = tuple(Case(r, n, "alike", backward=False) for r, n in ((1, 3), (1, 6), (2, 5), (1, 14), (1, 1021)))
+
+
 def as_called(seen: Seen) -> tuple[Case, ...]:
-    """Rows that want the same experts, in exactly the sizes of the calls that were seen: capacities follow them."""
+    """Rows that want the same experts, in exactly the sizes of the calls that were seen: capacities follow them.
+
+    Where sizes are symbols, in some others, too.
+    """
     sizes = dict.fromkeys(Inputs(s).lead for s in (seen, *seen.later))
-    return tuple(Case(0, 0, "alike", sizes=s, backward=False) for s in sizes)
+    exact = (Case(0, 0, "alike", sizes=s, backward=False) for s in sizes)
+    return (*exact, *(_ANY_SIZE if seen.symbolic else ()))
 
 
 GIVEN = (Case(0, 0, "seen", sizes=(), backward=False),)  # the call itself, for the block's own weights
@@ -210,17 +218,23 @@ def _agrees(block: nn.Module, forward: Callable[..., Any], inputs: Inputs, sizes
     return True
 
 
-def agrees(block: nn.Module, forward: Callable[..., Any], inputs: Inputs, case: Case) -> bool | None:
-    """Whether a copy of a block and its new forward give the same for one case; None where the block itself fails."""
+def agreeing(block: nn.Module, forwards: Sequence[Callable[..., Any]], inputs: Inputs, case: Case) -> list[bool] | None:
+    """Which new forwards give the same as a copy of a block for one case; None where the block itself fails."""
     sizes = inputs.sizes(case.rows, case.inner)
     try:
-        _run(block, None, inputs, sizes, case, 0)
+        want = _run(block, None, inputs, sizes, case, 0)
     except Exception:
         return None
-    try:
-        return _agrees(block, forward, inputs, sizes, case, 0)
-    except Exception:  # only the new forward fails
-        return False
+
+    def same(forward: Callable[..., Any]) -> bool:
+        try:
+            got = _run(block, forward, inputs, sizes, case, 0)
+            _compare(want, got, case, Certificate(), lambda: _exact(block, inputs, sizes, case, 0))
+        except Exception:  # it fails, or differs
+            return False
+        return True
+
+    return [same(f) for f in forwards]
 
 
 def _exact(block: nn.Module, inputs: Inputs, sizes: Any, case: Case, seed: int) -> _Run:
@@ -308,7 +322,7 @@ def _compare(want: _Run, got: _Run, case: Case, done: Certificate, exact: Callab
             if a != b:
                 raise Refuted(f"{case}: output {i} is {b}, not {a}")
             continue
-        worst["output"] = max(worst["output"], _close(f"output {i}", a, b, a.norm(), for_outputs, case))
+        worst["output"] = max(worst["output"], _close(f"output {i}", a, b, _norm(a), for_outputs, case))
     truth: _Run | None = None
     scale = max((g.norm() for g in want.grads.values() if g is not None and g.numel()), default=torch.zeros(()))
     for key, g in want.grads.items():
@@ -328,9 +342,14 @@ def _compare(want: _Run, got: _Run, case: Case, done: Certificate, exact: Callab
         error = _close(f"the gradient of {key}", a, b, scale, limit, case, scaled=True)
         worst["gradient"] = max(worst["gradient"], error)
     for key, b in want.buffers.items():
-        _close(key, b, got.buffers[key], b.float().norm(), for_outputs, case)
+        _close(key, b, got.buffers[key], _norm(b), for_outputs, case)
     if not torch.equal(want.random, got.random):
         raise Refuted(f"{case}: other random numbers are drawn")
+
+
+def _norm(t: Tensor) -> Tensor:
+    """What differences of a tensor are measured by; integers, which have no norm, are compared exactly."""
+    return t.double().norm() if t.is_floating_point() else torch.zeros(())
 
 
 def _close(what: str, a: Tensor, b: Tensor, scale: Any, limit: float, case: Case, *, scaled: bool = False) -> float:

@@ -16,7 +16,7 @@ from moefx import compat
 from moefx.errors import first_line
 from moefx.graph.effects import mutated
 
-from .capacity import CapacityRule, Dropping
+from .capacity import Dropping
 from .certify import LIMITS, relative
 from .colour import tensor
 from .explain import Weights
@@ -71,7 +71,7 @@ def make_patch(stretch: Stretch, fit: Fit, weights: Weights) -> Patch:
     capacity = weights.capacity
     drop = None
     if capacity is not None:
-        drop = Dropping(capacity.order, capacity.groups, detail["tokens"], (CapacityRule(fixed=capacity.rows),))
+        drop = Dropping(capacity.order, capacity.groups, capacity.rows)
     y = stretch.node_of(fit.y.obj)
     shape = tensor(y)
     assert shape is not None

@@ -29,13 +29,15 @@ class Seen:
     """How a module was called: arguments, with tensors as they were.
 
     `later` are its other calls, of each of which the shapes of tensors are kept. `hidden`: whether a
-    mask among the model's inputs was made to hide a position for this call.
+    mask among the model's inputs was made to hide a position for this call. `symbolic`: whether other sizes will be run
+    without another proof.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     later: list[Seen] = field(default_factory=list)
     hidden: bool = False
+    symbolic: bool = False
 
     @property
     def call(self) -> tuple[Any, ...]:
@@ -193,6 +195,10 @@ class Inputs:
         if len(self.lead) == 1:
             return (rows * inner,)
         return (1,) * (len(self.lead) - 2) + (rows, inner)
+
+    def shapes(self, sizes: Sequence[int]) -> list[tuple[int, ...]]:
+        """Shapes of all tensors among the arguments of the given leading sizes, in order."""
+        return [self._shape(t, sizes) for t in self.tensors]
 
     def make(
         self, sizes: Sequence[int], seed: int, *, dtype: torch.dtype = torch.float32, kind: str = "random"

@@ -21,9 +21,9 @@ from torch import fx, nn
 
 from moefx.dialect.experts import ExpertsSpec
 
-from .align import InputDtype, Size
 from .bank import Stack
-from .capacity import Dropping, evaluated
+from .capacity import CapacityRule, Dropping, evaluated
+from .numbers import InputDtype, Ruled, Size
 from .reading import Reading, Role, swap_halves
 from .record import function_name
 from .slice import Op, Program, Ref
@@ -142,7 +142,7 @@ class Emitter:
         self.leaves: list[fx.Node] = []
         self.assemblies: dict[str, Assembly] = {}
         self.spec = ""
-        self.sizes: dict[Size, Any] = {}
+        self.sizes: dict[Size | Ruled, Any] = {}
         self.values: list[Any] = []
         self.floating: fx.Node | None = None
         self.parameter = ""
@@ -163,29 +163,36 @@ class Emitter:
             for k, v in value.items():
                 self._leaf(v, self.graph.call_function(operator.getitem, (node, k)))
 
-    def number(self, size: Any) -> Any:
-        """A size expression as a node."""
-        if not isinstance(size, Size):
-            return size
-        if size not in self.sizes:
-            out: Any = None
-            for leaf, axis in size.factors:
-                n = self.graph.call_method("size", (self.leaves[leaf], axis))
-                out = n if out is None else self.graph.call_function(operator.mul, (out, n))
-            whole = out
-            if size.ratio.numerator != 1:
-                out = self.graph.call_function(operator.mul, (out, size.ratio.numerator))
-            if size.ratio.denominator != 1:
-                out = self.graph.call_function(operator.floordiv, (out, size.ratio.denominator))
-            if size.floored:
-                out = self.graph.call_function(torch.sym_max, (1, out))
-                out = self.graph.call_function(torch.sym_min, (whole, out))
-            if size.offset:
-                out = self.graph.call_function(operator.add, (out, size.offset))
-            if size.guarded:
-                out = self.graph.call_function(torch.sym_max, (1, out))
-            self.sizes[size] = out
-        return self.sizes[size]
+    def number(self, number: Any) -> Any:
+        """A number that follows sizes as a node."""
+        if not isinstance(number, Size | Ruled):
+            return number
+        if number not in self.sizes:
+            self.sizes[number] = self._size(number) if isinstance(number, Size) else self._ruled(*number.options[0])
+        return self.sizes[number]
+
+    def _size(self, size: Size) -> Any:
+        out: Any = None
+        for leaf, axis in size.factors:
+            n = self.graph.call_method("size", (self.leaves[leaf], axis))
+            out = n if out is None else self.graph.call_function(operator.mul, (out, n))
+        if size.ratio.numerator != 1:
+            out = self.graph.call_function(operator.mul, (out, size.ratio.numerator))
+        if size.ratio.denominator != 1:
+            out = self.graph.call_function(operator.floordiv, (out, size.ratio.denominator))
+        if size.offset:
+            out = self.graph.call_function(operator.add, (out, size.offset))
+        return self.graph.call_function(torch.sym_max, (1, out)) if size.guarded else out
+
+    def _ruled(self, size: Size, rule: CapacityRule) -> Any:
+        if rule.fixed is not None:
+            return rule.fixed
+        call, tokens = self.graph.call_function, self.number(size)
+        rows = evaluated(rule.expr, tokens, lambda op, a, b: call(op, (a, b)))
+        rows = call(torch.sym_int, (rows,)) if rule.rounding == "floor" else call(_ceil, (rows,))
+        if rule.least:
+            rows = call(torch.sym_max, (rows, rule.least))
+        return call(torch.sym_min, (tokens, rows)) if rule.within else rows
 
     def read(self, tree: Any) -> Any:
         """Arguments with references and sizes replaced by nodes."""
@@ -194,7 +201,7 @@ class Emitter:
             for key in tree.path:
                 node = self.graph.call_function(operator.getitem, (node, key))
             return node
-        if isinstance(tree, Size):
+        if isinstance(tree, Size | Ruled):
             return self.number(tree)
         if isinstance(tree, InputDtype):
             return self.graph.call_function(getattr, (self.dtype_of(), "dtype"))
@@ -325,21 +332,13 @@ class Emitter:
     def dropped(self, idx: Any, drop: Dropping, E: int, k: int) -> Any:
         """Indices with E in the place of choices beyond the capacity."""
         call, method = self.graph.call_function, self.graph.call_method
-        rule, tokens = drop.rule, self.number(drop.tokens)
-        if rule.fixed is not None:
-            rows: Any = rule.fixed
-        else:
-            rows = evaluated(rule.expr, tokens, lambda op, a, b: call(op, (a, b)))
-            rows = call(torch.sym_int, (rows,)) if rule.rounding == "floor" else call(_ceil, (rows,))
-            if rule.least:
-                rows = call(torch.sym_max, (rows, rule.least))
         parts = method("reshape", (idx, self.number(drop.groups), -1, k))
         if drop.order.endswith("choice"):
             parts = method("transpose", (parts, 1, 2))
         flat = method("flatten", (parts, 1))
         counts = method("cumsum", (call(F.one_hot, (flat, E)), 1))
         rank = method("squeeze", (method("gather", (counts, 2, method("unsqueeze", (flat, -1)))), -1))
-        keep = call(operator.le, (rank, rows))
+        keep = call(operator.le, (rank, self.number(drop.rows)))
         if drop.order.endswith("choice"):
             keep = method("transpose", (method("unflatten", (keep, 1, (k, -1))), 1, 2))
         return call(torch.where, (method("reshape", (keep, -1, k)), idx, E))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 import moefx
 from moefx.passes.raise_experts import raised
 from moefx.raising.block import NotRaised, raise_block
-from moefx.raising.capacity import CapacityRule, capacity_rules, told_apart
+from moefx.raising.capacity import CapacityRule, capacity_rules
 from moefx.raising.fit import NoFit
 from moefx.raising.probe import Seen
+from moefx.raising.settle import Candidates, told_apart
 
 from .harness import differences, distance, step
 
@@ -124,6 +125,18 @@ def test_a_capacity_is_right_for_sizes_that_stay_symbolic() -> None:
     assert len(opt.variants()) == 1
 
 
+def chosen(rules: list[CapacityRule], agrees: Callable[[int, int], bool | None]) -> CapacityRule:
+    """The rule for a block that keeps so many rows (second) of so many tokens, or cannot be run on them (None)."""
+    tokens = torch.arange(1, 4097)
+    table = torch.stack([r.table(tokens).minimum(tokens) for r in rules])
+
+    def verdicts(place: int, values: Sequence[tuple[int, ...]]) -> list[bool] | None:
+        found = [agrees(place + 1, c) for (c,) in values]
+        return None if None in found else [bool(v) for v in found]
+
+    return rules[told_apart([Candidates(rules, table, tokens.expand_as(table))], verdicts)[0]]
+
+
 @pytest.mark.parametrize(("factor", "k", "experts"), [(1.2, 2, 6), (1.25, 1, 4), (2.4, 2, 8)])
 def test_rules_are_exact_for_all_numbers_of_tokens(factor: float, k: int, experts: int) -> None:
     """The oracle is what people write, in Python, for every number of tokens up to 4096."""
@@ -137,19 +150,19 @@ def test_rules_are_exact_for_all_numbers_of_tokens(factor: float, k: int, expert
     for formula, (rounding, least) in itertools.product(written, ((int, 0), (math.ceil, 3))):
         rows = [min(T, max(least, rounding(formula(T)))) for T in range(4097)]
         rules = capacity_rules([(T, rows[T]) for T in (24, 21, 50)], experts, k, [factor, float(k)])
-        rule = told_apart(rules, lambda T, c, rows=rows: c == rows[T])
+        rule = chosen(rules, lambda T, c, rows=rows: c == rows[T])
         assert [min(T, rule(T)) for T in range(4097)] == rows
 
 
 def test_rules_that_running_does_not_tell_apart_are_refused() -> None:
     rules = [CapacityRule(("*", 1.2 * 2 / 6, "T")), CapacityRule(("/", ("*", 1.2, ("*", "T", 2)), 6))]
-    assert told_apart(rules, lambda T, c: c == int(1.2 * T * 2 / 6)) is rules[1]
-    assert told_apart(rules, lambda T, c: None if T < 70 else c == int(1.2 * 2 / 6 * T)) is rules[0]
+    assert chosen(rules, lambda T, c: c == int(1.2 * T * 2 / 6)) is rules[1]
+    assert chosen(rules, lambda T, c: None if T < 70 else c == int(1.2 * 2 / 6 * T)) is rules[0]
     for verdict in (None, True):
         with pytest.raises(NoFit, match=r"int\(0.4 \* T\) or int\(1.2 \* \(T \* 2\) / 6\)"):
-            told_apart(rules, lambda T, c, verdict=verdict: verdict)
+            chosen(rules, lambda T, c, verdict=verdict: verdict)
     with pytest.raises(NoFit, match="no known rule"):
-        told_apart(rules, lambda T, c: False)
+        chosen(rules, lambda T, c: False)
 
 
 # --- what is one, zero or the identity

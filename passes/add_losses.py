@@ -296,7 +296,10 @@ def _finish(write: Writer, items: Sequence[Item], parts: dict[str, list[Any]], t
         elif isinstance(item, RoutingMetrics):
             kept += [("routing", name, v) for name, v in item.combine(parts[item.name], taps).items()]
         elif isinstance(item, BiasUpdate):
-            kept += [("count", tap.bias, v) for tap, v in zip(taps, parts[item.name], strict=True)]
+            counts: dict[str, Any] = {}  # layers may share a bias
+            for tap, v in zip(taps, parts[item.name], strict=True):
+                counts[tap.bias] = counts[tap.bias] + v if tap.bias in counts else v
+            kept += [("count", name, v) for name, v in counts.items()]
     out = write.graph.output_node()
     outputs = list(out.args[0])  # type: ignore[arg-type]
     if weighted:

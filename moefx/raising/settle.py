@@ -138,6 +138,6 @@ def told_apart(
 
 def _differ(numbers: Sequence[Candidates], left: Sequence[Tensor], *, bounded: bool = False) -> Tensor:
     """Where the rules that are left differ; `bounded`: not counting values beyond the tokens that there are."""
-    tables = ((n.table[i], n.limit[i]) for n, i in zip(numbers, left, strict=True))
-    tables = [t.minimum(limit) if bounded else t for t, limit in tables]
+    pairs = [(n.table[i], n.limit[i]) for n, i in zip(numbers, left, strict=True)]
+    tables = [t.minimum(limit) if bounded else t for t, limit in pairs]
     return torch.stack([(t != t[0]).any(0) for t in tables]).any(0)

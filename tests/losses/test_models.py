@@ -276,6 +276,23 @@ def test_biases_follow_the_load() -> None:
         plain.update_router_bias()
 
 
+def test_layers_that_share_a_bias_count_together() -> None:
+    model, inputs = build("deepseek_v3"), zoo.batch(zoo.get("deepseek_v3"))
+    holders = [m for m in model.modules() if "e_score_correction_bias" in m._buffers]
+    for m in holders:
+        m._buffers["e_score_correction_bias"] = holders[0].e_score_correction_bias
+    before = holders[0].e_score_correction_bias.clone()
+    _, layers = hooked.run("deepseek_v3", model, inputs)
+    opt = moefx.optimize(model, inputs, codegen="eager", losses=[L.BiasUpdate(rate=0.25)])
+    opt(**inputs).loss.backward()
+    pooled = torch.tensor([[m.c(e) for e in range(m.experts)] for m in layers], dtype=torch.float32).sum(0)
+    (counted,) = opt._counts.values()
+    assert counted.tolist() == pooled.tolist()
+    opt.update_router_bias()
+    moved = holders[1].e_score_correction_bias - before
+    torch.testing.assert_close(moved, 0.25 * (pooled.mean() - pooled).sign())
+
+
 def test_the_report_and_what_is_kept() -> None:
     """Each loss names its layers. The folded combine stays, overlap reads its weighted activation, nothing is kept."""
     model, inputs = build("qwen3_moe"), zoo.batch(zoo.get("qwen3_moe"))

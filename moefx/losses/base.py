@@ -70,6 +70,9 @@ class Loss(Item):
         return self.combine([self.local(t) for t in taps], taps)
 
 
+LEAST_EPS = 1e-18  # rows of zeros, as of dropped choices, are divided by eps: its square must not be 0 in fp32
+
+
 def finite(item: Any, option: str, *, least: float = -math.inf) -> None:
     """Raise `InputError` when an option is no finite number of at least `least`; NaN is none."""
     given = getattr(item, option)

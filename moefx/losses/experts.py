@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from .base import Loss, finite
+from .base import LEAST_EPS, Loss, finite
 from .taps import Taps
 
 
@@ -22,6 +22,7 @@ class Orthogonality(Loss):
 
     Attributes:
         pair_reduction, layer_reduction: "sum" as in the paper, or "mean".
+        eps: see above; at least 1e-18.
     """
 
     weight: float = 1e-4
@@ -34,7 +35,7 @@ class Orthogonality(Loss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        finite(self, "eps", least=0)
+        finite(self, "eps", least=LEAST_EPS)
 
     def refuses(self, tap: Taps) -> str | None:
         """Top-1 routing has no pairs."""

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from moefx.errors import InputError
 
-from .base import Loss, finite, one_of, over_layers
+from .base import LEAST_EPS, Loss, finite, one_of, over_layers
 from .taps import Taps
 
 
@@ -29,7 +29,7 @@ class Specialization(Loss):
     Attributes:
         pair_reduction: "sum" as in the paper, or "mean" over the k (k - 1) ordered pairs.
         layer_reduction: "sum" as in the paper, or "mean".
-        eps: lengths below it count as it. Small, because z may come scaled by the routing weight.
+        eps: lengths below it count as it; at least 1e-18. Small, because z may come scaled by the routing weight.
     """
 
     weight: float = 2e-3
@@ -42,7 +42,7 @@ class Specialization(Loss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        finite(self, "eps", least=0)
+        finite(self, "eps", least=LEAST_EPS)
 
     def refuses(self, tap: Taps) -> str | None:
         """Top-1 routing has no pairs."""

@@ -121,6 +121,13 @@ def taps_of(z_TkI: Tensor, **kwargs: Any) -> L.Taps:
     )
 
 
+@pytest.mark.parametrize("loss", [L.Specialization(eps=1e-18), L.Orthogonality(eps=1e-18)], ids=lambda x: x.name)
+def test_a_row_of_zeros_is_no_nan_in_fp32(loss: L.Loss) -> None:
+    tap = layer(0)[0]
+    z, y = (t.detach().float().index_fill(0, torch.tensor(0), 0.0) for t in (tap.z, tap.y))
+    assert loss([dataclasses.replace(tap, z=z, y=y, dtype=torch.float32)]).isfinite()
+
+
 def test_orthogonal_identical_and_random_activations() -> None:
     k, I = 4, 64
     eye = torch.eye(k, I, dtype=F64).expand(5, k, I) * torch.arange(1, k + 1)[:, None]
@@ -448,7 +455,7 @@ def test_a_bad_item_is_named(given: Any, says: str) -> None:
         lambda: L.ERC(a=-1.0), lambda: L.Coupling(layer_reduction="none"), lambda: L.ERC(a=float("nan")),
         lambda: L.ERC(a=float("inf")), lambda: L.Specialization(eps=float("nan")), lambda: L.Specialization(eps=-1.0),
         lambda: L.Orthogonality(eps=float("nan")), lambda: L.BiasUpdate(rate=float("nan")),
-        lambda: L.ZLoss(weight="1e-3"),
+        lambda: L.ZLoss(weight="1e-3"), lambda: L.Specialization(eps=0.0), lambda: L.Orthogonality(eps=1e-30),
     ],
 )  # fmt: skip
 def test_a_bad_option_is_refused(make: Callable[[], Any]) -> None:

@@ -24,7 +24,7 @@ from . import compat
 from .delayed import AmaxHistory
 from .errors import InputError
 from .graph.routed import RoutedLayer
-from .holder import HOOKS
+from .holder import HOOKS, REGISTRIES
 from .losses import BiasUpdate, sign_update
 from .pickled import without_recorders
 from .precision_metrics import Meter
@@ -35,9 +35,9 @@ from .signature import Signature, Structure, context_key, leaf_key, names_of, wa
 from .weights import KeptCodes
 
 Tensor = torch.Tensor
-# What is the original's own, besides hooks of calls. A parent that loads asks for the hooks of loading.
-REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_state_dict_hooks",
-              "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")  # fmt: skip
+# What is the original's own. A parent that loads asks for the hooks of loading.
+SHARED = (*REGISTRIES, *HOOKS, "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
+          "_load_state_dict_post_hooks")  # fmt: skip
 _OWN = frozenset({
     "_history", "_indices", "_original", "_options", "_compile", "_variants", "_structure", "_report", "_refs",
     "_extras", "_counts", "_kept", "_signed",
@@ -94,7 +94,7 @@ class OptimizedModule(nn.Module):
         own["_signed"] = _with_signature(OptimizedModule.forward, original.forward)
         super().__init__()
         del own["_is_full_backward_hook"]
-        for registry in (*REGISTRIES, *HOOKS):
+        for registry in SHARED:
             own[registry] = original.__dict__[registry]
 
     # --- the original shows through

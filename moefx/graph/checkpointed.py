@@ -8,6 +8,7 @@ in the backward instead of saving them.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -99,9 +100,7 @@ def _inline(gm: fx.GraphModule, node: fx.Node, region: int) -> None:
 
 def _moved(gm: fx.GraphModule, body: fx.GraphModule, target: str) -> str:
     """The name under which an attribute of a body is found on the outer module from now on."""
-    value: Any = body
-    for name in target.split("."):
-        value = getattr(value, name)
+    value = operator.attrgetter(target)(body)
     plain, number = target.replace(".", "_"), 0
     while hasattr(gm, f"{plain}_{number}"):
         number += 1

@@ -16,6 +16,7 @@ from torch import fx
 
 from moefx.graph.edit import value
 from moefx.graph.effects import name_of
+from moefx.holder import attribute
 
 _WALK = 60  # tuples of nodes that are looked at for an order of experts
 
@@ -24,9 +25,7 @@ def tensor(node: fx.Node) -> torch.Tensor | None:
     """The (fake) tensor of a node; that of a `get_attr` node may have to be looked up in the module."""
     found = value(node)
     if found is None and node.op == "get_attr":
-        found = node.graph.owning_module
-        for part in str(node.target).split("."):
-            found = getattr(found, part, None)
+        found = attribute(node.graph.owning_module, node.target)
     return found if isinstance(found, torch.Tensor) else None
 
 

@@ -7,6 +7,7 @@ float32, whatever the graph says; for the proof in the graph's own precision, to
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -213,10 +214,7 @@ def _call(n: fx.Node, env: dict[fx.Node, Any], wide: bool) -> Any:
         if name_of(n) in ("_grouped_mm", "grouped_mm") and args[0].dtype == torch.float32 and len(args) == 2:
             return _grouped(*args, **kwargs)
     if n.op == "get_attr":
-        found: Any = n.graph.owning_module
-        for part in str(target).split("."):
-            found = getattr(found, part)
-        return found
+        return operator.attrgetter(target)(n.graph.owning_module)
     if n.op == "call_method":
         return getattr(args[0], target)(*args[1:], **kwargs)
     if n.op == "call_module":

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import moefx.cli
 from moefx.errors import InputError
 from moefx.grouter import AffinityResult, Placement, RoutingRecords
 from moefx.grouter import affinity as count_affinity
+from tests import command as cli
 
 from .small import Grouter, small
 
@@ -113,17 +112,7 @@ def test_a_file_in_the_place_of_the_folder_is_seen_before_the_work(folder: Path,
 
 
 def test_an_error_is_a_message_and_exit_status_2(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-c",
-        "from moefx.cli import main; main()",
-        "grouter",
-        "place",
-        "--places",
-        "2",
-        "--json",
-    ]
-    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=300, check=False)
+    done = cli.moefx("grouter", "place", "--places", "2", "--json", str(tmp_path))
     assert done.returncode == 2, done.stdout + done.stderr
     assert json.loads(done.stdout)["error"]["what"] == "there are no routing records here"
     assert "Traceback" not in done.stderr

@@ -1,6 +1,6 @@
 """What a step of the optimizers costs on a CPU, as ratios of process CPU seconds: float32, one thread.
 
-    python benchmarks/optim_cost.py [--quick]
+    python benchmarks/optim_cost.py [--quick] [--only lite]
 
 Both sides of a ratio take turns in one process and see the same gradients; a ratio is that of the medians of at least
 `REPEATS` turns, for three seconds or more, after one that is left out (fewer, but at least 3, where they take over a
@@ -30,6 +30,7 @@ from torch import nn
 from moefx.optim import LiteConfig, Muon
 
 RESULTS = Path(__file__).parent / "results" / "optim_cost.csv"
+PARTS = ("loop", "torch", "lite")
 REPEATS, LEAST = 7, 3
 SECONDS = (3, 60)  # so long at least, by more turns than REPEATS; so long at most, by fewer
 Shape = tuple[int, ...]
@@ -73,9 +74,9 @@ def state_bytes(lite: LiteConfig | None, shape: Shape) -> int:
     return sum(t.numel() * t.element_size() for t in Muon([p], lite=lite).state[p].values() if t.ndim)
 
 
-def cases(quick: bool) -> list[dict[str, Any]]:
+def cases(quick: bool, parts: Sequence[str]) -> list[dict[str, Any]]:
     """Rows: what is compared, on which matrices, the two sides, and the target of the ratio."""
-    sizes = (64, 128) if quick else (32, 64, 128, 256, 512)
+    sizes = () if "loop" not in parts else (64, 128) if quick else (32, 64, 128, 256, 512)
     rows: list[dict[str, Any]] = []
 
     def add(what: str, count: int, shape: Shape, slow: Step, fast: Step, target: str) -> None:
@@ -95,7 +96,8 @@ def cases(quick: bool) -> list[dict[str, Any]]:
     single = [(256, 256)] if quick else [(1024, 1024), (768, 2048), (2048, 768)]
     stacks = [(64, 64)] if quick else [(64, 64), (128, 128), (256, 256), (256, 128)]
     # Without instructions for it, bfloat16 takes 70 times as long as float32: nobody would ask for it here.
-    for dtype in ("float32", "bfloat16") if "bf16" in cpu() else ("float32",):
+    dtypes = ("float32", "bfloat16") if "bf16" in cpu() else ("float32",)
+    for dtype in dtypes if "torch" in parts else ():
         mine = {**LIKE_TORCH, "polar_dtype": dtype}
         for shape in single:
             add(f"torch, {dtype}", 1, shape, stepper(torch.optim.Muon, [shape], adjust_lr_fn="original"),
@@ -104,9 +106,8 @@ def cases(quick: bool) -> list[dict[str, Any]]:
             # torch's takes matrices alone: 32 parameters against one stack of 32 experts.
             add(f"torch, {dtype}", 32, shape, stepper(torch.optim.Muon, [shape] * 32, adjust_lr_fn="original"),
                 stepper(Muon, [(32, *shape)], **mine), ">= 3")  # fmt: skip
-    for shape in (
-        [(8, 128, 128)] if quick else [(32, 64, 64), (32, 128, 128), (8, 256, 512), (8, 512, 256), (1, 1024, 1024)]
-    ):
+    shapes = [(8, 128, 128)] if quick else [(32, 64, 64), (32, 128, 128), (8, 256, 512), (8, 512, 256), (1, 1024, 1024)]
+    for shape in shapes if "lite" in parts else ():
         for what, lite in (("lite", FULL), ("lite-l", BOOST)):
             add(what, shape[0], shape[1:], stepper(Muon, [shape], lite=lite), stepper(Muon, [shape]), "<= 1.6")
             extra = state_bytes(lite, shape) - state_bytes(None, shape)
@@ -124,12 +125,14 @@ def main() -> None:
     """Measure; write the CSV unless `--quick`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few small shapes, nothing written")
-    quick = parser.parse_args().quick
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="rows of the others stay")
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = cases(quick)
-    if not quick:
+    rows = cases(args.quick, args.parts)
+    if not args.quick:
+        made = {row["what"] for row in rows}
         with RESULTS.open(newline="") as f:
-            others = [row for row in csv.DictReader(f) if row["cpu"] != cpu()]
+            others = [row for row in csv.DictReader(f) if row["cpu"] != cpu() or row["what"] not in made]
         with RESULTS.open("w", newline="") as f:
             writer = csv.DictWriter(f, list(rows[0]))
             writer.writeheader()

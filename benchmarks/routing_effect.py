@@ -47,6 +47,7 @@ STEPS, BATCH, SEQ, LR, WARMUP = 1000, 32, 64, 2e-3, 100
 EXPERTS, TOP_K, WIDTH, LAYERS, INNER = 16, 2, 64, 3, 64
 MATCHED = 112  # inner width: 2 * 3 * 64 * (112 - 64) per layer = 55 k, the Grouter's; transformers takes multiples of 4
 EVALUATED = (100, 300, 500, 1000)
+CROSSING = tuple(range(700, STEPS, 20))  # `grouter` alone: when it has reached what `learned` ends with
 VAL_WINDOWS, PREFIX_WINDOWS = 256, 32
 ARMS = (
     "learned",
@@ -126,7 +127,7 @@ def windows(count: int) -> Tensor:
 
 
 def train(model: nn.Module, seed: int, *, steps: int = STEPS, evaluate: Any = None, **options: Any) -> Any:
-    """Train through `moefx.optimize`; calls `evaluate(step, opt)` at the steps of `EVALUATED`."""
+    """Train through `moefx.optimize`; calls `evaluate(step, opt)` after every step."""
     batches = stream(seed)(0)
     ids = next(data().batches("train", BATCH, SEQ, seed))
     opt = moefx.optimize(model, {"input_ids": ids, "labels": ids}, **options)
@@ -145,7 +146,7 @@ def train(model: nn.Module, seed: int, *, steps: int = STEPS, evaluate: Any = No
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if evaluate is not None and step in EVALUATED:
+        if evaluate is not None:
             evaluate(step, opt)
         if step % 100 == 0:
             print(f"  step {step}: {float(loss.detach()):.3f} ({time.perf_counter() - begun:.0f} s)", flush=True)
@@ -279,6 +280,8 @@ def run(arm: str, seed: int, out: Path) -> None:
     rows: list[tuple[Any, ...]] = []
 
     def evaluate(step: int, opt: Any) -> None:
+        if step not in EVALUATED and not (arm == "grouter" and step in CROSSING):
+            return
         rows.append((seed, arm, step, "validation loss", validate(opt)))
         print(f"  {arm} {seed} step {step}: {rows[-1][-1]:.4f}", flush=True)
 

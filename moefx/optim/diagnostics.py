@@ -45,7 +45,7 @@ def diagnose(
     rank, (m, n) = lite.rank(*mixed.shape[-2:]), mixed.shape[-2:]
     if lite.mode == "fast":
         rows = state["basis"][..., :rank].mT
-        pair = directions(o, mixed, grad, group, values)
+        pair = directions(o.clone(), mixed, grad, group, values)  # to be written into
         update = -combine(zero, *pair, state["basis"][..., :rank], values.chi, 1.0, 0.0, scale)
     else:
         found = controlled_projector(mixed, o, state["ratio"], rank, steps, low)

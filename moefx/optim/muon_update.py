@@ -98,7 +98,10 @@ def nesterov(averaged: Tensor, grad: Tensor, group: Group) -> Tensor:
 
 
 def directions(o: Tensor, mixed: Tensor, grad: Tensor, group: Group, values: LiteValues) -> tuple[Tensor, Tensor]:
-    """Fast mode: the damped updates (sharp, flat), neither amplified nor projected; `o` is mixed's polar factor."""
+    """Fast mode: the damped updates (sharp, flat), neither amplified nor projected; `o` is mixed's polar factor.
+
+    Both are the caller's own, to be written into; the same tensor where they are equal.
+    """
     lite: LiteConfig = group["lite"]
     steps, kind, low = polar_steps(group), group["polar"], DTYPES[group["polar_dtype"]]
     _, beta1, beta2 = values
@@ -112,7 +115,8 @@ def directions(o: Tensor, mixed: Tensor, grad: Tensor, group: Group, values: Lit
         return o, o
     # A noisy gradient needs no more digits than the momentum's factor had in the first Muon.
     h = polar(grad, lite.damping_steps, kind, low, tight=True)
-    return torch.add(o, h, alpha=beta1), torch.add(o, h, alpha=beta2)
+    sharp = torch.add(o, h, alpha=beta1)
+    return sharp, h.mul_(beta2 - beta1).add_(sharp)
 
 
 def combine(
@@ -127,15 +131,18 @@ def combine(
 ) -> Tensor:
     """w - lr (x P_s + y P_f) with x = scale sharp + decay w, y = chi (scale flat + decay w): one projection in all.
 
-    `basis_BNK` holds orthonormal columns V with P_s = V V^T; without it everything is sharp.
+    `basis_BNK` holds orthonormal columns V with P_s = V V^T; without it everything is sharp. `flat` is overwritten:
+    on CPUs, a temporary of its size costs as much as three passes over it.
     """
     new = descend(w * (1 - lr * decay), sharp, lr * scale)
     if basis_BNK is None or flat is None:
         return new
-    rest = torch.sub(flat, sharp, alpha=1 / chi).mul_(chi * scale) if chi else sharp * -scale
+    # Their difference, in units of `unit`, which the last descent multiplies with.
+    unit = chi * scale if chi else scale
+    rest = flat.sub_(sharp, alpha=1 / chi) if chi else flat.copy_(sharp).neg_()
     if decay and chi != 1:
-        rest.add_(w, alpha=decay * (chi - 1))
-    return descend(new, rest.baddbmm_(rest @ basis_BNK, basis_BNK.mT, alpha=-1), lr)
+        rest.add_(w, alpha=decay * (chi - 1) / unit)
+    return descend(new, rest.baddbmm_(rest @ basis_BNK, basis_BNK.mT, alpha=-1), lr * unit)
 
 
 def descend(w: Tensor, x: Tensor, lr: Tensor | float) -> Tensor:

@@ -173,7 +173,7 @@ def test_invariant_5_decay_alone_is_amplified_in_flat_directions() -> None:
     )
     after = w
     for _ in range(5):
-        after = combine(after, zero, zero, V, 3.0, 0.1, 0.2, 1.0)
+        after = combine(after, zero, zero.clone(), V, 3.0, 0.1, 0.2, 1.0)
     sharp, flat = w @ V @ V.mT, w - w @ V @ V.mT
     assert torch.allclose(after, sharp * (1 - 0.02) ** 5 + flat * (1 - 0.06) ** 5, atol=1e-13)
 

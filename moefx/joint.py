@@ -3,10 +3,6 @@
 A `Joint` is flat: placeholders are parameters, buffers, inputs, then one tangent per differentiable output; outputs are
 buffer updates, the model's own outputs, then one gradient per input. Each placeholder and output says what it is by a
 `Slot`.
-
-Outputs that get no gradient cost nothing: `prune_tangents` specialises the backward to the tangents that are there. A
-transformers model returns logits beside the loss; with a zero tangent in its place a plain backward would go through
-the vocabulary twice.
 """
 
 from __future__ import annotations
@@ -240,85 +236,3 @@ def compiler(
         return run
 
     return compile_one
-
-
-def prune_tangents(bw: fx.GraphModule, absent: frozenset[str]) -> fx.GraphModule:
-    """The backward graph when the tangents named in `absent` (placeholder names) do not exist.
-
-    A backward is linear in its tangents and autograd's formulas are linear step by step, so a node is absent when it
-    depends on tangents and everything that it depends on through them is absent: what eager autograd never runs. A sum
-    of a present and an absent value is the present one; anywhere else an absent value meets a present one, zeros of its
-    shape stand in, as eager does.
-    """
-    gm = copy_graph(bw)
-    graph = gm.graph
-    tangents = {n for n in graph.find_nodes(op="placeholder") if "tangents" in n.name}
-    depends: set[fx.Node] = set(tangents)
-    gone = {n for n in tangents if n.name in absent}
-    add = torch.ops.aten.add.Tensor
-    for node in list(graph.nodes):
-        if node.op in ("placeholder", "output") or not depends.intersection(node.all_input_nodes):
-            continue
-        depends.add(node)
-        via = [n for n in node.all_input_nodes if n in depends]
-        dead = [n for n in via if n in gone]
-        if len(dead) == len(via):
-            gone.add(node)
-        elif dead and node.target is add and not node.kwargs:
-            other = next(a for a in node.args if a not in gone)
-            if isinstance(other, fx.Node) and _same(other, node):
-                node.replace_all_uses_with(other)
-                graph.erase_node(node)
-                depends.add(other)
-            else:
-                _fill(graph, node, dead, gone)
-        elif dead:
-            _fill(graph, node, dead, gone)
-    out = graph.output_node()
-    out.args = (tuple(None if a in gone else a for a in out.args[0]),)  # type: ignore[union-attr]
-    graph.eliminate_dead_code()
-    for n in [n for n in graph.find_nodes(op="placeholder") if n in gone]:
-        graph.erase_node(n)  # refuses when the absent tangent is still read
-    gm.recompile()
-    return gm
-
-
-def _same(a: fx.Node, b: fx.Node) -> bool:
-    x, y = a.meta["val"], b.meta["val"]
-    return bool(x.shape == y.shape and x.dtype == y.dtype)
-
-
-def _fill(graph: fx.Graph, node: fx.Node, dead: list[fx.Node], gone: set[fx.Node]) -> None:
-    """Let `node` read zeros in place of its absent inputs (all parts of a multi-output one)."""
-    for d in dead:
-        val = d.meta["val"]
-        with graph.inserting_before(node):
-            zeros = graph.call_function(
-                torch.ops.aten.full.default,
-                ([_size(graph, node, s, gone) for s in val.shape], 0),
-                {"dtype": val.dtype, "device": val.device, "layout": torch.strided, "pin_memory": False},
-            )
-        zeros.meta = {**d.meta}
-        node.replace_input_with(d, zeros)
-
-
-def _size(graph: fx.Graph, node: fx.Node, size: int | torch.SymInt, gone: set[fx.Node]) -> int | fx.Node:
-    """A size as a graph argument: a symbolic one is read off a tensor that exists before `node`."""
-    if isinstance(size, int):
-        return size
-    for n in graph.nodes:
-        if n is node:
-            break
-        val = None if n in gone else n.meta.get("val")
-        if isinstance(val, torch.SymInt) and val.node.expr == size.node.expr:
-            found: fx.Node = n
-            return found
-        for axis, s in enumerate(val.shape if isinstance(val, torch.Tensor) else ()):
-            if isinstance(s, torch.SymInt) and s.node.expr == size.node.expr:
-                found = graph.call_function(torch.ops.aten.sym_size.int, (n, axis))
-                found.meta = {"val": s}
-                return found
-    raise CaptureError(
-        f"a backward without some of its tangents needs zeros of symbolic size {size}, which nothing else has",
-        todo="differentiate all outputs together, or leave out dynamic=",
-    )

@@ -21,9 +21,9 @@ from .errors import InputError
 from .graph.casts import DELAYED, QUANTIZE, TURNS, Cast
 from .graph.edit import arguments, copy_graph, is_backward, targets, value
 from .graph.effects import is_effect, writers
-from .joint import Joint, prune_tangents
+from .joint import Joint
 from .precision.quantize import dequantize, quality
-from .program import like_traced
+from .tangents import like_traced, prune_tangents
 
 Tensor = torch.Tensor
 ops = torch.ops.moefx

@@ -1,7 +1,7 @@
 """The runtime of one compiled variant: flat callables for forward and backward behind one autograd function.
 
 torch's own AOT runtime is not used because it fills the tangents of unused outputs with zeros. Here a missing tangent
-stays missing and selects a backward that was specialised to it (`joint.prune_tangents`); each is compiled when first
+stays missing and selects a backward that was specialised to it (`tangents.prune_tangents`); each is compiled when first
 needed and kept.
 """
 
@@ -19,8 +19,9 @@ from .delayed import keys_of, refuse_recompute
 from .errors import InputError
 from .graph.casts import DELAYED, QUANTIZE, is_weight
 from .graph.edit import module_path
-from .joint import Compiler, Joint, prune_tangents
+from .joint import Compiler, Joint
 from .raising.replay import Assembly
+from .tangents import like_traced, prune_tangents
 from .weights import KeptCodes, WeightCodes
 
 Tensor = torch.Tensor
@@ -267,19 +268,6 @@ def _refuse_second(gradients: Sequence[Any], anchors: Sequence[Tensor]) -> list[
     tensors = [g for g in gradients if isinstance(g, Tensor)]
     attached = iter(_Once.apply(len(anchors), *anchors, *tensors))  # type: ignore[no-untyped-call]
     return [next(attached) if isinstance(g, Tensor) else g for g in gradients]
-
-
-def like_traced(tangent: Tensor, val: Tensor) -> Tensor:
-    """A tangent in the memory layout that the backward was traced with."""
-    if tuple(tangent.stride()) == tuple(val.stride()):
-        return tangent
-    return (
-        tangent.contiguous()
-        if val.is_contiguous()
-        else torch.empty_strided(
-            tangent.shape, [int(s) for s in val.stride()], dtype=tangent.dtype, device=tangent.device
-        ).copy_(tangent)
-    )
 
 
 def _is_view_of_input(node: fx.Node) -> bool:

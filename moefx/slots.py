@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from . import compat
 from .graph.edit import value
 from .joint import Joint
+from .tangents import like_traced
 
 
 def label_inputs(graph: fx.Graph, names: Mapping[str, str]) -> None:
@@ -49,7 +50,8 @@ def values_of(
             values.append(torch.zeros(value(node).shape, device=value(node).device))
         elif slot.kind == "tangent":
             val = value(node)
-            values.append(torch.randn([int(s) for s in val.shape], generator=gen).to(val.device, val.dtype))
+            drawn = torch.randn([int(s) for s in val.shape], generator=gen).to(val.device, val.dtype)
+            values.append(like_traced(drawn, val))
         else:
             values.append(flat[int(slot.key)] if slot.kind == "input" else state[str(slot.key)].detach())
     return values

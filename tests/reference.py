@@ -94,6 +94,18 @@ class Two(Block):
         return y.square().mean(), self.head(y).square().mean()
 
 
+class SequenceMajor(Block):
+    """Mean square loss and, as a transposed view, what it was computed from: their gradients meet in two layouts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(HIDDEN, 12)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.head(self.moe(x.transpose(0, 1).contiguous())).transpose(0, 1)
+        return y.reshape(-1, 12).square().mean(), y
+
+
 class Halves(Block):
     """The block's output cut in two: the gradients of the halves meet in one concatenation."""
 

@@ -15,8 +15,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moefx.graph.edit import find
-from moefx.joint import prune_tangents
 from moefx.program import Program
+from moefx.tangents import prune_tangents
 
 from . import reference as ref
 
@@ -208,6 +208,19 @@ def test_an_absent_tangent_meets_a_present_one_under_symbolic_sizes() -> None:
         for of in (lambda out: out[0].square().sum(), lambda out: out[1].square().sum()):
             ref.assert_same(ref.step(opt, x, of), ref.step(model, x, of))
     assert len(ref.programs(opt)) == 1
+
+
+@pytest.mark.parametrize("codegen", ["eager", pytest.param("inductor", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("dynamic", [None, {"x": (0, 1)}])
+def test_gradients_that_meet_in_two_layouts(codegen: str, dynamic: Any) -> None:
+    """What is left of a sum keeps the layout of the sum: views behind it were traced for that one."""
+    model = ref.SequenceMajor()
+    opt = ref.optimize(model, {"x": ref.hidden()}, dynamic=dynamic, codegen=codegen, verify=codegen == "eager")
+    for of in (lambda out: out[0], lambda out: out[1].square().sum(), lambda out: out[0] + out[1].sum()):
+        ref.assert_same(ref.step(opt, {"x": ref.hidden(2)}, of), ref.step(model, {"x": ref.hidden(2)}, of))
+    if dynamic:
+        x = {"x": torch.randn(3, 5, ref.HIDDEN, generator=torch.Generator().manual_seed(3))}
+        ref.assert_same(ref.step(opt, x, lambda out: out[0]), ref.step(model, x, lambda out: out[0]))
 
 
 # --- what runs

@@ -47,6 +47,7 @@ LAYERS = (
         "moefx.capture",
         "moefx.holder",
         "moefx.joint",
+        "moefx.tangents",
         "moefx.routing",
         "moefx.report",
         "moefx.view",

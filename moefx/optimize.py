@@ -127,7 +127,7 @@ def optimize(
     routing, wanted = as_routing(router), as_losses(losses)
     chain = as_pipeline(passes, chosen, codegen)
     if routing is not None and "route_by_token" not in chain.names:
-        by_token = RouteByToken(routing.gates, routing.scale, routing.normalise)
+        by_token = RouteByToken(routing.gates, routing.scale, routing.normalise, routing.causal)
         chain = chain.insert(by_token, after="raise_routers")
     chain = with_losses(chain, wanted)
     options = Options(chosen, chain, codegen, verify, dynamic, strict, wanted, routing)

@@ -94,8 +94,16 @@ class Routing:
     def check(self, named: dict[str, Any]) -> None:
         """Raise `InputError` for a call, arguments by name, that has not what the router reads, or not in that form."""
         self.inputs(named)
+        ids = named.get(self.ids)
         if isinstance(self.router, Precomputed):
             self.router.check(named, self.ids)
+        elif isinstance(ids, Tensor) and ids.dim() != 2:
+            raise InputError(
+                f"the router takes token ids [sequences, tokens], the call has {self.ids} {tuple(ids.shape)}",
+                where=type(self.router).__qualname__,
+                why="which tokens make one sequence says what a token may be routed by",
+                todo="call the model with ids [B, S], or give routing [1, T, k] for flat ids with moefx.Precomputed()",
+            )
 
     @property
     def extra(self) -> tuple[str, ...]:
@@ -131,7 +139,9 @@ class Precomputed(nn.Module):
         why = None
         if not isinstance(idx, Tensor) or not isinstance(gates, Tensor):
             why = "both must be tensors"
-        elif idx.dim() not in (3, 4) or idx.shape != gates.shape:
+        elif idx.dim() not in (3, 4):
+            why = "sequences, tokens and chosen experts take three axes, and layers a fourth"
+        elif idx.shape != gates.shape:
             why = "both must have one shape"
         elif idx.dtype not in INTEGERS or not gates.is_floating_point():
             why = "indices must be integers, gates floating-point numbers"

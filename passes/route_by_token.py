@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -19,7 +20,7 @@ from moefx.graph.routed import RoutedLayer, routed_layer
 from moefx.graph.router import PRODUCTS, route_of
 from moefx.graph.tokens import Tokens
 from moefx.manager import Context, Pass
-from moefx.routing import check_choice
+from moefx.routing import FutureTokensWarning, check_choice
 
 ops = torch.ops.moefx
 Tensor = torch.Tensor
@@ -35,8 +36,9 @@ class RouteByToken(Pass):
     What was computed from the old logits besides, an auxiliary or z loss, is taken out of the sum that it was added to;
     where the model returns the logits themselves it returns the router's. `optimize(router=...)` puts the pass in.
 
-    In which order the rows of the layers are is found by trial on the example inputs (`moefx.graph.tokens`); that, and
-    precomputed choices of the example that no layer has, are an `InputError`.
+    In which order the rows of the layers are is found by trial on the example inputs (`moefx.graph.tokens`). Where that
+    is not known, where rows do not depend on the token that they are routed by (a warning with `causal=False` and for
+    precomputed routing), and where precomputed choices of the example are no experts of a layer, it is an `InputError`.
     """
 
     requires: ClassVar[set[str]] = {"routers_raised"}
@@ -46,6 +48,7 @@ class RouteByToken(Pass):
     gates: str = "router"
     scale: float | None = None
     normalise: str = "softmax"
+    causal: bool = True
 
     def run(self, graph: fx.Graph, ctx: Context) -> None:
         markers = find(graph, ops.token_route)
@@ -56,6 +59,7 @@ class RouteByToken(Pass):
         layers, old = _layers(graph), list[fx.Node]()
         tokens, noted = _tokens(graph, layers), graph.output_node().meta
         layout = _layout(tokens, markers[0])
+        self._check_shift(tokens, precomputed=not value(arguments(markers[0])["given"][0]).is_floating_point())
         noted["moefx_routed"] = self._noted(graph, layers, layout)
         source = _Source(graph, markers[0], self, max(layer.k for layer in layers), layout)
         if source.ready:
@@ -81,6 +85,23 @@ class RouteByToken(Pass):
             ctx.row.notes.append(f"what old routers added at {where} is no longer added")
         source.marker.replace_all_uses_with(source.given[0])
         erase_unread(graph)
+
+    def _check_shift(self, tokens: Tokens, precomputed: bool) -> None:
+        """A row that does not depend on its own token is there to predict it, and would be routed by it."""
+        x = tokens.layers[0]
+        if not tokens.shifted(x):
+            return
+        what = "the model shifts its tokens: a row in front of the experts does not depend on the token it is routed by"
+        if self.causal and not precomputed:
+            raise InputError(
+                what,
+                where=place(x) or None,
+                why="another token changes later rows and not its own, which is then there to predict it and would be "
+                "told by its routing",
+                todo="shift the ids before the call, so that the router reads what the model reads; "
+                "moefx.Routing(router, causal=False) accepts it as it is",
+            )
+        warnings.warn(f"{what}: see that the routing was made of shifted ids", FutureTokensWarning, stacklevel=2)
 
     def _noted(self, graph: fx.Graph, layers: list[_Layer], layout: str) -> list[RoutedLayer]:
         """The layers as decoding needs to know them."""

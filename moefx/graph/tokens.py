@@ -168,6 +168,17 @@ class Tokens:
                 found.append(name)
         return found[0] if len(found) == 1 and bool(moved.any()) else None
 
+    def shifted(self, x: fx.Node) -> bool:
+        """Whether a token moves rows of a layer, but not the row of its own: the model shifts its tokens inside."""
+        source = next((n for n in self.sources(x) if n is not self.inputs.get("labels")), None)
+        layout = self.layout(x)
+        if source is None or layout is None:
+            return False
+        B, S = (compat.size_hint(n) for n in value(source).shape[:2])
+        s = S // 2
+        moved = self._moved([x], {source: _other(self._value(source), slice(s, s + 1))})[x]
+        return bool(moved.any()) and not bool(moved[s if layout == "batch" else s * B])
+
     def _masks_tokens(self, x: fx.Node, mask: fx.Node) -> bool:
         """Whether a square mask [B, B] masks tokens: another first row changes rows of the first sequence alone."""
         layout, given = self.layout(x), self._value(mask)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from typing import Any
 
 from moefx.errors import InputError, nearest
@@ -54,6 +55,9 @@ def _named(text: str) -> Item:
         made: Item = NAMES[name]()
         return made
     option = "rate" if name == "bias" else "weight"
+    if option not in (field.name for field in fields(NAMES[name])):
+        todo = f"give {name!r} alone, in a list or a string"
+        raise InputError(f"{name} has no weight", why=f"it was given as {text!r}", todo=todo)
     try:
         return NAMES[name](**{option: float(number)})  # type: ignore[no-any-return]
     except (ValueError, TypeError) as e:

@@ -45,6 +45,8 @@ class Net(nn.Module):
     def forward(self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None) -> Tensor:
         """Logits [B, S, WORDS]."""
         h = self.emb(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.order == "shifted":  # to predict a token from those before it
+            h = torch.cat([torch.zeros_like(h[:, :1]), h[:, :-1]], 1)
         h = h + h.cumsum(1) / 8  # tokens of one sequence meet
         if self.order == "sequence":
             return self.head(self.block.moe(h.transpose(0, 1).contiguous()).transpose(0, 1))
@@ -53,6 +55,18 @@ class Net(nn.Module):
         if self.order == "blind":
             return self.head(h + self.block.moe(torch.ones_like(h)))
         return self.head(self.block.moe(h))
+
+
+class Flat(Net):
+    """The same for one packed sequence of ids [T]."""
+
+    def __init__(self) -> None:
+        super().__init__("batch")
+
+    def forward(self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None) -> Tensor:
+        """Logits [T, WORDS]."""
+        assert input_ids is not None
+        return self.head(self.block.moe(self.emb(input_ids)[None])[0])
 
 
 def ids(B: int = 2, S: int = 5) -> Tensor:
@@ -104,6 +118,44 @@ def test_the_order_of_rows_is_found_by_embeddings_where_there_are_no_ids() -> No
 def test_an_order_that_is_neither_or_that_nothing_shows_is_an_error(order: str) -> None:
     with pytest.raises(moefx.InputError, match=r"order of the rows[\s\S]*2 sequences of 5 tokens[\s\S]*input_ids"):
         ref.optimize(Net(order).eval(), {"input_ids": ids()}, router=Table())
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def test_a_model_that_shifts_its_tokens_would_be_told_what_it_predicts() -> None:
+    for B in (1, 2):
+        with pytest.raises(moefx.InputError, match=r"shifts its tokens[\s\S]*shift the ids before the call"):
+            ref.optimize(Net("shifted").eval(), {"input_ids": ids(B)}, router=Table())
+    with pytest.warns(moefx.FutureTokensWarning, match="shifts its tokens"):
+        opt = ref.optimize(Net("shifted").eval(), {"input_ids": ids()}, router=moefx.Routing(Table(), causal=False))
+    # What is refused: another token changes its own row, where the original has not read it yet.
+    other = ids()
+    other[:, 3] = (other[:, 3] + 1) % WORDS
+    net = Net("shifted").eval()
+    moved, leaked = ((f(input_ids=ids()) - f(input_ids=other)).abs().amax((0, 2)) > 1e-6 for f in (net, opt))
+    assert moved.tolist() == [False, False, False, False, True]
+    assert leaked.tolist() == [False, False, False, True, True]
+    # Routing that was made of shifted ids is right; whether it was, nothing here can know.
+    idx, gates = chosen()
+    given = {"input_ids": ids(), "routing_idx": idx, "routing_gates": gates}
+    with pytest.warns(moefx.FutureTokensWarning, match="made of shifted ids"):
+        ref.optimize(Net("shifted").eval(), given, router=moefx.Precomputed())
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def test_flat_ids_have_no_sequences_for_a_router() -> None:
+    flat, net = {"input_ids": ids().flatten()}, Flat().eval()
+    grouter = moefx.Grouter.from_config(
+        vocab_size=WORDS, num_experts=E, hidden_size=8, num_layers=1, num_heads=1, intermediate_size=8
+    )
+    for router in (Table(), grouter):
+        with pytest.raises(moefx.InputError, match=r"\[sequences, tokens\][\s\S]*\(10,\)[\s\S]*\[1, T, k\]"):
+            ref.optimize(net, flat, router=router)
+    idx, gates = (t.flatten(0, 1) for t in chosen())
+    with pytest.raises(moefx.InputError, match=r"take three axes[\s\S]*\[B, S, k\]"):
+        ref.optimize(net, {**flat, "routing_idx": idx, "routing_gates": gates}, router=moefx.Precomputed())
+    given = {**flat, "routing_idx": idx[None], "routing_gates": gates[None]}
+    opt = ref.optimize(net, given, router=moefx.Precomputed())
+    torch.testing.assert_close(opt(**given), by_hand(net, flat, idx[None], gates[None]))
 
 
 class Stack(nn.Module):

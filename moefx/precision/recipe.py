@@ -15,7 +15,7 @@ import fnmatch
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from moefx.errors import RecipeError, nearest
 
@@ -42,6 +42,26 @@ _MODEL = ("raise_routers", "expand_routers", "merge_routers", "expand_experts", 
 _TRAINING = ("dead_code", "drop_noops", "orient_wgrad")
 
 
+class _Settled(dict[str, str]):
+    """A copy of a mapping that refuses to be written to, and is a dict to whatever reads it: JSON, `repr`, equality."""
+
+    def _refuse(self, *args: object, **fields: object) -> NoReturn:
+        raise RecipeError(
+            "a recipe cannot be written to",
+            why="it was checked when it was made, and others may share it",
+            todo="recipe.replace('mine', specs={...}) makes another one, with these specs in place of its own",
+        )
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    update = setdefault = pop = popitem = clear = _refuse
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def __reduce__(self) -> tuple[type, tuple[dict[str, str]]]:
+        return type(self), (dict(self),)  # not item by item, as dicts are pickled and copied
+
+
 @dataclass(frozen=True)
 class Rule:
     """Specs for the modules whose dotted path matches a shell pattern; `specs=None` leaves them wide.
@@ -52,6 +72,10 @@ class Rule:
     path: str
     specs: Mapping[str, str] | None = None
 
+    def __post_init__(self) -> None:
+        if isinstance(self.specs, Mapping):  # what is none, the recipe refuses
+            object.__setattr__(self, "specs", _Settled(self.specs))
+
     def matches(self, path: str) -> bool:
         """Whether this rule is about the module at `path`."""
         return fnmatch.fnmatchcase(path, self.path)
@@ -59,7 +83,7 @@ class Rule:
 
 @dataclass(frozen=True, init=False)
 class Recipe:
-    """A precision recipe.
+    """A precision recipe. It copies the mappings that it is given, and cannot be changed: see `replace`.
 
     Args:
         name: how it is chosen: `moefx.optimize(..., recipe=name)` once it is registered.
@@ -101,6 +125,7 @@ class Recipe:
                 raise RecipeError(f"recipe {name!r} has an unknown field {f!r}", todo=nearest(f, known))
         values = {"name": name, "about": about, **known, **fields}
         values["rules"], values["passes"] = tuple(values["rules"]), tuple(values["passes"])
+        values.update({f: _Settled(v) for f in _MAPPINGS if isinstance(v := values[f], Mapping)})
         for f, v in values.items():
             object.__setattr__(self, f, v)
         self._check()
@@ -217,7 +242,7 @@ class Recipe:
 
     def _check_types(self) -> None:
         """Mappings and rules are what they are taken for below."""
-        mappings = [(f, getattr(self, f)) for f in ("specs", "accumulate", "out")]
+        mappings = [(f, getattr(self, f)) for f in _MAPPINGS]
         for rule in self.rules:
             if not isinstance(rule, Rule):
                 raise RecipeError(
@@ -299,6 +324,7 @@ _DEFAULTS: dict[str, Any] = {
     "specs": {}, "rules": (), "align": 1, "accumulate": {}, "out": {}, "turn": "tight", "amax_history": 0,
     "allow_double_quant": False, "force": False, "propagate": True, "fuse": True, "passes": (),
 }  # fmt: skip
+_MAPPINGS = tuple(f for f, value in _DEFAULTS.items() if isinstance(value, dict))
 
 
 def lookup(specs: Mapping[str, str], gemm: str, key: str) -> str | None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import json
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -122,3 +126,60 @@ def test_recipes_pickle_and_compare() -> None:
     assert pickle.loads(pickle.dumps(r)) == r
     assert hash(Recipe("a", specs=GOOD)) == hash(Recipe("a", specs=dict(reversed(GOOD.items()))))
     assert Recipe("a", specs=GOOD) != Recipe("a", specs=GOOD, propagate=False)
+
+
+WRITES: dict[str, Callable[[Any], object]] = {
+    "item": lambda d: d.__setitem__("input.fprop", "nonsense"),
+    "del": lambda d: d.__delitem__("input.fprop"),
+    "or": lambda d: d.__ior__({"input.fprop": "nonsense"}),
+    "update": lambda d: d.update({"input.fprop": "nonsense"}),
+    "setdefault": lambda d: d.setdefault("input.wire", "nonsense"),
+    "pop": lambda d: d.pop("input.fprop"),
+    "popitem": lambda d: d.popitem(),
+    "clear": lambda d: d.clear(),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_a_recipe_cannot_be_written_to(write: Callable[[Any], object]) -> None:
+    ruled = Recipe("a", specs=GOOD, rules=[Rule("*", GOOD)])
+    for mapping in (ruled.specs, ruled.rules[0].specs, Recipe("b").specs, Recipe("b").accumulate, ruled.out):
+        before = dict(mapping or {})
+        with pytest.raises(RecipeError, match="cannot be written to"):
+            write(mapping)
+        assert mapping == before
+    assert Recipe("b").specs == get_recipe("bf16").specs == {}
+
+
+def test_what_a_recipe_was_made_of_may_change_afterwards() -> None:
+    specs, ruled, out, rules = dict(GOOD), dict(GOOD), {"fprop": "wide"}, [Rule("*.layers.0.*")]
+    rules.append(Rule("*", ruled))
+    r = Recipe("a", specs=specs, rules=rules, out=out)
+    before = hash(r)
+    specs["input.fprop"] = ruled["input.fprop"] = out["fprop"] = "nonsense"
+    rules.clear()
+    assert r.specs == r.rules[1].specs == GOOD
+    assert (r.out, len(r.rules), hash(r)) == ({"fprop": "wide"}, 2, before)
+
+
+def test_copies_of_a_recipe_are_equal_to_it_and_closed_too() -> None:
+    r = Recipe("a", specs=GOOD, rules=[Rule("*", GOOD)], accumulate={"fprop": "fp32"})
+    copies = [copy.copy(r), copy.deepcopy(r), dataclasses.replace(r, about="")]
+    copies += [pickle.loads(pickle.dumps(r, protocol)) for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1)]
+    for c in copies:
+        assert c == r
+        assert (hash(c), hash(c.rules), repr(c)) == (hash(r), hash(r.rules), repr(r))
+        for mapping in (c.specs, c.rules[0].specs):
+            with pytest.raises(RecipeError, match="cannot be written to"):
+                WRITES["item"](mapping)
+    assert json.loads(json.dumps(r.specs)) == {**r.specs} == GOOD
+    assert dataclasses.asdict(r)["rules"] == ({"path": "*", "specs": GOOD},)
+
+
+def test_how_a_recipe_prints_stays() -> None:
+    """Checkpoints identify a recipe of the user's own by it (`moefx.train.identity`)."""
+    r = Recipe("a", specs={"hidden.stored": ROW}, rules=[Rule("*", {"input.wire": ROW})])
+    assert repr(r).startswith(
+        f"Recipe(name='a', about='', specs={{'hidden.stored': '{ROW}'}}, "
+        f"rules=(Rule(path='*', specs={{'input.wire': '{ROW}'}}),), align=1, accumulate={{}}, out={{}}, turn='tight'"
+    )

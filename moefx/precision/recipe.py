@@ -215,6 +215,9 @@ class Recipe:
 
     def _check(self) -> None:
         self._check_types()
+        for f in _FLAGS:
+            if type(getattr(self, f)) is not bool:
+                raise RecipeError(f"recipe {self.name!r}: {f} is {getattr(self, f)!r}", todo="give True or False")
         for f, allowed in (("accumulate", ACCUMULATE), ("out", OUT)):
             for product, value in getattr(self, f).items():
                 self._known(f, product, PRODUCTS)
@@ -325,6 +328,7 @@ _DEFAULTS: dict[str, Any] = {
     "allow_double_quant": False, "force": False, "propagate": True, "fuse": True, "passes": (),
 }  # fmt: skip
 _MAPPINGS = tuple(f for f, value in _DEFAULTS.items() if isinstance(value, dict))
+_FLAGS = tuple(f for f, value in _DEFAULTS.items() if isinstance(value, bool))
 
 
 def lookup(specs: Mapping[str, str], gemm: str, key: str) -> str | None:

@@ -11,6 +11,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+import torch.distributed as dist
+
 from moefx.errors import RecipeError, nearest
 
 from .recipe import PRODUCTS, Recipe
@@ -44,6 +46,9 @@ def recipe_from_te(obj: object, name: str | None = None) -> Recipe:
     of wgrad (`input.stored`), and there is nothing for `wire`. Rows are padded as TE pads them. `accumulate` follows
     `use_split_accumulator`: "promote128" for block-wise scaling, where TE always splits, otherwise "fp32" or "fast".
     Where casts are made is the pipeline's matter: `replace(name, propagate=False)` keeps them where TE has them.
+    DelayedScaling: the history of a rank is of its own magnitudes, which is `reduce_amax=False`. True, TE's default,
+    takes the largest of all ranks. That is the same on one process and refused once there are several, so call this
+    behind `init_process_group`.
 
     Args:
         obj: DelayedScaling, Float8CurrentScaling, Float8BlockScaling, MXFP8BlockScaling or NVFP4BlockScaling (without
@@ -189,15 +194,30 @@ def _delayed(obj: object) -> _Made:
     if (algorithm := _field(obj, "amax_compute_algo", "max")) not in ("max", "most_recent"):
         why = "a scale follows the largest magnitude of the steps that are kept, or the last one"
         _refuse(obj, "amax_compute_algo", algorithm, why, "use 'max' or 'most_recent'")
+    _check_reduction(obj)
     specs = (QuantSpec(e, "tensor", "f32", "exact", delayed=True) for e in _elements(obj))
     return _specs(*specs), {"fprop": "fast", "dgrad": "fp32", "wgrad": "fp32"}
+
+
+def _check_reduction(obj: object) -> None:
+    """TE takes the largest magnitude of all ranks (`reduce_amax`); a history here is of one rank."""
+    reduced = _field(obj, "reduce_amax", True)
+    if type(reduced) is not bool:
+        _refuse(obj, "reduce_amax", reduced, "it is neither True nor False", "set it to False")
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if reduced and ranks > 1:
+        why = f"there are {ranks} ranks, and the scales of each follow its own magnitudes here, not those of all"
+        _refuse(obj, "reduce_amax", True, why, "set it to False if scales may differ from rank to rank")
 
 
 def _history(obj: object) -> int:
     """Steps that the scales of a delayed recipe follow; 0 for others."""
     if type(obj).__name__ != "DelayedScaling":
         return 0
-    return 1 if _field(obj, "amax_compute_algo", "max") == "most_recent" else int(_field(obj, "amax_history_len"))
+    steps = _field(obj, "amax_history_len")
+    if type(steps) is not int or steps < 1:
+        _refuse(obj, "amax_history_len", steps, "a history holds a whole number of steps", "set it to 1024 or so")
+    return 1 if _field(obj, "amax_compute_algo", "max") == "most_recent" else steps
 
 
 _MAKERS = {

@@ -59,7 +59,7 @@ def check_backend(recipe: Recipe, backend: str) -> int:
     """
     if backend == "emulation":
         return recipe.align
-    if backend not in BACKENDS:
+    if backend not in list(BACKENDS):  # also one that cannot be hashed
         raise RecipeError(f"unknown backend {backend!r}", todo=nearest(backend, ("emulation", *BACKENDS)))
     b = BACKENDS[backend]
     for where, specs in recipe.variants():

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -67,13 +67,22 @@ class Rule:
     """Specs for the modules whose dotted path matches a shell pattern; `specs=None` leaves them wide.
 
     The keys given replace the recipe's; the others stay. The first rule that matches a module decides.
+
+    Raises:
+        RecipeError: a path that is no text, specs that are no mapping. What the specs say, the recipe checks.
     """
 
     path: str
     specs: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.specs, Mapping):  # what is none, the recipe refuses
+        if not isinstance(self.path, str):
+            raise RecipeError(
+                f"the path of a rule is {self.path!r}, which is no text",
+                todo="give a shell pattern of module paths, such as Rule('*.layers.0.*')",
+            )
+        if self.specs is not None:
+            _check_mapping(f"specs of the rule for {self.path!r}", self.specs)
             object.__setattr__(self, "specs", _Settled(self.specs))
 
     def matches(self, path: str) -> bool:
@@ -124,8 +133,11 @@ class Recipe:
             if f not in known:
                 raise RecipeError(f"recipe {name!r} has an unknown field {f!r}", todo=nearest(f, known))
         values = {"name": name, "about": about, **known, **fields}
-        values["rules"], values["passes"] = tuple(values["rules"]), tuple(values["passes"])
-        values.update({f: _Settled(v) for f in _MAPPINGS if isinstance(v := values[f], Mapping)})
+        for f, example in _LISTS.items():
+            values[f] = _listed(f"recipe {name!r}: {f}", values[f], example)
+        for f in _MAPPINGS:
+            _check_mapping(f"recipe {name!r}: {f}", values[f])
+            values[f] = _Settled(values[f])
         for f, v in values.items():
             object.__setattr__(self, f, v)
         self._check()
@@ -153,7 +165,9 @@ class Recipe:
         `passes` that this one was given stay; those that follow from its fields follow from the new ones.
         """
         kept: dict[str, Any] = {f: getattr(self, f) for f in _DEFAULTS if self.own_passes or f != "passes"}
-        specs = {**self.specs, **fields.pop("specs", {})}
+        given = fields.pop("specs", {})
+        _check_mapping(f"recipe {name!r}: specs", given)
+        specs = {**self.specs, **given}
         return Recipe(name, about, **{**kept, **fields, "specs": {k: v for k, v in specs.items() if v is not None}})
 
     @staticmethod
@@ -244,19 +258,21 @@ class Recipe:
                 self._check_products(specs, gemm)
 
     def _check_types(self) -> None:
-        """Mappings and rules are what they are taken for below."""
-        mappings = [(f, getattr(self, f)) for f in _MAPPINGS]
+        """Names and what lists hold are what they are taken for below."""
+        for f in ("name", "about"):
+            if not isinstance(getattr(self, f), str):
+                raise RecipeError(f"recipe {self.name!r}: {f} is {getattr(self, f)!r}", todo="give text")
+        for p in self.passes:
+            if not isinstance(p, str):
+                raise RecipeError(
+                    f"recipe {self.name!r}: passes holds {p!r}, which is no name",
+                    todo="write names of registered passes; moefx.optimize(passes=[...]) takes passes themselves",
+                )
         for rule in self.rules:
             if not isinstance(rule, Rule):
                 raise RecipeError(
                     f"recipe {self.name!r}: rules holds {rule!r}, which is no Rule",
                     todo="write Rule('*.layers.0.*') for modules that stay wide, Rule(path, specs) for others",
-                )
-            mappings += [] if rule.specs is None else [(f"rules[{rule.path!r}]", rule.specs)]
-        for where, found in mappings:
-            if not isinstance(found, Mapping):
-                raise RecipeError(
-                    f"recipe {self.name!r}: {where} is {type(found).__name__}, not a mapping", todo="give a dict"
                 )
 
     def _known(self, where: str, value: str, allowed: Iterable[str]) -> None:
@@ -328,7 +344,20 @@ _DEFAULTS: dict[str, Any] = {
     "allow_double_quant": False, "force": False, "propagate": True, "fuse": True, "passes": (),
 }  # fmt: skip
 _MAPPINGS = tuple(f for f, value in _DEFAULTS.items() if isinstance(value, dict))
+_LISTS = {"rules": "[Rule('*.layers.0.*')]", "passes": "['quantize', 'fold_casts']"}
 _FLAGS = tuple(f for f, value in _DEFAULTS.items() if isinstance(value, bool))
+
+
+def _check_mapping(where: str, given: object) -> None:
+    if not isinstance(given, Mapping):
+        raise RecipeError(f"{where} is {type(given).__name__}, not a mapping", todo="give a dict")
+
+
+def _listed(where: str, given: object, example: str) -> tuple[Any, ...]:
+    """What a list, a tuple or a generator holds, in its order."""
+    if isinstance(given, str | Mapping | Set) or not isinstance(given, Iterable):
+        raise RecipeError(f"{where} is {given!r}, not a list", todo=f"give a list: {example}")
+    return tuple(given)
 
 
 def lookup(specs: Mapping[str, str], gemm: str, key: str) -> str | None:
@@ -356,12 +385,23 @@ def recipe_names() -> list[str]:
     return list(_RECIPES)
 
 
-def get_recipe(recipe: str | Recipe) -> Recipe:
-    """A recipe by name; raises `RecipeError` with the nearest name otherwise."""
+def get_recipe(recipe: str | Recipe | Mapping[str, str]) -> Recipe:
+    """A recipe by name, itself, or by its specs alone: `Recipe("custom", specs=recipe)`.
+
+    Raises:
+        RecipeError: an unknown name (with the nearest one), specs that a recipe refuses, anything else.
+    """
     if isinstance(recipe, Recipe):
         return recipe
+    if isinstance(recipe, Mapping):
+        return Recipe("custom", specs=recipe)
+    if not isinstance(recipe, str):
+        raise RecipeError(
+            f"the recipe is {recipe!r}, a {type(recipe).__name__}",
+            todo="give a name (moefx recipes lists them), a moefx.Recipe, or a dict of specs",
+        )
     if recipe not in _RECIPES:
-        raise RecipeError(f"unknown recipe {recipe!r}", todo=nearest(str(recipe), _RECIPES))
+        raise RecipeError(f"unknown recipe {recipe!r}", todo=nearest(recipe, _RECIPES))
     return _RECIPES[recipe]
 
 

@@ -121,9 +121,9 @@ def _specs(x: QuantSpec, w: QuantSpec, g: QuantSpec) -> dict[str, str]:
 def _format(obj: object) -> str:
     fmt = _field(obj, "fp8_format")
     name = getattr(fmt, "name", fmt)
-    if name not in _FORMATS:
-        _refuse(obj, "fp8_format", name, "that is no format of an FP8 recipe", nearest(str(name), _FORMATS))
-    return str(name)
+    if not isinstance(name, str) or name not in _FORMATS:
+        _refuse(obj, "fp8_format", name, "that is no format of an FP8 recipe", nearest(name, _FORMATS))
+    return name
 
 
 def _elements(obj: object) -> tuple[str, str, str]:
@@ -141,7 +141,7 @@ def _quantizers(obj: object, blocks: Sequence[str]) -> list[QuantSpec]:
         scale, rule = ("po2", "rceil") if _field(obj, f"{f}.power_2_scale") else ("f32", "exact")
         eps = _field(obj, f"{f}.amax_epsilon")
         try:
-            specs.append(QuantSpec(elem, block, scale, rule, eps=float(eps)))
+            specs.append(QuantSpec(elem, block, scale, rule, eps=eps))
         except RecipeError as e:
             _refuse(obj, f"{f}.amax_epsilon", eps, e.why or e.what, "use 0 or a normal fp32 number")
     return specs

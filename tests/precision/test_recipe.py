@@ -13,6 +13,7 @@ import pytest
 
 from moefx.errors import RecipeError
 from moefx.precision import builtin  # noqa: F401  registers the recipes
+from moefx.precision.formats import get_format
 from moefx.precision.recipe import Recipe, Rule, get_recipe, lookup, recipe_names, register_recipe
 from moefx.precision.spec import QuantSpec
 
@@ -65,7 +66,15 @@ def test_naive_is_flow_without_propagation_and_fusion() -> None:
         ({"specs": {"down.hidden.stored": ROW}}, ["'down.hidden.stored', which nothing reads", "'hidden.stored'"]),
         ({"rules": [Rule("*", {"input.wire": None})]}, ["rules['*']['input.wire'] is None"]),  # type: ignore[dict-item]
         ({"rules": ["*.layers.0"]}, ["rules holds '*.layers.0', which is no Rule"]),
-        ({"rules": [Rule("*", ROW)]}, ["rules['*'] is str, not a mapping"]),  # type: ignore[arg-type]
+        ({"rules": None}, ["rules is None, not a list", "[Rule("]),
+        ({"rules": Rule("*")}, ["rules is Rule(path='*', specs=None), not a list", "[Rule("]),
+        ({"rules": "*.layers.0.*"}, ["rules is '*.layers.0.*', not a list", "[Rule("]),
+        ({"rules": {Rule("*")}}, ["rules is {Rule", "not a list"]),
+        ({"passes": "quantize"}, ["passes is 'quantize', not a list", "['quantize'"]),
+        ({"passes": None}, ["passes is None, not a list"]),
+        ({"passes": [int]}, ["passes holds <class 'int'>, which is no name", "moefx.optimize(passes"]),
+        ({"about": None}, ["about is None"]),
+        ({"specs": None}, ["specs is NoneType, not a mapping"]),
         ({"amax_history": -1}, ["amax_history is -1"]),
         ({"amax_history": "4"}, ["amax_history is '4'"]),
         ({"amax_history": 2.5}, ["amax_history is 2.5"]),
@@ -85,6 +94,45 @@ def test_what_is_wrong_is_named(fields: dict[str, Any], names: list[str]) -> Non
     for name in names:
         assert name in str(caught.value)
     Recipe("mine", specs=GOOD)  # the control
+
+
+@pytest.mark.parametrize(
+    ("args", "names"),
+    [
+        ((3,), ["path of a rule is 3", "Rule('*.layers.0.*')"]),
+        ((["*"], GOOD), ["path of a rule is ['*']"]),
+        (("*", ROW), ["specs of the rule for '*' is str, not a mapping"]),
+    ],
+)
+def test_a_rule_says_what_is_wrong_with_it(args: tuple[Any, ...], names: list[str]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        Rule(*args)
+    assert all(name in str(caught.value) for name in names)
+
+
+def test_a_recipe_may_be_given_by_its_specs() -> None:
+    assert get_recipe(GOOD) == Recipe("custom", specs=GOOD)
+    with pytest.raises(RecipeError, match=r"recipe 'custom': specs names 'input.fpro'"):
+        get_recipe({"input.fpro": ROW})
+    for other in ([ROW], None, 3, {"input.fprop"}):
+        with pytest.raises(RecipeError, match=f"a {type(other).__name__}") as caught:
+            get_recipe(other)  # type: ignore[arg-type]
+        assert "a dict of specs" in (caught.value.todo or "")
+
+
+def test_replacing_by_what_is_no_mapping() -> None:
+    with pytest.raises(RecipeError, match="recipe 'b': specs is NoneType, not a mapping"):
+        Recipe("a", specs=GOOD).replace("b", specs=None)
+
+
+def test_names_are_text() -> None:
+    with pytest.raises(RecipeError, match="recipe 3: name is 3"):
+        Recipe(3)  # type: ignore[arg-type]
+    for other in (3, ["te_sm90"]):
+        with pytest.raises(RecipeError, match="unknown backend"):
+            Recipe("a", specs=GOOD).for_backend(other)  # type: ignore[arg-type]
+        with pytest.raises(RecipeError, match="unknown number format"):
+            get_format(other)  # type: ignore[arg-type]
 
 
 def test_the_first_rule_that_matches_decides() -> None:

@@ -247,6 +247,12 @@ REFUSED = [
         "fp8_quant_fwd_inp.random_hadamard_transform=True",
         "False",
     ),
+    (Float8CurrentScaling(fp8_format=["E4M3"]), "fp8_format=['E4M3']", "E4M3"),  # type: ignore[arg-type]
+    (
+        Float8BlockScaling(fp8_quant_fwd_inp=QParams(True, "1e-3")),  # type: ignore[arg-type]
+        "fp8_quant_fwd_inp.amax_epsilon='1e-3'",
+        "use 0",
+    ),
     (Float8CurrentScaling(fp8_format=Format.E2M1), "fp8_format='E2M1'", "E4M3"),
     (MXFP8BlockScaling(margin=1), "margin=1", "0"),
     (MXFP8BlockScaling(fp8_dpa=True), "fp8_dpa=True", "False"),

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from moefx.errors import RecipeError, nearest
 
-from .recipe import GEMMS, PRODUCTS, Recipe, lookup
+from .keys import GEMMS, PRODUCTS, lookup
 from .spec import QuantSpec
+
+if TYPE_CHECKING:  # recipes ask this module
+    from .recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -19,21 +19,16 @@ from typing import Any, NoReturn
 
 from moefx.errors import RecipeError, nearest
 
+from .backends import check_backend
+from .keys import GEMMS, KEYS, PRODUCTS, USAGES, lookup
 from .spec import QuantSpec
+from .te_recipes import fields_from_te
 
-USAGES = {
-    "input": ("fprop", "wgrad", "wire", "stored"),
-    "weight": ("fprop", "dgrad"),
-    "grad": ("dgrad", "wgrad", "wire"),
-    "hidden": ("stored",),
-}
-PRODUCTS = {
-    "fprop": ("input.fprop", "weight.fprop"),
-    "dgrad": ("grad.dgrad", "weight.dgrad"),
-    "wgrad": ("grad.wgrad", "input.wgrad"),
-}
-GEMMS = ("up", "down")
-KEYS = tuple(f"{role}.{usage}" for role, usages in USAGES.items() for usage in usages)
+__all__ = [
+    "BF16", "GEMMS", "KEYS", "PRODUCTS", "USAGES", "Recipe", "Rule", "get_recipe", "lookup", "recipe_names",
+    "register_recipe",
+]  # fmt: skip
+
 ACCUMULATE = ("fp32", "fast", "promote128")
 TURNS = ("tight", "tile_max")
 OUT = ("wide", "float32", "bfloat16")
@@ -173,17 +168,13 @@ class Recipe:
     @staticmethod
     def from_te(obj: object, name: str | None = None) -> Recipe:
         """A recipe of TransformerEngine as ours; see `moefx.precision.te.recipe_from_te`."""
-        from .te import recipe_from_te  # which imports this module
-
-        return recipe_from_te(obj, name)
+        return Recipe(name or f"te_{type(obj).__name__.lower()}", **fields_from_te(obj))
 
     def for_backend(self, backend: str) -> Recipe:
         """This recipe with the row alignment that a backend's products need (`moefx.precision.backends`).
 
         Raises `RecipeError` naming the field that the backend cannot read.
         """
-        from .backends import check_backend
-
         align = check_backend(self, backend)
         return self if align == self.align else self.replace(self.name, self.about, align=align)
 
@@ -358,11 +349,6 @@ def _listed(where: str, given: object, example: str) -> tuple[Any, ...]:
     if isinstance(given, str | Mapping | Set) or not isinstance(given, Iterable):
         raise RecipeError(f"{where} is {given!r}, not a list", todo=f"give a list: {example}")
     return tuple(given)
-
-
-def lookup(specs: Mapping[str, str], gemm: str, key: str) -> str | None:
-    """The spec of `role.usage` in the up or down product."""
-    return specs.get(f"{gemm}.{key}", specs.get(key))
 
 
 def _is_square(spec: QuantSpec) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import warnings
@@ -156,8 +157,8 @@ def recipes(as_json: AsJson = False) -> None:
     """List the precision recipes."""
     rows = {name: get_recipe(name) for name in moefx.recipes}
     if as_json:
-        shown = ("about", "specs", "align", "turn", "amax_history", "passes")
-        print(json.dumps({name: {f: getattr(r, f) for f in shown} for name, r in rows.items()}))
+        every = {name: dataclasses.asdict(r) for name, r in rows.items()}
+        print(json.dumps({name: {f: v for f, v in r.items() if f != "name"} for name, r in every.items()}))
     else:
         for name, r in rows.items():
             print(f"{name}: {r.about}")

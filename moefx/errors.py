@@ -63,9 +63,9 @@ def first_line(e: BaseException, default: str = "") -> str:
     return told if len(told) <= LONGEST else f"{told[:LONGEST]} ..."  # torch lists every key that is missing
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: object, known: Iterable[str]) -> str:
     """`"known are ..."` with the most similar name first, for error texts about a mistyped name."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1)
+    close = difflib.get_close_matches(str(name), names, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}known: {', '.join(names) or 'none'}"

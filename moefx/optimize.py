@@ -58,7 +58,7 @@ def optimize(
     model: nn.Module,
     example_inputs: Any,
     *,
-    recipe: str | Recipe = "bf16",
+    recipe: str | Recipe | Mapping[str, str] = "bf16",
     router: Any = None,
     losses: str | Sequence[Any] | Mapping[str, float] = (),
     passes: PassManager | Sequence[Pass | str] | None = None,
@@ -76,7 +76,8 @@ def optimize(
         example_inputs: a dict of keyword tensors or a tuple of positional ones. The signature they make (mode, shapes,
         dtypes) is
             compiled now; others when they are first met.
-        recipe: precision recipe; "bf16" computes in the dtypes that the model has.
+        recipe: precision recipe: a name, a `moefx.Recipe`, or a dict of its specs alone; "bf16" computes in the dtypes
+            that the model has.
         passes: a pipeline, or a list of passes and names, instead of the recipe's own.
         codegen: "inductor" (needs a C++ or CUDA compiler) or "eager" (plain graph execution).
         verify: compare outputs and gradients around every pass on the example inputs, within its numerics class.

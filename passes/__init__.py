@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from moefx.errors import PassError, nearest
@@ -99,7 +99,7 @@ def pass_names() -> list[str]:
     return list(_REGISTRY)
 
 
-def pipeline(recipe: str | Recipe = "bf16", *, codegen: str = "inductor") -> PassManager:
+def pipeline(recipe: str | Recipe | Mapping[str, str] = "bf16", *, codegen: str = "inductor") -> PassManager:
     """The passes that `optimize` runs for a recipe. Edit with `insert` and `remove`, and hand it back as `passes=`.
 
     `inline_pointwise` is part of it only for `codegen="inductor"`.

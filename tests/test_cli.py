@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from .command import moefx
+import moefx
+from moefx.precision.recipe import get_recipe
+
+from .command import moefx as cli
 
 FAST = ["--seq", "16", "--batch", "1"]
 
@@ -20,7 +23,7 @@ def process(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[
 
 
 def test_inspect_json_has_the_stable_keys_and_every_block_raised() -> None:
-    run = moefx("inspect", "default", "--json", *FAST, "--stage", "dead_code", "--diff", "captured", "expand_experts")
+    run = cli("inspect", "default", "--json", *FAST, "--stage", "dead_code", "--diff", "captured", "expand_experts")
     assert run.returncode == 0, run.stderr
     data = json.loads(run.stdout)
     assert {"blocks", "passes", "casts", "stages", "memory", "providers", "signatures"} <= set(data)
@@ -35,7 +38,7 @@ def test_inspect_json_has_the_stable_keys_and_every_block_raised() -> None:
 
 
 def test_inspect_prints_the_report_for_people() -> None:
-    run = moefx("inspect", *FAST)
+    run = cli("inspect", *FAST)
     assert run.returncode == 0, run.stderr
     for word in ("MoE blocks: 4 raised", "expand_experts", "training passes", "casts: 0 before, 0 after", "graphs:"):
         assert word in run.stdout
@@ -59,7 +62,7 @@ def test_errors_name_the_culprit_and_exit_with_2(
     args: tuple[str, ...], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    run = moefx(*args)
+    run = cli(*args)
     assert run.returncode == 2, run.stderr
     assert named in run.stderr
     assert "what to do:" in run.stderr
@@ -75,17 +78,26 @@ def test_errors_are_json_too(tmp_path: Path) -> None:
 
 
 def test_passes_and_recipes_are_listed() -> None:
-    rows = json.loads(moefx("passes", "--json").stdout)
-    recipes = json.loads(moefx("recipes", "--json").stdout)
+    rows = json.loads(cli("passes", "--json").stdout)
+    recipes = json.loads(cli("recipes", "--json").stdout)
     names = [r["name"] for r in rows]
     assert set(recipes["bf16"]["passes"]) <= set(names)
     assert recipes["fp8_flow"]["specs"]["input.wire"] == "e4m3 1x128 po2/rceil eps=1e-10"
-    assert "e4m3 128x128 po2/rceil eps=1e-10 weight.fprop, weight.dgrad" in moefx("recipes").stdout
+    assert "e4m3 128x128 po2/rceil eps=1e-10 weight.fprop, weight.dgrad" in cli("recipes").stdout
     assert all(r["about"] and r["level"] in ("model", "training") for r in rows)
 
 
+def test_recipes_can_be_built_again_from_what_is_listed() -> None:
+    listed = json.loads(cli("recipes", "--json").stdout)
+    assert list(listed) == moefx.recipes
+    for name, fields in listed.items():
+        assert moefx.Recipe(name, **fields) == get_recipe(name)
+        # The pipeline follows from the other fields: all of those were printed.
+        assert moefx.Recipe(name, **{f: v for f, v in fields.items() if f != "passes"}) == get_recipe(name)
+
+
 def test_inspect_shows_what_became_of_each_cast() -> None:
-    lines = moefx("inspect", "default", "--recipe", "fp8_flow").stdout.splitlines()
+    lines = cli("inspect", "default", "--recipe", "fp8_flow").stdout.splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith("as written"))
     ledger = lines[at + 1 : lines.index("", at)]
     assert len(ledger) == 14

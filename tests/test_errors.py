@@ -242,6 +242,11 @@ CASES: dict[str, Case] = {
         moefx.RecipeError,
         ["unknown recipe 'bf61'", "did you mean 'bf16'", "known: "],
     ),
+    "a recipe that is a list": (
+        lambda: block(recipe=["fp8_flow"]),
+        moefx.RecipeError,
+        ["the recipe is ['fp8_flow'], a list", "a dict of specs"],
+    ),
     "an unknown codegen": (
         lambda: block(codegen="inducter"),
         moefx.InputError,

@@ -5,7 +5,9 @@ spec        `QuantSpec`: element, block, scale and rule, as a line of text
 scaling     scales from the largest magnitude of a block
 quantize    tensors to codes and scales and back
 convert     codes and scales of one spec to those of another, without the tensor
+keys        which operand of which product a spec of a recipe is about
 recipe      names for pipelines of passes
+backends    what the scaled products of libraries take
 te          recipes of TransformerEngine, and its layout of block-wise quantized matrices
 """
 

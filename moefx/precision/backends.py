@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from moefx.errors import RecipeError, nearest
 
-from .recipe import GEMMS, PRODUCTS, Recipe, lookup
+from .keys import GEMMS, PRODUCTS, lookup
 from .spec import QuantSpec
+
+if TYPE_CHECKING:  # recipes ask this module
+    from .recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ def check_backend(recipe: Recipe, backend: str) -> int:
     """
     if backend == "emulation":
         return recipe.align
-    if backend not in BACKENDS:
+    if backend not in list(BACKENDS):  # also one that cannot be hashed
         raise RecipeError(f"unknown backend {backend!r}", todo=nearest(backend, ("emulation", *BACKENDS)))
     b = BACKENDS[backend]
     for where, specs in recipe.variants():

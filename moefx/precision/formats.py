@@ -309,7 +309,7 @@ def format_names() -> list[str]:
 
 def get_format(name: str) -> Format:
     """A format by name; raises `RecipeError` with the nearest name otherwise."""
-    if name not in _FORMATS:
+    if name not in list(_FORMATS):  # also one that cannot be hashed
         raise RecipeError(f"unknown number format {name!r}", todo=nearest(name, _FORMATS))
     return _FORMATS[name]
 

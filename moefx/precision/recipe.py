@@ -13,27 +13,22 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from moefx.errors import RecipeError, nearest
 
+from .backends import check_backend
+from .keys import GEMMS, KEYS, PRODUCTS, USAGES, lookup
 from .spec import QuantSpec
+from .te_recipes import fields_from_te
 
-USAGES = {
-    "input": ("fprop", "wgrad", "wire", "stored"),
-    "weight": ("fprop", "dgrad"),
-    "grad": ("dgrad", "wgrad", "wire"),
-    "hidden": ("stored",),
-}
-PRODUCTS = {
-    "fprop": ("input.fprop", "weight.fprop"),
-    "dgrad": ("grad.dgrad", "weight.dgrad"),
-    "wgrad": ("grad.wgrad", "input.wgrad"),
-}
-GEMMS = ("up", "down")
-KEYS = tuple(f"{role}.{usage}" for role, usages in USAGES.items() for usage in usages)
+__all__ = [
+    "BF16", "GEMMS", "KEYS", "PRODUCTS", "USAGES", "Recipe", "Rule", "get_recipe", "lookup", "recipe_names",
+    "register_recipe",
+]  # fmt: skip
+
 ACCUMULATE = ("fp32", "fast", "promote128")
 TURNS = ("tight", "tile_max")
 OUT = ("wide", "float32", "bfloat16")
@@ -42,15 +37,48 @@ _MODEL = ("raise_routers", "expand_routers", "merge_routers", "expand_experts", 
 _TRAINING = ("dead_code", "drop_noops", "orient_wgrad")
 
 
+class _Settled(dict[str, str]):
+    """A copy of a mapping that refuses to be written to, and is a dict to whatever reads it: JSON, `repr`, equality."""
+
+    def _refuse(self, *args: object, **fields: object) -> NoReturn:
+        raise RecipeError(
+            "a recipe cannot be written to",
+            why="it was checked when it was made, and others may share it",
+            todo="recipe.replace('mine', specs={...}) makes another one, with these specs in place of its own",
+        )
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    update = setdefault = pop = popitem = clear = _refuse
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def __reduce__(self) -> tuple[type, tuple[dict[str, str]]]:
+        return type(self), (dict(self),)  # not item by item, as dicts are pickled and copied
+
+
 @dataclass(frozen=True)
 class Rule:
     """Specs for the modules whose dotted path matches a shell pattern; `specs=None` leaves them wide.
 
     The keys given replace the recipe's; the others stay. The first rule that matches a module decides.
+
+    Raises:
+        RecipeError: a path that is no text, specs that are no mapping. What the specs say, the recipe checks.
     """
 
     path: str
     specs: Mapping[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, str):
+            raise RecipeError(
+                f"the path of a rule is {self.path!r}, which is no text",
+                todo="give a shell pattern of module paths, such as Rule('*.layers.0.*')",
+            )
+        if self.specs is not None:
+            _check_mapping(f"specs of the rule for {self.path!r}", self.specs)
+            object.__setattr__(self, "specs", _Settled(self.specs))
 
     def matches(self, path: str) -> bool:
         """Whether this rule is about the module at `path`."""
@@ -59,7 +87,7 @@ class Rule:
 
 @dataclass(frozen=True, init=False)
 class Recipe:
-    """A precision recipe.
+    """A precision recipe. It copies the mappings that it is given, and cannot be changed: see `replace`.
 
     Args:
         name: how it is chosen: `moefx.optimize(..., recipe=name)` once it is registered.
@@ -100,7 +128,11 @@ class Recipe:
             if f not in known:
                 raise RecipeError(f"recipe {name!r} has an unknown field {f!r}", todo=nearest(f, known))
         values = {"name": name, "about": about, **known, **fields}
-        values["rules"], values["passes"] = tuple(values["rules"]), tuple(values["passes"])
+        for f, example in _LISTS.items():
+            values[f] = _listed(f"recipe {name!r}: {f}", values[f], example)
+        for f in _MAPPINGS:
+            _check_mapping(f"recipe {name!r}: {f}", values[f])
+            values[f] = _Settled(values[f])
         for f, v in values.items():
             object.__setattr__(self, f, v)
         self._check()
@@ -128,23 +160,21 @@ class Recipe:
         `passes` that this one was given stay; those that follow from its fields follow from the new ones.
         """
         kept: dict[str, Any] = {f: getattr(self, f) for f in _DEFAULTS if self.own_passes or f != "passes"}
-        specs = {**self.specs, **fields.pop("specs", {})}
+        given = fields.pop("specs", {})
+        _check_mapping(f"recipe {name!r}: specs", given)
+        specs = {**self.specs, **given}
         return Recipe(name, about, **{**kept, **fields, "specs": {k: v for k, v in specs.items() if v is not None}})
 
     @staticmethod
     def from_te(obj: object, name: str | None = None) -> Recipe:
         """A recipe of TransformerEngine as ours; see `moefx.precision.te.recipe_from_te`."""
-        from .te import recipe_from_te  # which imports this module
-
-        return recipe_from_te(obj, name)
+        return Recipe(name or f"te_{type(obj).__name__.lower()}", **fields_from_te(obj))
 
     def for_backend(self, backend: str) -> Recipe:
         """This recipe with the row alignment that a backend's products need (`moefx.precision.backends`).
 
         Raises `RecipeError` naming the field that the backend cannot read.
         """
-        from .backends import check_backend
-
         align = check_backend(self, backend)
         return self if align == self.align else self.replace(self.name, self.about, align=align)
 
@@ -190,6 +220,9 @@ class Recipe:
 
     def _check(self) -> None:
         self._check_types()
+        for f in _FLAGS:
+            if type(getattr(self, f)) is not bool:
+                raise RecipeError(f"recipe {self.name!r}: {f} is {getattr(self, f)!r}", todo="give True or False")
         for f, allowed in (("accumulate", ACCUMULATE), ("out", OUT)):
             for product, value in getattr(self, f).items():
                 self._known(f, product, PRODUCTS)
@@ -216,19 +249,21 @@ class Recipe:
                 self._check_products(specs, gemm)
 
     def _check_types(self) -> None:
-        """Mappings and rules are what they are taken for below."""
-        mappings = [(f, getattr(self, f)) for f in ("specs", "accumulate", "out")]
+        """Names and what lists hold are what they are taken for below."""
+        for f in ("name", "about"):
+            if not isinstance(getattr(self, f), str):
+                raise RecipeError(f"recipe {self.name!r}: {f} is {getattr(self, f)!r}", todo="give text")
+        for p in self.passes:
+            if not isinstance(p, str):
+                raise RecipeError(
+                    f"recipe {self.name!r}: passes holds {p!r}, which is no name",
+                    todo="write names of registered passes; moefx.optimize(passes=[...]) takes passes themselves",
+                )
         for rule in self.rules:
             if not isinstance(rule, Rule):
                 raise RecipeError(
                     f"recipe {self.name!r}: rules holds {rule!r}, which is no Rule",
                     todo="write Rule('*.layers.0.*') for modules that stay wide, Rule(path, specs) for others",
-                )
-            mappings += [] if rule.specs is None else [(f"rules[{rule.path!r}]", rule.specs)]
-        for where, found in mappings:
-            if not isinstance(found, Mapping):
-                raise RecipeError(
-                    f"recipe {self.name!r}: {where} is {type(found).__name__}, not a mapping", todo="give a dict"
                 )
 
     def _known(self, where: str, value: str, allowed: Iterable[str]) -> None:
@@ -299,11 +334,21 @@ _DEFAULTS: dict[str, Any] = {
     "specs": {}, "rules": (), "align": 1, "accumulate": {}, "out": {}, "turn": "tight", "amax_history": 0,
     "allow_double_quant": False, "force": False, "propagate": True, "fuse": True, "passes": (),
 }  # fmt: skip
+_MAPPINGS = tuple(f for f, value in _DEFAULTS.items() if isinstance(value, dict))
+_LISTS = {"rules": "[Rule('*.layers.0.*')]", "passes": "['quantize', 'fold_casts']"}
+_FLAGS = tuple(f for f, value in _DEFAULTS.items() if isinstance(value, bool))
 
 
-def lookup(specs: Mapping[str, str], gemm: str, key: str) -> str | None:
-    """The spec of `role.usage` in the up or down product."""
-    return specs.get(f"{gemm}.{key}", specs.get(key))
+def _check_mapping(where: str, given: object) -> None:
+    if not isinstance(given, Mapping):
+        raise RecipeError(f"{where} is {type(given).__name__}, not a mapping", todo="give a dict")
+
+
+def _listed(where: str, given: object, example: str) -> tuple[Any, ...]:
+    """What a list, a tuple or a generator holds, in its order."""
+    if isinstance(given, str | Mapping | Set) or not isinstance(given, Iterable):
+        raise RecipeError(f"{where} is {given!r}, not a list", todo=f"give a list: {example}")
+    return tuple(given)
 
 
 def _is_square(spec: QuantSpec) -> bool:
@@ -326,12 +371,23 @@ def recipe_names() -> list[str]:
     return list(_RECIPES)
 
 
-def get_recipe(recipe: str | Recipe) -> Recipe:
-    """A recipe by name; raises `RecipeError` with the nearest name otherwise."""
+def get_recipe(recipe: str | Recipe | Mapping[str, str]) -> Recipe:
+    """A recipe by name, itself, or by its specs alone: `Recipe("custom", specs=recipe)`.
+
+    Raises:
+        RecipeError: an unknown name (with the nearest one), specs that a recipe refuses, anything else.
+    """
     if isinstance(recipe, Recipe):
         return recipe
+    if isinstance(recipe, Mapping):
+        return Recipe("custom", specs=recipe)
+    if not isinstance(recipe, str):
+        raise RecipeError(
+            f"the recipe is {recipe!r}, a {type(recipe).__name__}",
+            todo="give a name (moefx recipes lists them), a moefx.Recipe, or a dict of specs",
+        )
     if recipe not in _RECIPES:
-        raise RecipeError(f"unknown recipe {recipe!r}", todo=nearest(str(recipe), _RECIPES))
+        raise RecipeError(f"unknown recipe {recipe!r}", todo=nearest(recipe, _RECIPES))
     return _RECIPES[recipe]
 
 

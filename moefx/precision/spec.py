@@ -22,6 +22,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from numbers import Real
 from typing import NoReturn
 
 import torch
@@ -65,6 +66,8 @@ class QuantSpec:
     delayed: bool = False
 
     def __post_init__(self) -> None:
+        self._check_types()
+        object.__setattr__(self, "eps", float(self.eps))  # numbers of other libraries print otherwise
         fmt = get_format(self.elem)
         if not fmt.signed:
             self._refuse("element", f"{self.elem} is a format of scales")
@@ -95,6 +98,23 @@ class QuantSpec:
             self._refuse("delayed", f"a scale from earlier steps needs the block tensor, not {self.block}")
         if self.zero == "one" and self.scale == "e4m3+f32":
             self._refuse("zero", "with two levels of scales, a block of zeros carries the smallest one")
+
+    def _check_types(self) -> None:
+        """Fields are what they are taken for below, and what `str` can print."""
+        for kind, what, names in (
+            (str, "text", ("elem", "block", "scale", "rule", "zero")),
+            (Real, "a number", ("eps",)),
+            (bool, "True or False", ("stochastic", "delayed")),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                if not isinstance(value, kind) or (kind is Real and isinstance(value, bool)):
+                    raise RecipeError(
+                        "cannot build a quantization spec",
+                        where=f"{name}={value!r}",
+                        why=f"it is {type(value).__name__}, not {what}",
+                        todo="QuantSpec('e4m3', '1x128', 'po2', 'rceil', eps=1e-10) for example, or QuantSpec.parse",
+                    )
 
     def _refuse(self, field: str, why: str, todo: str | None = None) -> NoReturn:
         raise RecipeError("contradictory quantization spec", f"{field} of {str(self)!r}", why, todo)

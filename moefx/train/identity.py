@@ -82,6 +82,8 @@ def _described(model: nn.Module, spec: str | None) -> dict[str, Any]:
 
 def _recipe(recipe: Any) -> Any:
     """A recipe's name; with a digest of its fields where no registered one of this name is the same."""
+    if isinstance(recipe, Mapping):
+        recipe = get_recipe(recipe)
     if not isinstance(recipe, Recipe):
         return recipe
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -43,6 +45,32 @@ def test_reads_back_as_itself(text: str) -> None:
 def test_any_eps_reads_back(eps: float, sr: bool) -> None:
     spec = QuantSpec("e4m3", "1x128", "po2", "rceil", eps=eps, stochastic=sr)
     assert QuantSpec.parse(str(spec)) == spec
+
+
+@pytest.mark.parametrize(
+    ("fields", "where", "why"),
+    [
+        ({"elem": None}, "elem=None", "NoneType, not text"),
+        ({"elem": ["e4m3"]}, "elem=['e4m3']", "list, not text"),
+        ({"block": 128}, "block=128", "int, not text"),
+        ({"scale": None}, "scale=None", "NoneType, not text"),
+        ({"rule": 1}, "rule=1", "int, not text"),
+        ({"zero": None}, "zero=None", "NoneType, not text"),
+        ({"eps": "1e-3"}, "eps='1e-3'", "str, not a number"),
+        ({"eps": None}, "eps=None", "NoneType, not a number"),
+        ({"eps": True}, "eps=True", "bool, not a number"),
+        ({"stochastic": "no"}, "stochastic='no'", "str, not True or False"),
+        ({"delayed": 1}, "delayed=1", "int, not True or False"),
+    ],
+)
+def test_fields_of_other_types_are_named(fields: dict[str, Any], where: str, why: str) -> None:
+    good: dict[str, Any] = {"elem": "e4m3", "block": "1x128", "scale": "po2", "rule": "rceil"}
+    with pytest.raises(RecipeError) as e:
+        QuantSpec(**{**good, **fields})
+    assert e.value.where == where
+    assert why in (e.value.why or "")
+    assert "QuantSpec('e4m3', '1x128', 'po2', 'rceil'" in (e.value.todo or "")
+    assert QuantSpec(**good, eps=1) == QuantSpec.parse(f"{QuantSpec(**good)} eps=1")  # the control
 
 
 def test_spaces_and_defaults_do_not_matter() -> None:

@@ -52,6 +52,7 @@ class DelayedScaling:
     fp8_format: Format = Format.HYBRID
     amax_history_len: int = 1024
     amax_compute_algo: str = "max"
+    reduce_amax: bool = True
 
 
 @dataclass
@@ -191,6 +192,22 @@ def test_delayed_scaling_keeps_its_history() -> None:
     assert recipe_from_te(Float8CurrentScaling()).amax_history == 0
 
 
+def test_magnitudes_of_all_ranks_are_refused_where_there_are_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = recipe_from_te(DelayedScaling())
+    assert recipe_from_te(DelayedScaling(reduce_amax=False)) == alone  # on one process they are the same
+    for ranks in (1, 2):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda ranks=ranks: ranks)
+        assert recipe_from_te(DelayedScaling(reduce_amax=False)) == alone
+        if ranks == 1:
+            assert recipe_from_te(DelayedScaling()) == alone
+    with pytest.raises(RecipeError, match="there are 2 ranks") as e:
+        recipe_from_te(DelayedScaling())
+    assert e.value.where == "reduce_amax=True"
+    assert "set it to False" in (e.value.todo or "")
+    assert recipe_from_te(Float8CurrentScaling()).amax_history == 0
+
+
 def test_nvfp4_without_its_transform() -> None:
     assert recipe_from_te(NVFP4BlockScaling(disable_rht=True)).specs == NVFP4.specs
 
@@ -207,6 +224,11 @@ def with_field(cls: type, value: int) -> object:
 REFUSED = [
     (DelayedScaling(margin=3), "margin=3", "0"),
     (DelayedScaling(amax_compute_algo="mean"), "amax_compute_algo='mean'", "most_recent"),
+    (DelayedScaling(reduce_amax="no"), "reduce_amax='no'", "False"),  # type: ignore[arg-type]
+    (DelayedScaling(amax_history_len=1.5), "amax_history_len=1.5", "1024"),  # type: ignore[arg-type]
+    (DelayedScaling(amax_history_len="x"), "amax_history_len='x'", "1024"),  # type: ignore[arg-type]
+    (DelayedScaling(amax_history_len=None), "amax_history_len=None", "1024"),  # type: ignore[arg-type]
+    (DelayedScaling(amax_history_len=0), "amax_history_len=0", "1024"),
     (NVFP4BlockScaling(), "disable_rht=False", "MXFP8BlockScaling"),
     (Float8BlockScaling(x_block_scaling_dim=2), "x_block_scaling_dim=2, w_block_scaling_dim=2", "all but one"),
     (Float8BlockScaling(grad_block_scaling_dim=2), "w_block_scaling_dim=2, grad_block_scaling_dim=2", "all but one"),
@@ -224,6 +246,12 @@ REFUSED = [
         Float8BlockScaling(fp8_quant_fwd_inp=QParams(True, random_hadamard_transform=True)),
         "fp8_quant_fwd_inp.random_hadamard_transform=True",
         "False",
+    ),
+    (Float8CurrentScaling(fp8_format=["E4M3"]), "fp8_format=['E4M3']", "E4M3"),  # type: ignore[arg-type]
+    (
+        Float8BlockScaling(fp8_quant_fwd_inp=QParams(True, "1e-3")),  # type: ignore[arg-type]
+        "fp8_quant_fwd_inp.amax_epsilon='1e-3'",
+        "use 0",
     ),
     (Float8CurrentScaling(fp8_format=Format.E2M1), "fp8_format='E2M1'", "E4M3"),
     (MXFP8BlockScaling(margin=1), "margin=1", "0"),

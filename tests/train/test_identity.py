@@ -57,6 +57,13 @@ def test_what_does_not() -> None:
     assert identity(configured(theta=7.0), None, BASE)["model"] != want["model"]
 
 
+def test_specs_alone_are_the_recipe_of_these_specs() -> None:
+    specs = dict(get_recipe("fp8_flow").specs)
+    one, two = (identity(configured(), None, {"recipe": r}) for r in (specs, moefx.Recipe("custom", specs=specs)))
+    assert one == two
+    assert one["recipe"].startswith("custom ")
+
+
 def test_models_without_a_configuration_are_known_by_where_they_come_from() -> None:
     assert identity(ToyLM(), "mine:make") == identity(ToyLM(seed=1), "mine:make")
     assert identity(ToyLM(), "mine:make") != identity(ToyLM(), "mine:other")

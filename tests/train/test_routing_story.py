@@ -116,7 +116,7 @@ def test_a_grouter_of_another_vocabulary_or_number_of_experts_is_refused(tmp_pat
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16}
     moefx.Grouter.from_config(vocab_size=VOCAB - 1, num_experts=4, **sizes).save_pretrained(tmp_path / "few")
-    with pytest.raises(moefx.InputError, match=re.escape(f"knows {VOCAB - 1} token ids, the data has {VOCAB}")):
+    with pytest.raises(moefx.InputError, match=re.escape(f"knows {VOCAB - 1} token ids, the model has {VOCAB}")):
         tell(tmp_path, router=str(tmp_path / "few"))
     moefx.Grouter.from_config(vocab_size=VOCAB, num_experts=8, **sizes).save_pretrained(tmp_path / "many")
     with pytest.raises(moefx.PassError, match="the router has 8 experts, the layer has 4"):

@@ -70,8 +70,9 @@ class Partial:
         """Write what was reached; after an InputError (a full disk) the earlier file is unchanged."""
         if self.file is None:
             return
+        kept: dict[str, Any] = {"origin": json.dumps(self.origin), "done": self.done, **arrays}
         with replacing(self.file.parent, "a checkpoint") as new, (new / self.file.name).open("wb") as file:
-            np.savez(file, origin=np.array(json.dumps(self.origin)), done=np.array(self.done), **arrays)
+            np.savez(file, **kept)
 
     def run(
         self,

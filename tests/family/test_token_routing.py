@@ -106,6 +106,8 @@ def test_a_models_own_routing_given_from_outside_changes_nothing(name: str) -> N
     got, mine = zoo.reference_step(opt, given)
     assert float((got - loss).abs()) < 1e-5 * float(loss.abs())
     close(mine, grads)
+    with torch.no_grad():
+        close({"logits": opt(**given).logits}, {"logits": model(**inputs).logits})
     assert not any(p.grad is not None for n, p in model.named_parameters() if n not in grads)
     # The test can fail: another routing is another model.
     other = {**given, "routing_idx": given["routing_idx"].roll(1, 0)}

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 import moefx
+from moefx.models.idioms_base import MoELayer
+from moefx.models.moe_lm import MoELM
 from moefx.routing import check_choice
 from tests import reference as ref
 
@@ -181,3 +183,43 @@ def test_a_deep_copy_has_a_router_of_its_own() -> None:
     twin.bfloat16()
     assert {t.router.table.dtype for t in (opt, copy.copy(opt))} == {torch.float32}
     assert torch.equal(opt(**inputs), want)
+
+
+# -- outputs and parameters ------------------------------------------------------------------------------------------
+
+
+def read_by(opt: moefx.OptimizedModule, call: dict[str, Tensor]) -> int:
+    """Numbers in the parameters that the graphs of a call read."""
+    variant, leaves = opt.prepare((), call)
+    values, _ = opt._primals(variant.program, leaves)
+    read = {s.key: v for s, v in zip(variant.program.inputs, values, strict=True) if s.kind == "param"}
+    return sum(v.numel() for v in read.values())
+
+
+def test_a_models_own_choices_give_its_logits_and_loss_without_its_router_parameters() -> None:
+    """Handed the indices and weights of its own routers, the routed model is the model, less L * E * d parameters."""
+    L, H = 2, 32
+    model = MoELM(WORDS, H, 48, L, 2, E, K, "F").eval()
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.moe.gate.weight.mul_(50)  # as sure as trained ones
+    call, kept = {"input_ids": ids(), "labels": ids()}, list[tuple[Tensor, Tensor]]()
+
+    def route(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        kept.append(own(self, x))
+        return kept[-1]
+
+    own = MoELayer.route
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MoELayer, "route", route)
+        want = model(**call)
+    w, idx = (torch.stack([each[i].view(2, 5, K) for each in kept]).detach() for i in (0, 1))
+    given = {**call, "routing_idx": idx, "routing_gates": w}
+    learned, routed = ref.optimize(model, call), ref.optimize(model, given, router=moefx.Precomputed())
+    assert learned(**call).keys() == want.keys() == {"loss", "logits"}
+    for name, value in routed(**given).items():
+        torch.testing.assert_close(value, want[name], atol=1e-5, rtol=1e-5)
+    other = routed(**{**given, "routing_idx": idx.flip(0)})  # the test can fail
+    assert (other["logits"] - want["logits"]).norm() > 1e-2 * want["logits"].norm()
+    assert read_by(learned, call) == sum(p.numel() for p in model.parameters())
+    assert read_by(learned, call) - read_by(routed, given) == L * E * H

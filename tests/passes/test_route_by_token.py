@@ -223,3 +223,44 @@ def test_a_models_own_choices_give_its_logits_and_loss_without_its_router_parame
     assert (other["logits"] - want["logits"]).norm() > 1e-2 * want["logits"].norm()
     assert read_by(learned, call) == sum(p.numel() for p in model.parameters())
     assert read_by(learned, call) - read_by(routed, given) == L * E * H
+
+
+# -- packed windows --------------------------------------------------------------------------------------------------
+
+
+class Packed(Net):
+    """`Net` whose tokens meet those of their own document alone: one begins where `position_ids` is 0."""
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:  # type: ignore[override]
+        document, S = (position_ids == 0).cumsum(1), input_ids.shape[1]
+        causal = torch.ones(S, S, dtype=torch.bool).tril()
+        seen = ((document[:, :, None] == document[:, None]) & causal).to(self.emb.weight.dtype)
+        h = self.emb(input_ids)
+        return self.head(self.block.moe(h + seen @ h / 8))
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def test_the_documents_of_a_packed_window_are_routed_apart() -> None:
+    """The router gets the position ids of the call: its choices are those of the window's documents by themselves."""
+    torch.manual_seed(0)
+    grouter = moefx.Grouter.from_config(
+        vocab_size=WORDS, num_experts=E, hidden_size=32, num_layers=1, num_heads=2, intermediate_size=48, init_std=0.3
+    ).freeze()
+    net, cut = Packed("batch").eval(), 4
+    positions = torch.tensor([[*range(cut), *range(9 - cut)]]).expand(2, -1).contiguous()
+    packed = {"input_ids": ids(2, 9), "position_ids": positions}
+    opt = ref.optimize(net, packed, router=grouter)
+    want = grouter.route(packed["input_ids"], K, position_ids=positions)
+    torch.testing.assert_close(opt(**packed), by_hand(net, packed, *want))
+    alone = [grouter.route(part, K)[0] for part in (packed["input_ids"][:, :cut], packed["input_ids"][:, cut:])]
+    assert torch.equal(want[0], torch.cat(alone, 1))
+    assert not torch.equal(want[0], grouter.route(packed["input_ids"], K)[0])  # as one document: the test can fail
+    # Another first document changes nothing behind it, and something in it; also with documents of other lengths.
+    changed = packed["input_ids"].clone()
+    changed[:, :cut] = (changed[:, :cut] + 1) % WORDS
+    before, after = opt(**packed), opt(**{**packed, "input_ids": changed})
+    torch.testing.assert_close(after[:, cut:], before[:, cut:], atol=1e-6, rtol=1e-6)
+    assert not torch.allclose(after[:, :cut], before[:, :cut])
+    moved = {**packed, "position_ids": torch.tensor([[*range(6), *range(3)]] * 2)}
+    route = grouter.route(packed["input_ids"], K, position_ids=moved["position_ids"])
+    torch.testing.assert_close(opt(**moved), by_hand(net, moved, *route))

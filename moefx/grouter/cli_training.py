@@ -13,6 +13,7 @@ import typer
 from ..errors import InputError
 from ..files import replacing
 from ..models.grouter import Grouter
+from ..routing import vocabulary_of
 from ..train.config import SEEDS
 from ..train.identity import digest_of
 from ..train.models import vocab_size_of
@@ -82,7 +83,8 @@ def distill(
     else:
         torch.manual_seed(seed)
         student = Grouter.from_config(
-            vocab_size=vocab, num_experts=source.num_experts, hidden_size=hidden, num_layers=layers, num_heads=heads,
+            vocab_size=vocabulary_of(model) or vocab, num_experts=source.num_experts,
+            hidden_size=hidden, num_layers=layers, num_heads=heads,
             intermediate_size=intermediate, kind=kind,
         )  # fmt: skip
     found = run_distill(

@@ -158,7 +158,7 @@ def _distilled(
     cut = tap(teacher, next(batches(DISTILL_SEED, 0)))
     experts = cut(next(batches(DISTILL_SEED, 0))).shape[-1]
     torch.manual_seed(seed)
-    grouter = _network(target, tokens.vocab_size, experts)
+    grouter = _network(target, vocabulary_of(target) or tokens.vocab_size, experts)
     kept = folder / CHECKPOINTS
     distilled = distill(
         cut, grouter, lambda step: batches(DISTILL_SEED, step), steps=steps, lr=2e-3, checkpoint=kept,

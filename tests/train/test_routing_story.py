@@ -121,3 +121,22 @@ def test_a_grouter_of_another_vocabulary_or_number_of_experts_is_refused(tmp_pat
     moefx.Grouter.from_config(vocab_size=VOCAB, num_experts=8, **sizes).save_pretrained(tmp_path / "many")
     with pytest.raises(moefx.PassError, match="the router has 8 experts, the layer has 4"):
         tell(tmp_path, "many", router=str(tmp_path / "many"))
+
+
+def test_a_distilled_grouter_knows_all_ids_of_a_model_that_has_more_than_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moefx.train import routing_story
+
+    class MadeError(Exception):
+        pass
+
+    def network(_: Any, vocab_size: int, experts: int) -> None:
+        raise MadeError(vocab_size, experts)
+
+    monkeypatch.setitem(CONFIG, "vocab_size", VOCAB + 3)
+    monkeypatch.setattr(routing_story, "_train", lambda *_: None)
+    monkeypatch.setattr(routing_story, "_network", network)
+    with pytest.raises(MadeError) as caught:
+        tell(tmp_path)
+    assert caught.value.args == (VOCAB + 3, 4)

@@ -331,6 +331,7 @@ class Prefixes:
     def logits(self, ids: Tensor, mask: Tensor | None, last: int) -> Tensor:
         """fp32 [B, last, E] of the last tokens of ids [B, N], with `mask` [B, N] of all of them or None."""
         tensors = [*self.router.parameters(), *self.router.buffers()]
+        self.routing.check_ids(ids)
         ids = ids.to(tensors[0].device) if tensors else ids
         mask = None if mask is None else mask.to(ids)
         if not hasattr(self.router, "step"):  # any function of token ids: without a cache

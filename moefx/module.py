@@ -404,6 +404,7 @@ class OptimizedModule(nn.Module):
         """The variant of a call's signature, compiled if it is new, and the call's flat arguments. Runs nothing."""
         kwargs = dict(sorted(kwargs.items()))
         leaves, spec = pytree.tree_flatten((args, kwargs))
+        self._check_ids(args, kwargs)
         if self._structure is None or not self._structure.holds():
             self.__dict__["_structure"] = self._present_structure()
             self.__dict__["_refs"], self.__dict__["_variants"] = {}, {}
@@ -414,6 +415,13 @@ class OptimizedModule(nn.Module):
         if variant.chosen_from:  # a graph looks at no values, and another call holds others than the example
             check_choice(kwargs["routing_idx"], variant.chosen_from)
         return variant, leaves
+
+    def _check_ids(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """See that the router of token ids knows those of this call: a graph would read beyond its embedding."""
+        routing = self._options.routing
+        if routing is not None and hasattr(routing.router, "check_ids"):
+            positional = () if routing.ids in kwargs else inspect.signature(self.original.forward).parameters
+            routing.check_ids({**kwargs, **dict(zip(positional, args, strict=False))}.get(routing.ids))
 
     def _present_structure(self) -> Structure:
         return Structure(self.original, *([self.router] if self.router is not None else []))

@@ -105,6 +105,15 @@ class Routing:
                 todo="call the model with ids [B, S], or give routing [1, T, k] for flat ids with moefx.Precomputed()",
             )
 
+    def check_ids(self, ids: Any) -> None:
+        """Raise `InputError` for token ids beyond the router's vocabulary, where it is one that has a `check_ids`.
+
+        On a device nothing is looked at, which would wait for it: the embedding asserts there.
+        """
+        check = getattr(self.router, "check_ids", None)
+        if check is not None and isinstance(ids, Tensor) and ids.device.type == "cpu":
+            check(ids)
+
     @property
     def extra(self) -> tuple[str, ...]:
         """Keywords of a call that the router alone reads."""
@@ -223,16 +232,48 @@ def _with_keywords(own: inspect.Signature, extra: tuple[str, ...]) -> inspect.Si
 
 
 def check_vocabulary(routing: Routing, model: nn.Module, named: dict[str, Any]) -> None:
-    """Raise `InputError` for token ids that the router does not know; warn when it was made for another vocabulary."""
-    ids, check = named.get(routing.ids), getattr(routing.router, "check_ids", None)
-    if isinstance(ids, Tensor) and check is not None:
-        check(ids)
-    mine, theirs = (getattr(getattr(m, "config", None), "vocab_size", None) for m in (routing.router, model))
-    if isinstance(mine, int) and isinstance(theirs, int) and mine != theirs:
-        warnings.warn(
-            f"the router has a vocabulary of {mine} token ids, the model of {theirs}: both must use one tokenizer",
-            stacklevel=3,
+    """Raise `InputError` for token ids that the router does not know; see `fit_vocabulary` for those of the model."""
+    routing.check_ids(named.get(routing.ids))
+    fit_vocabulary(routing.router, vocabulary_of(model), stacklevel=4)
+
+
+def vocabulary_of(model: nn.Module) -> int | None:
+    """The number of token ids that a model can be given: rows of its embedding; None where it cannot be told."""
+    config, embedding = getattr(model, "config", None), None
+    with contextlib.suppress(NotImplementedError, AttributeError):  # of transformers, by a model without one
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+    if isinstance(rows := getattr(embedding, "weight", None), Tensor) and rows.dim() == 2:
+        return len(rows)
+    for holder in (config, getattr(config, "text_config", None), model):
+        if isinstance(size := getattr(holder, "vocab_size", None), int):
+            return size
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    return tables[0].num_embeddings if len(tables) == 1 else None  # of several, one may be of positions
+
+
+def fit_vocabulary(router: nn.Module, size: int | None, stacklevel: int = 2) -> None:
+    """See that a router (one whose `config` has a `vocab_size`, as a Grouter's) knows the token ids of a model.
+
+    Args:
+        size: of the model's vocabulary; None where it is not known, and nothing is looked at.
+
+    Raises:
+        InputError: the router knows fewer. More are a `UserWarning`: a router can be padded, or of another tokenizer.
+    """
+    known = getattr(getattr(router, "config", None), "vocab_size", None)
+    if not isinstance(known, int) or size is None or known == size:
+        return
+    if known < size:
+        raise InputError(
+            f"the router knows {known} token ids, the model has {size}",
+            where=type(router).__qualname__,
+            why="a router of token ids and the model it routes must share a tokenizer",
+            todo="distil a Grouter for the whole vocabulary of this model",
         )
+    warnings.warn(
+        f"the router has a vocabulary of {known} token ids, the model of {size}: both must use one tokenizer",
+        stacklevel=stacklevel,
+    )
 
 
 def compare_prefixes(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ..errors import InputError, first_line
 from ..files import replacing
+from .partial import Partial
+from .running import batches_from
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -89,48 +91,105 @@ class AffinityResult:
         return AffinityResult(self.pairs + other.pairs, self.chosen + other.chosen, self.tokens + other.tokens, self.k)
 
 
-def affinity(routing: Routing | Iterable[Routing], num_experts: int) -> AffinityResult:
+def affinity(
+    routing: Routing | Iterable[Routing] | Callable[[int], Iterable[Routing]],
+    num_experts: int,
+    *,
+    total: int | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 64,
+    resume: bool = False,
+    identity: Mapping[str, Any] | None = None,
+    label: str = "affinity",
+    progress: bool = True,
+) -> AffinityResult:
     """Count co-activations, P = R^T R / tokens with a zero diagonal, R being the 0/1 routing map [tokens, E].
 
     Args:
         routing: expert ids [..., k] (tensor or array, any integer dtype, also a memory map), or an iterable of such
-            batches. The k ids of a token are distinct; their order does not matter.
+            batches, or a function from a number to the batches from that one on, which makes resuming cheap. The k ids
+            of a token are distinct; their order does not matter.
         num_experts: E; ids are in [0, E).
+        total: number of batches, for the bar; of an array it is known.
+        checkpoint: folder for `label`.npz, the counts so far and the number of batches in them: every
+            `checkpoint_every` batches, at the end, and on Ctrl-C and SIGTERM, which then take effect between two
+            batches. Unless `resume`, one that is there is moved to `previous-N` inside.
+        resume: go on from it, to the same counts.
+        identity: JSON values that tell this routing from others; must be equal to resume.
+        progress: a bar, on a terminal.
 
     Raises:
-        InputError: no tokens, an id that is out of range or repeated within a token, batches of different k.
+        InputError: no tokens, an id that is out of range or repeated within a token, batches of different k, or nothing
+            to resume from.
+        CheckpointError: the counts are of another routing.
+        TrainingInterrupted: after Ctrl-C or SIGTERM with a `checkpoint` folder, once the counts are saved; uncaught,
+            the process ends with status 130.
     """
-    pairs = np.zeros((num_experts, num_experts), np.int64)
-    tokens, k = 0, 0
-    for batch in [routing] if isinstance(routing, (Tensor, np.ndarray)) else routing:
-        for idx_Tk in _chunks(batch, num_experts):
-            k = k or idx_Tk.shape[1]
-            if idx_Tk.shape[1] != k:
-                raise InputError("batches of different k", why=f"top-{k}, then top-{idx_Tk.shape[1]}")
-            map_TE = torch.zeros(len(idx_Tk), num_experts).scatter_(1, torch.from_numpy(idx_Tk), 1.0)
+    if isinstance(routing, (Tensor, np.ndarray)):
+        routing = _pieces(routing, num_experts)
+        total = len(routing)
+    count = _Count(num_experts)
+    partial = Partial(label, checkpoint, checkpoint_every, {"experts": num_experts, "identity": dict(identity or {})})
+    count.restore(partial.begin(resume))
+    stream: Iterator[Any] = batches_from(routing, partial.done)  # type: ignore[arg-type]
+    partial.run(stream, count.add, count.arrays, total, progress)
+    return count.result()
+
+
+class _Count:
+    """Counts so far."""
+
+    def __init__(self, num_experts: int) -> None:
+        self.pairs, self.tokens, self.k = np.zeros((num_experts, num_experts), np.int64), 0, 0
+
+    def add(self, batch: Routing) -> None:
+        """Count one batch."""
+        experts = len(self.pairs)
+        for idx_Tk in _chunks(batch, experts):
+            self.k = self.k or idx_Tk.shape[1]
+            if idx_Tk.shape[1] != self.k:
+                raise InputError("batches of different k", why=f"top-{self.k}, then top-{idx_Tk.shape[1]}")
+            map_TE = torch.zeros(len(idx_Tk), experts).scatter_(1, torch.from_numpy(idx_Tk), 1.0)
             if int(map_TE.sum(dtype=torch.float64)) != idx_Tk.size:
                 raise InputError(
                     "a token has the same expert twice", todo="give the indices of a top-k, which are distinct"
                 )
-            pairs += (map_TE.T @ map_TE).numpy().astype(np.int64)
-            tokens += len(idx_Tk)
-    if not tokens:
-        raise InputError("no routing to count", todo="give at least one batch with at least one token")
-    chosen = pairs.diagonal().copy()
-    np.fill_diagonal(pairs, 0)
-    return AffinityResult(pairs, chosen, tokens, k)
+            self.pairs += (map_TE.T @ map_TE).numpy().astype(np.int64)
+            self.tokens += len(idx_Tk)
+
+    def arrays(self) -> dict[str, Ints]:
+        """What a file holds of them."""
+        return {"pairs": self.pairs, "counted": np.array([self.tokens, self.k])}
+
+    def restore(self, arrays: Mapping[str, Ints]) -> None:
+        """Go on from what `arrays` gave; from nothing, where there is nothing."""
+        if arrays:
+            self.pairs, (self.tokens, self.k) = arrays["pairs"], map(int, arrays["counted"])
+
+    def result(self) -> AffinityResult:
+        """Raises InputError where nothing was counted."""
+        if not self.tokens:
+            raise InputError("no routing to count", todo="give at least one batch with at least one token")
+        pairs, chosen = self.pairs.copy(), self.pairs.diagonal().copy()
+        np.fill_diagonal(pairs, 0)
+        return AffinityResult(pairs, chosen, self.tokens, self.k)
 
 
-def _chunks(batch: Any, num_experts: int) -> Iterator[Ints]:
-    """The batch as int64 [tokens, k] pieces whose routing maps are of a bounded size."""
+def _pieces(batch: Any, num_experts: int) -> list[npt.NDArray[Any]]:
+    """Views [tokens, k] of the batch whose routing maps are of a bounded size."""
     ids = batch.cpu().numpy() if isinstance(batch, Tensor) else batch
     if not isinstance(ids, np.ndarray) or ids.ndim < 1 or not np.issubdtype(ids.dtype, np.integer):
         found = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, np.ndarray) else type(ids).__name__
         raise InputError("expert ids must be integers [..., k]", why=f"found {found}")
     flat = ids.reshape(-1, ids.shape[-1])
     step = max(_CELLS // num_experts, 1)
-    for start in range(0, len(flat), step):
-        piece = flat[start : start + step].astype(np.int64)
+    return [flat[start : start + step] for start in range(0, len(flat), step)]
+
+
+def _chunks(batch: Any, num_experts: int) -> Iterator[Ints]:
+    """The pieces of the batch as int64 [tokens, k], checked."""
+    for narrow in _pieces(batch, num_experts):
+        piece = narrow.astype(np.int64)
         if piece.size and not 0 <= piece.min() <= piece.max() < num_experts:
             raise InputError(
                 f"expert ids from {piece.min()} to {piece.max()} for {num_experts} experts",

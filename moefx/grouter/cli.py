@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,24 +14,28 @@ import typer
 
 from ..errors import InputError
 from ..files import replacing
+from ..train.aside import make_room
 from .affinity import AffinityResult
 from .affinity import affinity as count_affinity
 from .cli_training import register
 from .clusters import SEEDS
+from .expand import STATES
 from .expand import expand as expand_grouter
 from .fold import fold as fold_grouter
 from .fold import fold_report, require_affinity_of
 from .groups import group_experts
 from .place import place as place_routing
 from .precompute import precompute as write_records
-from .records import RoutingRecords
+from .records import RoutingRecords, sample_identity
 from .reports import require_folder, share, write_report
+from .sources import CHECKPOINTS
 from .traffic import max_over_mean
 from .windows import routed, sample_windows
 
 if TYPE_CHECKING:
     from ..models.grouter import Grouter
 
+BATCH = 8  # windows per forward pass of a count
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -51,6 +55,9 @@ ClusterSeed = Annotated[int, typer.Option(help="Seed of k-means.", min=0, max=SE
 K = Annotated[int, typer.Option("--k", help="Experts per token.")]
 EodId = Annotated[int | None, typer.Option(help="Token that ends a document; keeps documents of a window apart.")]
 
+Every = Annotated[int, typer.Option(help="Batches of 8 windows between savings in --out/checkpoints.", min=1)]
+Resume = Annotated[bool, typer.Option(help="Go on with what was interrupted in --out.")]
+
 
 @app.command()
 def affinity(
@@ -61,13 +68,16 @@ def affinity(
     window: Window = 128,
     max_tokens: MaxTokens = 1 << 20,
     eod_id: EodId = None,
+    checkpoint_every: Every = 64,
+    resume: Resume = False,
     out: Out = Path("runs/affinity"),
     as_json: AsJson = False,
 ) -> None:
     """Count which experts are chosen together: affinity.npz, for `fold`."""
     model = load_grouter(grouter)
     require_folder(out)
-    counts = _count(model, _tokens(model, data, split), k, window, max_tokens, eod_id)
+    count = _Counting(window, max_tokens, eod_id, out / CHECKPOINTS, checkpoint_every)
+    counts = count(model, _tokens(model, data, split), k, "affinity", resume)
     i, j = np.triu_indices(counts.num_experts, 1)
     top = np.argsort(-counts.P[i, j], kind="stable")[:10]
     pairs = [(int(i[n]), int(j[n])) for n in top]
@@ -101,19 +111,24 @@ def fold(
     window: Window = 128,
     max_tokens: MaxTokens = 1 << 20,
     eod_id: EodId = None,
+    checkpoint_every: Every = 64,
+    resume: Resume = False,
     out: Out = Path("runs/fold"),
     as_json: AsJson = False,
 ) -> None:
     """Fold a Grouter to fewer experts, by affinity."""
     model = load_grouter(grouter)
     require_folder(out)
+    count = _Counting(window, max_tokens, eod_id, out / CHECKPOINTS, checkpoint_every)
+    if not resume:
+        _clear(out, "affinity", "folded")
     if affinity:
         counts = sum_affinities(affinity)
         require_affinity_of(model, counts)
     elif k is None:
         raise InputError("no affinity to fold by", todo="give --affinity, or the router's --k to count it from --data")
     else:
-        counts = _count(model, _tokens(model, data, split), k, window, max_tokens, eod_id)
+        counts = count(model, _tokens(model, data, split), k, "affinity", resume)
     groups = group_experts(counts, targets, method=method)
     folded = fold_grouter(model, groups, reduce=reduce)
     report = fold_report(counts, groups)
@@ -125,7 +140,8 @@ def fold(
         "MaxVio of summed loads": f"{report.max_vio:.3f}",
     }
     if target_k is not None:
-        after = _count(folded, _tokens(folded, data, split), target_k, window, max_tokens, eod_id)
+        again = resume and (bool(affinity) or count.begun("folded"))
+        after = count(folded, _tokens(folded, data, split), target_k, "folded", again)
         result["routed"] = {"k": target_k, "load": after.load.tolist(), "max_vio": max_over_mean(after.load) - 1}
         rows[f"MaxVio of the folded router, top-{target_k}"] = f"{result['routed']['max_vio']:.3f}"
     _emit(out, "fold", "Folded Grouter", result, rows, as_json, folded.save_pretrained)
@@ -145,6 +161,8 @@ def expand(
         float, typer.Option(help="Share of the tokens that counts as claimed by no expert.", min=0, max=1)
     ] = 0.2,
     seed: ClusterSeed = 0,
+    checkpoint_every: Every = 64,
+    resume: Resume = False,
     out: Out = Path("runs/expand"),
     as_json: AsJson = False,
 ) -> None:
@@ -152,10 +170,16 @@ def expand(
     model = load_grouter(grouter)
     require_folder(out)
     tokens = _tokens(model, data, split)
+    if not resume:
+        _clear(out, STATES, "before", "after")
     larger = expand_grouter(
-        model, tokens, targets, window=window, eod_id=eod_id, max_tokens=max_tokens, quantile=quantile, seed=seed
+        model, tokens, targets, window=window, eod_id=eod_id, max_tokens=max_tokens, quantile=quantile, seed=seed,
+        checkpoint=out / CHECKPOINTS, checkpoint_every=checkpoint_every, resume=resume,
+    )  # fmt: skip
+    count = _Counting(window, max_tokens, eod_id, out / CHECKPOINTS, checkpoint_every)
+    before, after = (
+        count(m, tokens, k, name, resume and count.begun(name)) for m, name in ((model, "before"), (larger, "after"))
     )
-    before, after = (_count(m, tokens, k, window, max_tokens, eod_id) for m in (model, larger))
     old = before.num_experts
     result = {
         "experts_before": old, "experts": targets, "k": k, "tokens": after.tokens, "load": after.load.tolist(),
@@ -168,6 +192,7 @@ def expand(
         "MaxVio before, after": f"{result['max_vio_before']:.3f}, {result['max_vio']:.3f}",
     }
     _emit(out, "expand", "Expanded Grouter", result, rows, as_json, larger.save_pretrained)
+    (out / CHECKPOINTS / f"{STATES}.npz").unlink(missing_ok=True)  # up to max_tokens times 4 bytes of the hidden size
 
 
 @app.command()
@@ -212,6 +237,8 @@ def place(
     equal: Annotated[bool, typer.Option(help="Equally many samples per place.")] = True,
     max_entropy: Annotated[float | None, typer.Option(help="Leave flatter samples (bits) out of clusters.")] = None,
     seed: ClusterSeed = 42,
+    checkpoint_every: Annotated[int, typer.Option(help="Chunks of 2048 samples between savings.", min=1)] = 16,
+    resume: Resume = False,
     out: Out = Path("runs/placement"),
     as_json: AsJson = False,
 ) -> None:
@@ -219,8 +246,9 @@ def place(
     found = RoutingRecords.open(records)
     require_folder(out)
     placement = place_routing(
-        found.idx, found.header.num_experts, places, equal=equal, max_entropy=max_entropy, seed=seed
-    )
+        found.idx, found.header.num_experts, places, equal=equal, max_entropy=max_entropy, seed=seed,
+        checkpoint=out / CHECKPOINTS, checkpoint_every=checkpoint_every, resume=resume,
+    )  # fmt: skip
     r = placement.report
     rows = {
         "experts, k, places": f"{found.header.num_experts}, {found.header.k}, {places}",
@@ -257,11 +285,38 @@ def _tokens(model: Grouter, data: list[Path] | None, split: str) -> npt.NDArray[
     return load_data(data or [], model.config.vocab_size, None).tokens(split)
 
 
-def _count(
-    model: Grouter, tokens: npt.NDArray[Any], k: int, window: int, max_tokens: int, eod_id: int | None
-) -> AffinityResult:
-    sample = sample_windows(tokens, window, max_tokens)
-    return count_affinity(routed(model, sample, k, eod_id=eod_id), len(model.selection_bias))
+class _Counting(NamedTuple):
+    """Counting the routing of a sample of tokens, with what was reached in a folder."""
+
+    window: int
+    max_tokens: int
+    eod_id: int | None
+    folder: Path
+    every: int
+
+    def __call__(self, model: Grouter, tokens: npt.NDArray[Any], k: int, label: str, resume: bool) -> AffinityResult:
+        sample = sample_windows(tokens, self.window, self.max_tokens)
+
+        def batches(first: int) -> Iterable[npt.NDArray[np.int64]]:
+            rest = sample[first * BATCH :]
+            return routed(model, rest, k, batch=BATCH, eod_id=self.eod_id) if len(rest) else ()
+
+        origin = {"k": k, **sample_identity(model, sample, self.eod_id)}
+        return count_affinity(
+            batches, len(model.selection_bias), total=-(-len(sample) // BATCH), label=label, checkpoint=self.folder,
+            checkpoint_every=self.every, resume=resume, identity=origin,
+        )  # fmt: skip
+
+    def begun(self, label: str) -> bool:
+        """Whether an interrupted command had come to this count."""
+        return (self.folder / f"{label}.npz").is_file()
+
+
+def _clear(out: Path, *labels: str) -> None:
+    """Move what earlier runs of this command reached aside: of all stages, since a later one is not begun anew yet."""
+    from rich.console import Console
+
+    make_room(out / CHECKPOINTS, Console(stderr=True), [f"{label}.npz" for label in labels])
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import typer
 from ..errors import InputError
 from ..files import replacing
 from ..models.grouter import Grouter
+from ..routing import vocabulary_of
 from ..train.config import SEEDS
 from ..train.identity import digest_of
 from ..train.models import vocab_size_of
@@ -20,7 +21,7 @@ from .check import assert_causal
 from .distill import DistillReport
 from .distill import distill as run_distill
 from .reports import require_folder
-from .sources import load_data, load_teacher
+from .sources import CHECKPOINTS, load_data, load_teacher
 from .tap import tap
 from .tune import TuneReport
 from .tune import tune as run_tune
@@ -32,6 +33,8 @@ Data = Annotated[
 ]
 Batch = Annotated[int, typer.Option(help="Sequences per step.", min=1)]
 Seq = Annotated[int, typer.Option(help="Tokens per sequence.", min=2)]  # of one token, nothing can be seen to be causal
+Every = Annotated[int, typer.Option(help="Steps between checkpoints in --out; Ctrl-C and SIGTERM save one too.", min=1)]
+Resume = Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out.")]
 Seed = Annotated[int, typer.Option(help="Seed of the weights and of the order of data.", min=0, max=SEEDS - 1)]
 
 
@@ -62,7 +65,8 @@ def distill(
     intermediate: Annotated[int | None, typer.Option(help="MLP width of a new Grouter.")] = None,
     kind: Annotated[str, typer.Option(help="mha, mla, linear or conv.")] = "mha",
     seed: Seed = 0,
-    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out.")] = False,
+    checkpoint_every: Every = 500,
+    resume: Resume = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a causal Grouter to imitate a router of a finished model."""
@@ -79,7 +83,8 @@ def distill(
     else:
         torch.manual_seed(seed)
         student = Grouter.from_config(
-            vocab_size=vocab, num_experts=source.num_experts, hidden_size=hidden, num_layers=layers, num_heads=heads,
+            vocab_size=vocabulary_of(model) or vocab, num_experts=source.num_experts,
+            hidden_size=hidden, num_layers=layers, num_heads=heads,
             intermediate_size=intermediate, kind=kind,
         )  # fmt: skip
     found = run_distill(
@@ -93,7 +98,8 @@ def distill(
         temperature=temperature,
         score_only=score_only,
         eval_batches=list(itertools.islice(tokens.batches("val", batch, seq, seed), EVAL_BATCHES)),
-        checkpoint=out / "checkpoints",
+        checkpoint=out / CHECKPOINTS,
+        checkpoint_every=checkpoint_every,
         resume=resume,
         identity={
             "teacher": digest_of(model), "data": tokens.fingerprint, "batch": batch, "seq": seq, "seed": seed,
@@ -106,7 +112,7 @@ def distill(
 
 def tune(
     grouter: Annotated[Path, typer.Argument(help="Folder of the Grouter.")],
-    out: Annotated[Path, typer.Option(help="Folder for the tuned Grouter, report.json and report.md.")],
+    out: Annotated[Path, typer.Option(help="Folder for the tuned Grouter, report.json, report.md and checkpoints.")],
     k: Annotated[int, typer.Option(help="Experts per token of the target.")],
     data: Data = None,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 400,
@@ -117,6 +123,8 @@ def tune(
     anchor: Annotated[float, typer.Option(help="Weight of KL(router before || router now).")] = 0.0,
     method: Annotated[str, typer.Option(help="score, or bias.")] = "score",
     seed: Seed = 0,
+    checkpoint_every: Every = 500,
+    resume: Resume = False,
     as_json: AsJson = False,
 ) -> None:
     """Balance a Grouter's load on the target's data."""
@@ -133,6 +141,10 @@ def tune(
         anchor=anchor,
         method=method,
         eval_batches=list(itertools.islice(tokens.batches("val", batch, seq, seed), EVAL_BATCHES)),
+        checkpoint=out / CHECKPOINTS / "tune",  # the Grouter of this folder may have checkpoints of its distillation
+        checkpoint_every=checkpoint_every,
+        resume=resume,
+        identity={"data": tokens.fingerprint, "batch": batch, "seq": seq, "seed": seed},
     )
     _finish(student, out, found, as_json)
 

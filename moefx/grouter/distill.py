@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -18,15 +17,14 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..models.grouter import Grouter
 from ..optim.schedule import WarmupCosine
-from ..train import checkpoint as store
-from ..train.aside import make_room, say
 from ..train.loop import DivergedError
 from ..train.modes import modes_kept
 from .reports import write_report
-from .running import Batch, Batches, bar, batches_from, check_figures, for_grouter, next_batch, overlap, require_tokens
+from .running import Batch, Batches, batches_from, check_figures, for_grouter, next_batch, overlap, require_tokens
+from .session import Session, check_saving
 from .tap import Tap, tap
 
-KEPT = ("losses", "kl_curve", "exact_curve", "recall_curve", "tokens", "seconds")  # of a report, in checkpoints
+KEPT = ("losses", "kl_curve", "exact_curve", "recall_curve", "tokens")  # of a report, in checkpoints
 NOT_OF_TEACHER = ("document_ids", "labels")  # what transformers models do not take, and what routing does not need
 
 
@@ -119,8 +117,8 @@ def distill(
         score_only: train the score layer alone, on top of what the network has learned.
         eval_batches: held-out batches for the final figures; None for the last tenth of the training batches, each
             measured before it is learned from.
-        checkpoint: folder for checkpoints, every `checkpoint_every` steps and at the end. Unless `resume`, those that
-            are there are moved to `previous-N` inside.
+        checkpoint: folder for checkpoints, every `checkpoint_every` steps, at the end, and on Ctrl-C and SIGTERM, which
+            then take effect between two steps. Unless `resume`, those that are there are moved to `previous-N` inside.
         resume: go on from the newest one; the result is bitwise that of an uninterrupted run with the same data.
         report: folder for report.json and report.md.
         identity: what tells this teacher and these batches from others, as JSON values (digests, sizes, seeds): it is
@@ -133,18 +131,19 @@ def distill(
         CaptureError: a teacher that cannot be tapped.
         CheckpointError: no checkpoint to resume from, or one of another run.
         DivergedError: the loss is not finite; the Grouter is as it was before that step.
+        TrainingInterrupted: after Ctrl-C or SIGTERM with a `checkpoint` folder, once a checkpoint is saved; uncaught,
+            the process ends with status 130.
     """
     warmup = steps * 3 // 10 if warmup is None else warmup
     check_figures(steps=(steps, 1), lr=(lr, 0), warmup=(warmup, 0), weight_decay=(weight_decay, 0))
-    check_figures(temperature=(temperature, 1e-3), checkpoint_every=(checkpoint_every, 1))
+    check_figures(temperature=(temperature, 1e-3))
+    check_saving(checkpoint, checkpoint_every, resume)
     if wrong := {p.dtype for p in grouter.parameters()} - {torch.float32, torch.float64}:
         raise InputError(
             f"the Grouter has parameters in {', '.join(map(str, wrong))}",
             why="small steps of the optimizer would be rounded away",
             todo="distil grouter.float(), and convert it afterwards",
         )
-    if resume and checkpoint is None:
-        raise InputError("there is nothing to resume from", todo="name the checkpoint folder")
     schedule = WarmupCosine(lr, warmup, steps + 1, 0.0)
     source, k = _source(teacher, batches, layer, k)
     settings = {
@@ -155,32 +154,16 @@ def distill(
     found, console = DistillReport(steps, k, settings), Console(stderr=True, quiet=not progress)
     with _trainable(grouter, score_only) as parameters:
         optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
-        if resume:
-            restored = store.load(
-                store.latest(Path(str(checkpoint))), model=grouter, optimizer=optimizer, fingerprint=settings
-            )
-            if not restored.compared:
-                say(console, "the checkpoint does not say of which teacher and data it is; those of now are taken")
-            vars(found).update(restored.history)
-        elif checkpoint is not None:
-            # Resuming takes the newest, which has the highest step, not the latest date.
-            kept = [path.name for path in store.checkpoints(Path(checkpoint))]
-            make_room(Path(checkpoint), console, kept)
-        first, begin, before = len(found.losses), time.perf_counter(), found.seconds
-        stream = batches_from(batches, first)
-        with bar("distil", steps, first, progress) as show:
-            for step in range(first, steps):
-                for group in optimizer.param_groups:
-                    group["lr"] = schedule(step + 1)
-                loss = _step(grouter, source, next_batch(stream, step, steps), optimizer, found, step, temperature)
-                found.seconds = before + time.perf_counter() - begin
-                show(step + 1, f"loss {loss:.4f}")
-                if checkpoint is not None and ((step + 1) % checkpoint_every == 0 or step + 1 == steps):
-                    history = {n: getattr(found, n) for n in KEPT}
-                    store.save(
-                        Path(checkpoint), step=step + 1, model=grouter, optimizer=optimizer, fingerprint=settings,
-                        history=history,
-                    )  # fmt: skip
+        session = Session("distill", steps, grouter, optimizer, settings, found, KEPT, checkpoint, checkpoint_every)
+        stream = batches_from(batches, session.begin(resume, console))
+
+        def one(step: int) -> str:
+            for group in optimizer.param_groups:
+                group["lr"] = schedule(step + 1)
+            loss = _step(grouter, source, next_batch(stream, step, steps), optimizer, found, step, temperature)
+            return f"loss {loss:.4f}"
+
+        session.run(one, progress)
     _final(found, grouter, source, eval_batches)
     if report is not None:
         found.write(report)

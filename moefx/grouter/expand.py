@@ -6,6 +6,7 @@ of the code published with arXiv 2603.06626 (the paper has none), with the sign 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,12 +16,15 @@ import torch
 from ..errors import InputError
 from .affinity import Floats
 from .clusters import check_kmeans, kmeans
+from .partial import Partial, stage
+from .records import sample_identity
 from .surgery import require_unfolded, with_score
 from .windows import Tokens, masks, sample_windows
 
 if TYPE_CHECKING:
     from ..models.grouter import Grouter
 
+STATES = "states"
 _RANK_TOLERANCE = 1e-5  # of the longest centroid: hidden states are fp32 or narrower
 
 
@@ -35,6 +39,10 @@ def expand(
     quantile: float = 0.2,
     iterations: int = 100,
     seed: int = 0,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 64,
+    resume: bool = False,
+    progress: bool = True,
 ) -> Grouter:
     """A new Grouter with `num_targets` experts, the first E_S of them the old ones; the given one stays as it is.
 
@@ -46,8 +54,14 @@ def expand(
         num_targets: E_T; E_T - E_S is at most hidden size - rank of the old rows, as new rows are orthogonal to all.
         eod_id: token that ends a document, where the target keeps documents of a window apart.
         quantile, iterations, seed: see `new_rows`.
+        checkpoint: folder for `states.npz`, the hidden states so far: every `checkpoint_every` batches of 8 windows and
+            on Ctrl-C and SIGTERM, see `affinity`. Clustering, which follows, is done again.
+        resume: go on from there, with the same Grouter and tokens, to the same result.
+        progress: a bar, on a terminal.
 
     Raises:
+        CheckpointError: the states are of another Grouter or other tokens.
+        TrainingInterrupted: after Ctrl-C or SIGTERM with a `checkpoint` folder, once the states are saved.
         InputError: E_T is not in its range, an option or a token id is not in its own, or the tokens are too few or
             too alike for so many new experts.
         MissingPackageError: scikit-learn is not installed.
@@ -56,23 +70,41 @@ def expand(
     _check_options(quantile, iterations, seed)
     old = grouter.score.weight.detach()
     require_room(old.double().cpu().numpy(), num_targets - len(old))
-    states = hidden_states(grouter, sample_windows(tokens, window, max_tokens), eod_id)
-    rows, _ = new_rows(
-        old.double().cpu().numpy(), states, num_targets - len(old), quantile=quantile, iterations=iterations, seed=seed
-    )
+    sample = sample_windows(tokens, window, max_tokens)
+    origin = sample_identity(grouter, sample, eod_id) if checkpoint is not None else {}
+    partial = Partial(STATES, checkpoint, checkpoint_every, origin)
+    states = hidden_states(grouter, sample, eod_id, partial=partial, resume=resume, progress=progress)
+    with stage("expand: clustering the unclaimed tokens", progress):
+        rows, _ = new_rows(
+            old.double().cpu().numpy(), states, num_targets - len(old), quantile=quantile, iterations=iterations,
+            seed=seed,
+        )  # fmt: skip
     weight = torch.cat([old, torch.from_numpy(rows).to(old.device, old.dtype)])
     bias = grouter.selection_bias
     return with_score(grouter, weight, torch.cat([bias, bias.new_zeros(len(rows))]))
 
 
-def hidden_states(grouter: Grouter, windows: npt.NDArray[np.int64], eod_id: int | None = None) -> npt.NDArray[Any]:
+def hidden_states(
+    grouter: Grouter,
+    windows: npt.NDArray[np.int64],
+    eod_id: int | None = None,
+    *,
+    partial: Partial | None = None,
+    resume: bool = False,
+    progress: bool = False,
+) -> npt.NDArray[Any]:
     """What enters the score layer, float32 [tokens, hidden], for windows int64 [windows, length]."""
-    found = []
-    with torch.no_grad():
-        for part in np.array_split(windows, -(-len(windows) // 8)):
-            ids, kwargs = masks(grouter, part, eod_id)
-            found.append(grouter.hidden(ids, **kwargs).flatten(0, 1).float().cpu())
-    return torch.cat(found).numpy()
+    partial = partial or Partial(STATES, None, 1, {})
+    found = list(partial.begin(resume).values())
+    parts = np.array_split(windows, -(-len(windows) // 8))
+
+    @torch.no_grad()
+    def add(part: npt.NDArray[np.int64]) -> None:
+        ids, kwargs = masks(grouter, part, eod_id)
+        found.append(grouter.hidden(ids, **kwargs).flatten(0, 1).float().cpu().numpy())
+
+    partial.run(parts[partial.done :], add, lambda: {"states": np.concatenate(found)}, len(parts), progress)
+    return np.concatenate(found)
 
 
 def new_rows(

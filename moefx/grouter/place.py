@@ -6,6 +6,7 @@ data set before training, so experts that a kind of text uses can share a place,
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..files import replacing
 from ..packages import optional
 from .affinity import Floats, Ints
 from .clusters import check_kmeans, kmeans
+from .partial import Partial, stage
 from .traffic import (
     check_routing,
     max_over_mean,
@@ -128,6 +130,10 @@ def place(
     clusters: int = CLUSTERS,
     max_entropy: float | None = None,
     seed: int = 42,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 16,
+    resume: bool = False,
+    progress: bool = True,
 ) -> Placement:
     """Place experts (`place_experts`), then samples (`place_samples`), and report what it changes.
 
@@ -136,16 +142,46 @@ def place(
         num_places: N, a divisor of `num_experts`; devices of one node, or nodes.
         equal: equally many samples per place (or counts that differ by one). Without it, every sample goes where it is
             cheapest, as published, and counts differ.
+        checkpoint: folder for `places.npz`: the places of experts once they are found, and then the homes of samples,
+            every `checkpoint_every` chunks of 2048 samples and on Ctrl-C and SIGTERM. Before that a signal stops at
+            once. Unless `resume`, one that is there is moved to `previous-N` inside.
+        resume: go on from there, with the same routing and options, to the same placement.
+        progress: what goes on, on a terminal.
 
     Raises:
+        CheckpointError: what is there is of other routing or options.
+        TrainingInterrupted: after Ctrl-C or SIGTERM while samples are placed, with a `checkpoint` folder.
         InputError: N does not divide E, there are fewer samples than places, or `idx` or `seed` is not usable.
         MissingPackageError: scikit-learn or scipy is not installed.
     """
     check_routing(idx, num_experts)
     check_kmeans(1, seed)
-    where = place_experts(profiles(idx, num_experts), num_places, clusters=clusters, max_entropy=max_entropy, seed=seed)
-    home = place_samples(token_hits(idx, where, num_places), equal=equal)
-    return Placement(where, home, num_places, placement_report(idx, where, home, num_places))
+    origin = {
+        "experts": num_experts, "places": num_places, "equal": equal, "clusters": clusters, "max_entropy": max_entropy,
+        "seed": seed, "routing": _digest(idx) if checkpoint is not None else "",
+    }  # fmt: skip
+    partial = Partial("places", checkpoint, checkpoint_every, origin)
+    reached = partial.begin(resume)
+    if reached:
+        where, homes = reached["where"], [reached["home"]]
+    else:
+        with stage("place: clustering samples and placing experts", progress):
+            phi = profiles(idx, num_experts)
+            where = place_experts(phi, num_places, clusters=clusters, max_entropy=max_entropy, seed=seed)
+        homes = [np.empty(0, dtype=np.int64)]
+        partial.save({"where": where, "home": homes[0]})
+    with stage("place: counting what samples send", progress):
+        parts = _chunks(token_hits(idx, where, num_places))
+    partial.run(
+        parts[partial.done :],
+        lambda part: homes.append(place_samples(part, equal=equal)),
+        lambda: {"where": where, "home": np.concatenate(homes)},
+        len(parts),
+        progress,
+    )
+    home = np.concatenate(homes)
+    with stage("place: counting the traffic", progress):
+        return Placement(where, home, num_places, placement_report(idx, where, home, num_places))
 
 
 def place_experts(
@@ -217,10 +253,8 @@ def place_samples(hits: Ints, *, equal: bool = True) -> Ints:
         return cheapest
     assign = optional("scipy.optimize", "to assign samples to places").linear_sum_assignment
     places = hits.shape[1]
-    step = max(CHUNK // places, 1) * places
-    home = np.empty(len(hits), dtype=np.int64)
-    for start in range(0, len(hits), step):
-        part = hits[start : start + step]
+    home, start = np.empty(len(hits), dtype=np.int64), 0
+    for part in _chunks(hits):
         each, extra = divmod(len(part), places)
         # Every place has `each` seats, and one more at a price above any other cost, so that none is taken in vain.
         seats = np.concatenate([np.repeat(np.arange(places), each), np.arange(places if extra else 0)])
@@ -228,7 +262,22 @@ def place_samples(hits: Ints, *, equal: bool = True) -> Ints:
         cost[:, each * places :] += 1.0 + float(part.sum())
         rows, columns = assign(cost)
         home[start + rows] = seats[columns]
+        start += len(part)
     return home
+
+
+def _chunks(hits: Ints) -> list[Ints]:
+    """Consecutive samples that are assigned together: as many to each place, but in the last chunk."""
+    step = max(CHUNK // hits.shape[1], 1) * hits.shape[1]
+    return [hits[start : start + step] for start in range(0, len(hits), step)]
+
+
+def _digest(idx: npt.NDArray[Any]) -> str:
+    """Of shape, dtype and content; a memory map is read piece by piece."""
+    digest = hashlib.sha256(f"{idx.dtype} {idx.shape}".encode())
+    for start in range(0, len(idx), CHUNK):
+        digest.update(np.ascontiguousarray(idx[start : start + CHUNK]).tobytes())
+    return digest.hexdigest()
 
 
 def placement_report(idx: npt.NDArray[Any], where: Ints, home: Ints, num_places: int) -> PlacementReport:

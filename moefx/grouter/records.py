@@ -196,6 +196,12 @@ def fingerprint(grouter: Grouter) -> str:
     return state_digest(grouter, json.dumps(dataclasses.asdict(grouter.config), sort_keys=True))
 
 
+def sample_identity(grouter: Grouter, sample: npt.NDArray[np.int64], eod_id: int | None) -> dict[str, Any]:
+    """What a Grouter makes of windows depends on, as JSON values: digests of both, and the end of documents."""
+    tokens = hashlib.sha256(np.ascontiguousarray(sample).tobytes()).hexdigest()
+    return {"grouter": fingerprint(grouter), "windows": list(sample.shape), "tokens": tokens, "eod_id": eod_id}
+
+
 def read_header(directory: Path) -> Header | None:
     """The header of a directory; None if it has none. Raises InputError for one that cannot be read."""
     path = directory / HEADER

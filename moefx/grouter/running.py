@@ -81,8 +81,11 @@ def check_figures(**figures: tuple[float, float]) -> None:
 
 
 @contextmanager
-def bar(label: str, total: int, done: int, show: bool) -> Iterator[Callable[[int, str], None]]:
-    """A progress bar on a terminal, nothing elsewhere. Yields what to call after a step, with figures to show."""
+def bar(label: str, total: int | None, done: int, show: bool) -> Iterator[Callable[[int, str], None]]:
+    """A progress bar on a terminal, nothing elsewhere. Yields what to call after a step, with figures to show.
+
+    `total` is None where it is not known.
+    """
     console = Console(stderr=True)
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn())
     off = not (show and console.is_terminal)

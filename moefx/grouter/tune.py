@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from rich.console import Console
+from torch import Tensor, nn
 
 from ..errors import InputError, nearest
 from ..models.grouter import Grouter
@@ -20,11 +21,11 @@ from ..train.loop import DivergedError
 from ..train.modes import modes_kept
 from .check import top_set
 from .distill import kl
+from .records import fingerprint
 from .reports import write_report
 from .running import (
     Batch,
     Batches,
-    bar,
     batches_from,
     check_figures,
     for_grouter,
@@ -32,6 +33,7 @@ from .running import (
     next_batch,
     require_tokens,
 )
+from .session import Session, check_saving
 
 OBJECTIVES = ("sequence", "global")
 METHODS = ("score", "bias")
@@ -103,7 +105,11 @@ def tune(
     clip: float = 1.0,
     method: str = "score",
     eval_batches: Sequence[Batch] | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 500,
+    resume: bool = False,
     report: str | Path | None = None,
+    identity: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> TuneReport:
     """Train the score layer of `grouter`, in place, on the balance loss alone. 0 steps change nothing.
@@ -120,27 +126,41 @@ def tune(
         method: "score", or "bias": `selection_bias` -= lr * sign(load - 1/E), which leaves all logits and the gates of
             chosen experts as they are; lr does not decay, and objective, anchor, clip and weight_decay do not apply.
         eval_batches: what the report measures on, before and after; None for the first 8 batches of the data.
+        checkpoint, checkpoint_every, resume, identity: as `distill` has them. A checkpoint holds what is tuned, not the
+            Grouter: give the same, untuned Grouter to resume, which is checked.
+        progress: a bar, on a terminal.
 
     The score layer is trained in fp32 and rounded once, at the end. Padding does not count.
 
     Raises:
         InputError: settings or data that do not fit; the Grouter is as it was.
+        CheckpointError: no checkpoint to resume from, or one of another run.
         DivergedError: the loss is not finite; the Grouter is as it was.
+        TrainingInterrupted: after Ctrl-C or SIGTERM with a `checkpoint` folder; a checkpoint is saved, and the Grouter
+            is as it was.
     """
     for name, given, known in (("objective", objective, OBJECTIVES), ("method", method, METHODS)):
         if given not in known:
             raise InputError(f"unknown {name}={given!r}", todo=nearest(str(given), known))
+    check_saving(checkpoint, checkpoint_every, resume)
     check_figures(steps=(steps, 0), lr=(lr, 0), weight_decay=(weight_decay, 0), anchor=(anchor, 0), clip=(clip, 1e-12))
     if not 1 <= k <= grouter.num_routed:
         raise InputError(f"top-{k} of {grouter.num_routed} experts", todo="choose another k")
     settings = {
-        "lr": lr, "weight_decay": weight_decay, "objective": objective, "anchor": anchor, "clip": clip, "method": method
+        "lr": lr, "weight_decay": weight_decay, "objective": objective, "anchor": anchor, "clip": clip,
+        "method": method, **({"identity": dict(identity)} if identity else {}),
     }  # fmt: skip
-    found, begin = TuneReport(steps, k, settings), time.perf_counter()
-    stream = batches_from(batches, 0)
+    found, begin, tuned = TuneReport(steps, k, settings), time.perf_counter(), _Tuned(grouter, settings)
+    # With the Grouter before: another one would be tuned to other weights, and measured against itself.
+    origin = {**settings, "steps": steps, "k": k, "grouter": fingerprint(grouter) if checkpoint is not None else ""}
+    session = Session("tune", steps, tuned, tuned.optimizer, origin, found, ("losses",), checkpoint, checkpoint_every)
+    session.begin(resume, Console(stderr=True, quiet=not progress))
+    before = found.seconds
     if eval_batches is None:
+        stream = batches_from(batches, 0)
         eval_batches = list(itertools.islice(stream, MEASURED))
-        stream = itertools.chain(eval_batches, stream)
+        if not callable(batches):  # an iterator cannot be begun again
+            batches = itertools.chain(eval_batches, stream)
     with modes_kept(grouter):
         grouter.eval()
         raw = [_logits(grouter, batch) for batch in eval_batches]
@@ -148,11 +168,7 @@ def tune(
             raise InputError("there is no token to measure balance on", todo="give batches")
         bias = grouter.selection_bias.clone()
         found.maxvio_before, found.sequence_maxvio_before, found.balance_before, _ = _balance(raw, bias, k, objective)
-        with bar("tune", steps, 0, progress) as show:
-            if method == "bias":
-                _train_bias(grouter, stream, found, show)
-            else:
-                _train_score(grouter, stream, found, show)
+        _train(grouter, tuned, session, batches_from(batches, session.first), found, progress)
         new = [_logits(grouter, batch) for batch in eval_batches]
         now = grouter.selection_bias
         found.maxvio_after, found.sequence_maxvio_after, found.balance_after, load = _balance(new, now, k, objective)
@@ -162,7 +178,7 @@ def tune(
         ]
         found.overlap = float(torch.cat(common).double().mean() / k)
         found.tokens = sum(len(c) for c in common)
-    found.seconds = time.perf_counter() - begin
+    found.seconds = before + time.perf_counter() - begin
     if report is not None:
         found.write(report)
     return found
@@ -184,51 +200,81 @@ def balance_loss(logits: Tensor, bias: Tensor, counted: Tensor, k: int, objectiv
     return rows.sum() / (tokens > 0).sum().clamp_min(1)
 
 
-def _train_score(grouter: Grouter, stream: Iterable[Batch], found: TuneReport, show: Any) -> None:
-    s, E = found.settings, grouter.num_routed
-    if not found.steps:
-        return
-    before = grouter.score.weight.detach().float().clone()
-    master = before.clone().requires_grad_(True)
-    optimizer = torch.optim.AdamW([master], lr=s["lr"], weight_decay=s["weight_decay"])
-    schedule = WarmupCosine(s["lr"], 0, found.steps, 0.0)
-    stream = iter(stream)
-    for step in range(found.steps):
-        ids, masks, counted = for_grouter(grouter, next_batch(stream, step, found.steps))
-        require_tokens(int(counted.sum()), step)
-        with torch.no_grad():
-            hidden = grouter.hidden(ids, **masks)
-        logits = grouter.logits(hidden, master)
-        loss = balance = balance_loss(logits, grouter.selection_bias, counted, found.k, s["objective"])
-        if s["anchor"]:
-            with torch.no_grad():
-                raw = grouter.logits(hidden, before)
-            loss = loss + s["anchor"] * kl(raw[counted], logits[counted])
-        if not loss.isfinite():
-            raise DivergedError(f"the loss is {float(loss)} at step {step + 1}", todo="lower lr")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([master], s["clip"])
-        optimizer.param_groups[0]["lr"] = schedule(step)
-        optimizer.step()
-        found.losses.append(E * float(balance.detach()))
-        show(step + 1, f"E x balance {found.losses[-1]:.3f}")
+def _train(
+    grouter: Grouter,
+    tuned: _Tuned,
+    session: Session,
+    stream: Iterator[Batch],
+    found: TuneReport,
+    progress: bool,
+) -> None:
+    """All steps that are left; the Grouter changes after the last one."""
+    method = _step_bias if found.settings["method"] == "bias" else _step_score
+
+    def one(step: int) -> str:
+        balance = method(grouter, tuned, next_batch(stream, step, found.steps), found, step)
+        found.losses.append(grouter.num_routed * balance)
+        return f"E x balance {found.losses[-1]:.3f}"
+
+    session.run(one, progress)
+    if found.steps:
+        tuned.take_effect()
+
+
+class _Tuned(nn.Module):
+    """What tuning changes, in fp32 beside the Grouter: the score layer [E, hidden], or the selection bias [E]."""
+
+    def __init__(self, grouter: Grouter, settings: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.home = [grouter.score.weight if settings["method"] == "score" else grouter.selection_bias]  # no submodule
+        self.before = self.home[0].detach().float().clone()
+        self.now = nn.Parameter(self.before.clone())
+        # A bias moves by the sign of its load: descent on a gradient of signs.
+        self.optimizer: torch.optim.Optimizer = (
+            torch.optim.AdamW([self.now], lr=settings["lr"], weight_decay=settings["weight_decay"])
+            if settings["method"] == "score"
+            else torch.optim.SGD([self.now], lr=settings["lr"])
+        )
+
+    @torch.no_grad()
+    def take_effect(self) -> None:
+        """Round what was tuned once, into the Grouter."""
+        self.home[0].copy_(self.now)
+
+
+def _step_score(grouter: Grouter, tuned: _Tuned, batch: Batch, found: TuneReport, step: int) -> float:
+    """One step of the score layer on the balance loss and the anchor. Returns the balance loss."""
+    s, schedule = found.settings, WarmupCosine(found.settings["lr"], 0, found.steps, 0.0)
+    ids, masks, counted = for_grouter(grouter, batch)
+    require_tokens(int(counted.sum()), step)
     with torch.no_grad():
-        grouter.score.weight.copy_(master)
+        hidden = grouter.hidden(ids, **masks)
+    logits = grouter.logits(hidden, tuned.now)
+    loss = balance = balance_loss(logits, grouter.selection_bias, counted, found.k, s["objective"])
+    if s["anchor"]:
+        with torch.no_grad():
+            raw = grouter.logits(hidden, tuned.before)
+        loss = loss + s["anchor"] * kl(raw[counted], logits[counted])
+    if not loss.isfinite():
+        raise DivergedError(f"the loss is {float(loss)} at step {step + 1}", todo="lower lr")
+    tuned.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([tuned.now], s["clip"])
+    tuned.optimizer.param_groups[0]["lr"] = schedule(step)
+    tuned.optimizer.step()
+    return float(balance.detach())
 
 
 @torch.no_grad()
-def _train_bias(grouter: Grouter, stream: Iterable[Batch], found: TuneReport, show: Any) -> None:
-    stream, E = iter(stream), grouter.num_routed
-    bias = grouter.selection_bias.clone()  # an error half-way leaves the Grouter as it was
-    for step in range(found.steps):
-        logits, counted = _logits(grouter, next_batch(stream, step, found.steps))
-        require_tokens(int(counted.sum()), step)
-        found.losses.append(E * float(balance_loss(logits, bias, counted, found.k, found.settings["objective"])))
-        load = top_set(logits + bias, found.k)[counted].double().mean(0) / found.k
-        bias -= found.settings["lr"] * (load - 1 / E).sign().to(bias.dtype)
-        show(step + 1, f"E x balance {found.losses[-1]:.3f}")
-    grouter.selection_bias.copy_(bias)
+def _step_bias(grouter: Grouter, tuned: _Tuned, batch: Batch, found: TuneReport, step: int) -> float:
+    """One step of the selection bias, lr down where an expert has more than its share. Returns the balance loss."""
+    logits, counted = _logits(grouter, batch)
+    require_tokens(int(counted.sum()), step)
+    balance = float(balance_loss(logits, tuned.now, counted, found.k, found.settings["objective"]))
+    load = top_set(logits + tuned.now, found.k)[counted].double().mean(0) / found.k
+    tuned.now.grad = (load - 1 / grouter.num_routed).sign().to(tuned.now.dtype)
+    tuned.optimizer.step()
+    return balance
 
 
 @torch.no_grad()

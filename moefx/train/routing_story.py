@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from ..errors import InputError
+from ..routing import fit_vocabulary, vocabulary_of
 from .aside import CHECKPOINTS, RESULTS, make_room, say
 from .checkpoint import checkpoints, compare
 from .config import TrainConfig
@@ -77,12 +77,7 @@ def run_routing(
         from ..models.grouter import Grouter
 
         grouter = Grouter.from_pretrained(router)
-    if grouter.config.vocab_size < tokens.vocab_size:
-        raise InputError(
-            f"the Grouter knows {grouter.config.vocab_size} token ids, the data has {tokens.vocab_size}",
-            why="a router of token ids and the model it routes must share a tokenizer",
-            todo="distil a Grouter on data of this tokenizer",
-        )
+    fit_vocabulary(grouter, vocabulary_of(target) or tokens.vocab_size)  # not after the first target was trained
     results, reports = {}, {}
     for arm, asked in ((LEARNED, {"losses": losses}), (ROUTED, {"router": grouter, "losses": _unrouted(losses)})):
         opt = optimized(copy.deepcopy(target), tokens, cfg, None, {**shared, **asked})
@@ -163,7 +158,7 @@ def _distilled(
     cut = tap(teacher, next(batches(DISTILL_SEED, 0)))
     experts = cut(next(batches(DISTILL_SEED, 0))).shape[-1]
     torch.manual_seed(seed)
-    grouter = _network(target, tokens.vocab_size, experts)
+    grouter = _network(target, vocabulary_of(target) or tokens.vocab_size, experts)
     kept = folder / CHECKPOINTS
     distilled = distill(
         cut, grouter, lambda step: batches(DISTILL_SEED, step), steps=steps, lr=2e-3, checkpoint=kept,

@@ -106,6 +106,8 @@ def test_a_models_own_routing_given_from_outside_changes_nothing(name: str) -> N
     got, mine = zoo.reference_step(opt, given)
     assert float((got - loss).abs()) < 1e-5 * float(loss.abs())
     close(mine, grads)
+    with torch.no_grad():
+        close({"logits": opt(**given).logits}, {"logits": model(**inputs).logits})
     assert not any(p.grad is not None for n, p in model.named_parameters() if n not in grads)
     # The test can fail: another routing is another model.
     other = {**given, "routing_idx": given["routing_idx"].roll(1, 0)}
@@ -376,14 +378,43 @@ def test_errors_say_what_to_do() -> None:
 
 def test_a_vocabulary_that_does_not_fit_is_noticed() -> None:
     model, inputs, table = tiny()
-    E = table.table.weight.shape[1]
-    sizes = {"num_experts": E, "hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16}
-    few = moefx.Grouter.from_config(vocab_size=int(inputs["input_ids"].max()), **sizes)
-    with pytest.raises(moefx.InputError, match="vocab"):
+    few = grouter_of(model.config.vocab_size - 1, table.table.weight.shape[1])
+    inputs = {n: t.clamp_max(model.config.vocab_size - 2) for n, t in inputs.items()}  # all of which it knows
+    with pytest.raises(moefx.InputError, match="knows 127 token ids, the model has 128"):
         moefx.optimize(model, inputs, router=few, codegen="eager")
-    many = moefx.Grouter.from_config(vocab_size=model.config.vocab_size + 8, **sizes)
+    many = grouter_of(model.config.vocab_size + 8, table.table.weight.shape[1])
     with pytest.warns(UserWarning, match="must use one tokenizer"):
-        moefx.optimize(model, inputs, router=many, codegen="eager")
+        opt = moefx.optimize(model, inputs, router=many, codegen="eager")
+    object.__setattr__(many.config, "vocab_size", int(inputs["input_ids"].max()))
+    with pytest.raises(moefx.InputError, match="is outside of the Grouter's vocabulary"):
+        opt.generate(inputs["input_ids"], max_new_tokens=1)
+
+
+@pytest.mark.parametrize("wrong", [39, 44, -1])
+def test_token_ids_of_every_call_are_those_of_the_router(wrong: int) -> None:
+    """Also where the model has no configuration."""
+    torch.manual_seed(0)
+    model, ids = MoELM(40, 32, 16, 2, 2, 4, 2, "F"), torch.randint(0, 39, (2, 16))
+    with pytest.raises(moefx.InputError, match="knows 39 token ids, the model has 40"):
+        moefx.optimize(model, {"input_ids": ids}, router=grouter_of(39, 4), codegen="eager")
+    with pytest.warns(UserWarning, match="must use one tokenizer"):
+        moefx.optimize(model, {"input_ids": ids}, router=grouter_of(41, 4), codegen="eager")
+    router = grouter_of(40, 4)
+    opt = moefx.optimize(model, {"input_ids": ids}, router=router, codegen="eager")
+    want = opt(input_ids=ids)["logits"]
+    object.__setattr__(router.config, "vocab_size", 39)  # as of a router whose rows are padded
+    other = ids.clone()
+    other[1, 3] = wrong
+    for call in (lambda: opt(other), lambda: opt(input_ids=other), lambda: opt(input_ids=other[:, :9])):
+        with pytest.raises(moefx.InputError, match=f"token id {wrong} is outside of the Grouter's vocabulary of 39"):
+            call()
+    torch.testing.assert_close(opt(ids)["logits"], want)
+
+
+def grouter_of(vocab_size: int, experts: int) -> moefx.Grouter:
+    return moefx.Grouter.from_config(
+        vocab_size=vocab_size, num_experts=experts, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=16
+    )
 
 
 def test_a_router_outside_the_normal_form_is_replaced_but_cannot_weigh() -> None:

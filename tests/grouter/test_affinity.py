@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +18,8 @@ from hypothesis import strategies as st
 from moefx.errors import InputError
 from moefx.grouter import affinity as affinity_function
 from moefx.grouter.affinity import AffinityResult, affinity
+from moefx.train.checkpoint import CheckpointError
+from moefx.train.interrupt import TrainingInterrupted
 
 from ..disk import full_after
 
@@ -143,3 +149,55 @@ def test_a_full_disk_leaves_the_earlier_counts(tmp_path: Path) -> None:
         later.save(tmp_path / "affinity.npz")
     np.testing.assert_array_equal(AffinityResult.open(tmp_path / "affinity.npz").pairs, earlier.pairs)
     assert [f.name for f in tmp_path.iterdir()] == ["affinity.npz"]
+
+
+# -- interruption ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_count_goes_on_to_the_same_counts(
+    tmp_path: Path, number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = np.split(random_routing(5, 120, 6, 3), 12)
+    whole = affinity(np.concatenate(shards), 6)
+
+    def stopped(first: int) -> Iterator[np.ndarray]:
+        for n, shard in enumerate(shards[first:], first):
+            if n == 4:
+                os.kill(os.getpid(), number)
+            yield shard
+
+    options: dict[str, Any] = dict(checkpoint=tmp_path, checkpoint_every=100, identity={"data": "a"})
+    with pytest.raises(TrainingInterrupted) as caught:
+        affinity(stopped, 6, **options)
+    assert (caught.value.code, caught.value.step, caught.value.checkpoint) == (130, 5, tmp_path / "affinity.npz")
+    assert f"interrupted after 5 parts; {tmp_path / 'affinity.npz'} is kept" in capsys.readouterr().err
+    begun = []
+    for routing in (lambda n: begun.append(n) or shards[n:], shards, iter(())):  # the last: finished is finished
+        found = affinity(routing, 6, resume=True, **options)
+        np.testing.assert_array_equal(found.pairs, whole.pairs)
+        np.testing.assert_array_equal(found.chosen, whole.chosen)
+        assert (found.tokens, found.k) == (whole.tokens, whole.k)
+    assert begun == [5]
+    with pytest.raises(CheckpointError, match=r"identity.data was 'a', is 'b'"):
+        affinity(shards, 6, resume=True, **{**options, "identity": {"data": "b"}})
+
+
+def test_an_array_is_counted_in_pieces_that_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    idx = random_routing(2, 97, 8, 3)
+    monkeypatch.setitem(affinity.__globals__, "_CELLS", 40)  # 5 tokens a piece
+    bad = idx.copy()
+    bad[60] = 0
+    with pytest.raises(InputError, match="same expert twice"):
+        affinity(bad, 8, checkpoint=tmp_path, checkpoint_every=4)
+    with np.load(tmp_path / "affinity.npz") as kept:
+        assert (int(kept["done"]), kept["counted"].tolist()) == (12, [60, 3])
+    np.testing.assert_array_equal(affinity(idx, 8, checkpoint=tmp_path, resume=True).pairs, counted(idx, 8))
+    affinity(idx, 8, checkpoint=tmp_path)  # anew: what was reached is moved aside
+    assert (tmp_path / "previous-1" / "affinity.npz").is_file()
+    (tmp_path / "affinity.npz").write_bytes(b"PK")
+    with pytest.raises(InputError, match="what was reached cannot be read"):
+        affinity(idx, 8, checkpoint=tmp_path, resume=True)
+    for folder in (None, tmp_path / "none"):
+        with pytest.raises(InputError, match="nothing to resume from"):
+            affinity(idx, 8, checkpoint=folder, resume=True)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from moefx.grouter.distill import kl
 from moefx.grouter.running import overlap
 from moefx.models.moe_lm import MoELM
 from moefx.train.checkpoint import CheckpointError
+from moefx.train.interrupt import TrainingInterrupted
 from moefx.train.loop import DivergedError
 
 from .test_network import SIZES, VOCAB, E, make, some_ids
@@ -177,7 +181,7 @@ def test_resuming_is_bitwise_the_uninterrupted_run(tmp_path: Path) -> None:
     options: dict[str, Any] = dict(steps=7, lr=1e-2, **SETTINGS)
     whole, parted = student(), student()
     want = distill(teacher_of, whole, stream, **options)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(TrainingInterrupted):
         distill(teacher_of, parted, stopping(5), checkpoint=tmp_path, checkpoint_every=3, **options)
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-00000003"]
     again = student(seed=77)  # its weights come from the checkpoint
@@ -191,7 +195,7 @@ def test_resuming_is_bitwise_the_uninterrupted_run(tmp_path: Path) -> None:
     listed, other = student(), student()
     ids = [x for x, _ in zip(stream(), range(7), strict=False)]
     for folder, g, data in ((tmp_path / "a", listed, ids), (tmp_path / "b", other, ids[::-1])):
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(TrainingInterrupted):
             distill(teacher_of, student(), stopping(5), checkpoint=folder, checkpoint_every=3, **options)
         distill(teacher_of, g, data, checkpoint=folder, resume=True, **options)
     assert torch.equal(listed.score.weight, whole.score.weight)
@@ -202,11 +206,57 @@ def test_resuming_is_bitwise_the_uninterrupted_run(tmp_path: Path) -> None:
         distill(teacher_of, again, stream, checkpoint=tmp_path, resume=True, **{**options, "lr": 1e-3})
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_resuming_is_bitwise(
+    tmp_path: Path, number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Long before the first regular checkpoint; the process would end with 130 and says how to go on."""
+    options: dict[str, Any] = dict(steps=7, lr=1e-2, checkpoint=tmp_path / "kept", **SETTINGS)
+    whole, again = student(), student(seed=77)
+    want = distill(teacher_of, whole, stream, **{**options, "checkpoint": None})
+    handler = signal.getsignal(number)
+    with pytest.raises(TrainingInterrupted) as caught:
+        distill(signalling(number, at=2), student(), stream, **options)
+    assert signal.getsignal(number) is handler
+    assert (caught.value.code, caught.value.step) == (130, 2)
+    said = capsys.readouterr().err
+    assert f"interrupted at step 2; resume continues from {tmp_path / 'kept' / 'step-00000002'}" in said
+    assert "--resume" in said
+    found = distill(teacher_of, again, stream, resume=True, **options)
+    assert (found.losses, found.tokens) == (want.losses, want.tokens)
+    for (name, a), b in zip(whole.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_signal_in_the_last_step_still_stops_what_follows(tmp_path: Path) -> None:
+    options: dict[str, Any] = dict(steps=2, checkpoint=tmp_path, **SETTINGS)
+    with pytest.raises(TrainingInterrupted):
+        distill(signalling(signal.SIGINT, at=2), student(), stream, report=tmp_path / "report", **options)
+    assert not (tmp_path / "report").exists()
+
+
+def test_without_a_folder_ctrl_c_is_what_it_is_elsewhere() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        distill(signalling(signal.SIGINT, at=2), student(), stream, steps=4, **SETTINGS)
+
+
+def signalling(number: signal.Signals, at: int) -> Any:
+    """A teacher, and a signal to this process in the step `at`, counted from 1."""
+    calls = itertools.count(1)
+
+    def teach(batch: Any) -> Tensor:
+        if next(calls) == at:
+            os.kill(os.getpid(), number)
+        return teacher_of(batch)
+
+    return teach
+
+
 def test_a_new_distillation_moves_older_checkpoints_aside(tmp_path: Path) -> None:
     """They are of higher steps: resuming would take them for those of the run that was interrupted."""
     options: dict[str, Any] = dict(steps=4, checkpoint=tmp_path, checkpoint_every=2, **SETTINGS)
     distill(lambda ids: -teacher_of(ids), student(), stream, **options)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(TrainingInterrupted):
         distill(teacher_of, student(), stopping(3), **options)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["previous-1", "step-00000002"]
     assert sorted(p.name for p in (tmp_path / "previous-1").iterdir()) == ["step-00000002", "step-00000004"]

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +18,8 @@ from moefx.errors import InputError
 from moefx.grouter import expand, routed
 from moefx.grouter.expand import hidden_states, new_rows
 from moefx.grouter.windows import document_ids, sample_windows, window_batches
+from moefx.train.checkpoint import CheckpointError
+from moefx.train.interrupt import TrainingInterrupted
 
 from .small import small
 
@@ -149,3 +157,24 @@ def test_options_and_ids_out_of_range_are_refused() -> None:
         list(routed(small(), TOKENS.astype(np.int64) + 1, 2, window=64))
     with pytest.raises(InputError, match="0 windows per forward"):
         list(routed(small(), TOKENS, 2, window=64, batch=0))
+
+
+def test_interrupted_hidden_states_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    router = small()
+    want, hidden, calls = expand(router, TOKENS, 12, window=64), router.hidden, itertools.count(1)
+
+    def stopped(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if next(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        found: torch.Tensor = hidden(*args, **kwargs)
+        return found
+
+    monkeypatch.setattr(router, "hidden", stopped)
+    with pytest.raises(TrainingInterrupted) as caught:
+        expand(router, TOKENS, 12, window=64, checkpoint=tmp_path)
+    assert (caught.value.code, caught.value.step) == (130, 3)
+    found = expand(router, TOKENS, 12, window=64, checkpoint=tmp_path, resume=True)
+    assert next(calls) == 4 + (8 - 3)
+    assert torch.equal(found.score.weight, want.score.weight)
+    with pytest.raises(CheckpointError, match="tokens was"):
+        expand(router, TOKENS[::-1].copy(), 12, window=64, checkpoint=tmp_path, resume=True)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import networkx as nx
 import numpy as np
@@ -16,6 +19,8 @@ from moefx.errors import InputError
 from moefx.grouter import Placement, affinity, coactivation_graph, place, uniform_traffic
 from moefx.grouter.place import CHUNK, place_experts, place_samples, placement_report
 from moefx.grouter.traffic import profiles, remote, slot_hits, token_hits
+from moefx.train.checkpoint import CheckpointError
+from moefx.train.interrupt import TrainingInterrupted
 
 from ..disk import full_after
 from .synthetic import topical_routing
@@ -264,3 +269,29 @@ def test_a_full_disk_leaves_the_earlier_placement(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="placement could not be written"), full_after(100):
         place(topical_routing(1, 2.0, samples=16), 32, 4).save(tmp_path / "placement.json")
     np.testing.assert_array_equal(Placement.open(tmp_path / "placement.json").place, found.place)
+
+
+def test_an_interrupted_placement_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Places of experts are found once; homes are kept by chunks."""
+    idx, names = topical_routing(0, 2.0, samples=70, length=8), place.__globals__
+    monkeypatch.setitem(names, "CHUNK", 16)
+    want, assign, calls = place(idx, 32, 4), place_samples, itertools.count(1)
+
+    def stopped(*args: Any, **kwargs: Any) -> np.ndarray:
+        if next(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return assign(*args, **kwargs)
+
+    monkeypatch.setitem(names, "place_samples", stopped)
+    with pytest.raises(TrainingInterrupted):
+        place(idx, 32, 4, checkpoint=tmp_path)
+    with np.load(tmp_path / "places.npz") as kept:
+        np.testing.assert_array_equal(kept["home"], want.home[:32])
+    monkeypatch.setitem(names, "place_experts", None)
+    found = place(idx, 32, 4, checkpoint=tmp_path, resume=True)
+    assert next(calls) == 6
+    np.testing.assert_array_equal(found.place, want.place)
+    np.testing.assert_array_equal(found.home, want.home)
+    assert found.report == want.report
+    with pytest.raises(CheckpointError, match="equal was True, is False"):
+        place(idx, 32, 4, equal=False, checkpoint=tmp_path, resume=True)

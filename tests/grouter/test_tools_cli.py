@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +160,7 @@ def test_a_command_that_fails_late_writes_nothing(folder: Path) -> None:
     fold = ("fold", grouter(folder), "--targets", "4", "--k", "3", "--out", str(folder / "f"))
     with pytest.raises(InputError, match="top-5 of 4"):
         run(folder, *fold, "--target-k", "5")
-    assert not any((folder / "f").iterdir())
+    assert [f.name for f in (folder / "f").iterdir()] == ["checkpoints"]  # of the count, to go on from
 
 
 @pytest.mark.parametrize(
@@ -176,3 +179,36 @@ def test_numbers_out_of_range_are_a_usage_error(options: str) -> None:
     name, *more = options.split()
     done = CliRunner().invoke(moefx.cli.app, ["grouter", name, "somewhere", "--k", "2", *more])
     assert done.exit_code == 2, done.exception
+
+
+@pytest.mark.parametrize(
+    ("command", "at"),
+    [
+        ("affinity --k 3", 2),
+        ("fold --targets 4 --k 3 --target-k 2", 2),
+        ("fold --targets 4 --k 3 --target-k 2", 42),
+        ("expand --targets 12 --k 2", 42),
+    ],
+)
+def test_interrupted_commands_end_with_130_and_go_on(
+    folder: Path, command: str, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """39 batches a count: the second count is the one that is interrupted at 42. An earlier run left counts as well."""
+    name, *more = command.split()
+    base = [name, grouter(folder), *more, "--out", str(folder / "o")]
+    want, calls, route = run(folder, *base), itertools.count(1), Grouter.route
+
+    def stopped(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return route(*args, **kwargs)
+
+    monkeypatch.setattr(Grouter, "route", stopped)
+    text = ("--data", str(folder / "text.txt"), "--window", str(LENGTH))
+    done = CliRunner().invoke(moefx.cli.app, ["grouter", *base, *text])
+    assert (done.exit_code, "go on" in done.stderr) == (130, True), done.output
+    before = next(calls)
+    assert run(folder, *base, "--resume") == want
+    assert next(calls) - before - 1 < (39 if name == "affinity" else 78)
+    if name == "expand":
+        assert not (folder / "o" / "checkpoints" / "states.npz").exists()

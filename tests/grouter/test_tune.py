@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from moefx.grouter import Grouter, tune
 from moefx.grouter.distill import kl
 from moefx.grouter.running import max_violation
 from moefx.grouter.tune import balance_loss
+from moefx.train.checkpoint import CheckpointError
+from moefx.train.interrupt import TrainingInterrupted
 
 from .test_network import VOCAB, E, make, some_ids
 
@@ -218,3 +222,65 @@ def test_an_error_half_way_leaves_the_grouter(method: str) -> None:
         tune(g, [*short, padding], steps=9, lr=0.1, method=method, **QUIET)
     assert all(torch.equal(t, before[name]) for name, t in g.state_dict().items())
     assert (g.training, g.norm.training) == (True, False)
+
+
+# -- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["score", "bias"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_and_resumed_is_bitwise_the_uninterrupted_tuning(
+    tmp_path: Path, method: str, number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options: dict[str, Any] = dict(steps=7, lr=0.01, anchor=0.1, method=method, **QUIET)
+    listed = list(itertools.islice(stream(), 12))
+
+    def signalling(start: int) -> Iterator[Tensor]:
+        for step, ids in enumerate(listed[start:], start):
+            if step == 3:
+                os.kill(os.getpid(), number)
+            yield ids
+
+    whole, parted, again = skewed(), skewed(), skewed()
+    want = tune(whole, listed, eval_batches=listed[8:], **options)
+    kept: dict[str, Any] = dict(checkpoint=tmp_path, eval_batches=listed[8:], identity={"data": "a"}, **options)
+    with pytest.raises(TrainingInterrupted) as caught:
+        tune(parted, signalling, **kept)
+    assert (caught.value.code, caught.value.step) == (130, 4)
+    assert "--resume" in capsys.readouterr().err
+    assert all(
+        torch.equal(a, b) for a, b in zip(parted.state_dict().values(), again.state_dict().values(), strict=True)
+    )
+    # An iterator is read up to where the tuning stopped, also where its first batches are measured on.
+    found = tune(again, iter(listed), resume=True, **kept)
+    assert found.losses == want.losses
+    assert (found.load, found.overlap) == (want.load, want.overlap)
+    for (name, a), b in zip(whole.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    # Finished is finished; another Grouter, other settings and other data are not gone on with.
+    assert tune(skewed(), listed, resume=True, **kept).losses == want.losses
+    for other, changed, said in (
+        (whole, {}, "grouter was"),
+        (skewed(), {"lr": 0.02}, "lr was"),
+        (skewed(), {"identity": {"data": "b"}}, "identity.data was 'a', is 'b'"),
+    ):
+        with pytest.raises(CheckpointError, match=said):
+            tune(other, listed, resume=True, **{**kept, **changed})
+
+
+def test_resumed_with_the_first_batches_as_the_measure(tmp_path: Path) -> None:
+    listed, options = list(itertools.islice(stream(), 12)), {"steps": 10, "checkpoint_every": 4, **QUIET}
+    want = tune(whole := skewed(), listed, **options)
+
+    def ending(start: int) -> Iterator[Tensor]:
+        yield from listed[start:9]
+        raise KeyboardInterrupt
+
+    with pytest.raises(TrainingInterrupted):
+        tune(skewed(), ending, checkpoint=tmp_path, **options)
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-00000004", "step-00000008"]
+    found = tune(again := skewed(), iter(listed), checkpoint=tmp_path, resume=True, **options)
+    assert (found.losses, found.tokens) == (want.losses, want.tokens)
+    assert torch.equal(again.score.weight, whole.score.weight)
+    with pytest.raises(InputError, match="nothing to resume"):
+        tune(skewed(), listed, resume=True, **options)

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 import moefx
+from moefx.models.idioms_base import MoELayer
+from moefx.models.moe_lm import MoELM
 from moefx.routing import check_choice
 from tests import reference as ref
 
@@ -233,3 +235,84 @@ def test_a_deep_copy_has_a_router_of_its_own() -> None:
     twin.bfloat16()
     assert {t.router.table.dtype for t in (opt, copy.copy(opt))} == {torch.float32}
     assert torch.equal(opt(**inputs), want)
+
+
+# -- outputs and parameters ------------------------------------------------------------------------------------------
+
+
+def read_by(opt: moefx.OptimizedModule, call: dict[str, Tensor]) -> int:
+    """Numbers in the parameters that the graphs of a call read."""
+    variant, leaves = opt.prepare((), call)
+    values, _ = opt._primals(variant.program, leaves)
+    read = {s.key: v for s, v in zip(variant.program.inputs, values, strict=True) if s.kind == "param"}
+    return sum(v.numel() for v in read.values())
+
+
+def test_a_models_own_choices_give_its_logits_and_loss_without_its_router_parameters() -> None:
+    """Handed the indices and weights of its own routers, the routed model is the model, less L * E * d parameters."""
+    L, H = 2, 32
+    model = MoELM(WORDS, H, 48, L, 2, E, K, "F").eval()
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.moe.gate.weight.mul_(50)  # as sure as trained ones
+    call, kept = {"input_ids": ids(), "labels": ids()}, list[tuple[Tensor, Tensor]]()
+
+    def route(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        kept.append(own(self, x))
+        return kept[-1]
+
+    own = MoELayer.route
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MoELayer, "route", route)
+        want = model(**call)
+    w, idx = (torch.stack([each[i].view(2, 5, K) for each in kept]).detach() for i in (0, 1))
+    given = {**call, "routing_idx": idx, "routing_gates": w}
+    learned, routed = ref.optimize(model, call), ref.optimize(model, given, router=moefx.Precomputed())
+    assert learned(**call).keys() == want.keys() == {"loss", "logits"}
+    for name, value in routed(**given).items():
+        torch.testing.assert_close(value, want[name], atol=1e-5, rtol=1e-5)
+    other = routed(**{**given, "routing_idx": idx.flip(0)})  # the test can fail
+    assert (other["logits"] - want["logits"]).norm() > 1e-2 * want["logits"].norm()
+    assert read_by(learned, call) == sum(p.numel() for p in model.parameters())
+    assert read_by(learned, call) - read_by(routed, given) == L * E * H
+
+
+# -- packed windows --------------------------------------------------------------------------------------------------
+
+
+class Packed(Net):
+    """`Net` whose tokens meet those of their own document alone: one begins where `position_ids` is 0."""
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:  # type: ignore[override]
+        document, S = (position_ids == 0).cumsum(1), input_ids.shape[1]
+        causal = torch.ones(S, S, dtype=torch.bool).tril()
+        seen = ((document[:, :, None] == document[:, None]) & causal).to(self.emb.weight.dtype)
+        h = self.emb(input_ids)
+        return self.head(self.block.moe(h + seen @ h / 8))
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def test_the_documents_of_a_packed_window_are_routed_apart() -> None:
+    """The router gets the position ids of the call: its choices are those of the window's documents by themselves."""
+    torch.manual_seed(0)
+    grouter = moefx.Grouter.from_config(
+        vocab_size=WORDS, num_experts=E, hidden_size=32, num_layers=1, num_heads=2, intermediate_size=48, init_std=0.3
+    ).freeze()
+    net, cut = Packed("batch").eval(), 4
+    positions = torch.tensor([[*range(cut), *range(9 - cut)]]).expand(2, -1).contiguous()
+    packed = {"input_ids": ids(2, 9), "position_ids": positions}
+    opt = ref.optimize(net, packed, router=grouter)
+    want = grouter.route(packed["input_ids"], K, position_ids=positions)
+    torch.testing.assert_close(opt(**packed), by_hand(net, packed, *want))
+    alone = [grouter.route(part, K)[0] for part in (packed["input_ids"][:, :cut], packed["input_ids"][:, cut:])]
+    assert torch.equal(want[0], torch.cat(alone, 1))
+    assert not torch.equal(want[0], grouter.route(packed["input_ids"], K)[0])  # as one document: the test can fail
+    # Another first document changes nothing behind it, and something in it; also with documents of other lengths.
+    changed = packed["input_ids"].clone()
+    changed[:, :cut] = (changed[:, :cut] + 1) % WORDS
+    before, after = opt(**packed), opt(**{**packed, "input_ids": changed})
+    torch.testing.assert_close(after[:, cut:], before[:, cut:], atol=1e-6, rtol=1e-6)
+    assert not torch.allclose(after[:, :cut], before[:, :cut])
+    moved = {**packed, "position_ids": torch.tensor([[*range(6), *range(3)]] * 2)}
+    route = grouter.route(packed["input_ids"], K, position_ids=moved["position_ids"])
+    torch.testing.assert_close(opt(**moved), by_hand(net, moved, *route))

@@ -116,8 +116,27 @@ def test_a_grouter_of_another_vocabulary_or_number_of_experts_is_refused(tmp_pat
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16}
     moefx.Grouter.from_config(vocab_size=VOCAB - 1, num_experts=4, **sizes).save_pretrained(tmp_path / "few")
-    with pytest.raises(moefx.InputError, match=re.escape(f"knows {VOCAB - 1} token ids, the data has {VOCAB}")):
+    with pytest.raises(moefx.InputError, match=re.escape(f"knows {VOCAB - 1} token ids, the model has {VOCAB}")):
         tell(tmp_path, router=str(tmp_path / "few"))
     moefx.Grouter.from_config(vocab_size=VOCAB, num_experts=8, **sizes).save_pretrained(tmp_path / "many")
     with pytest.raises(moefx.PassError, match="the router has 8 experts, the layer has 4"):
         tell(tmp_path, "many", router=str(tmp_path / "many"))
+
+
+def test_a_distilled_grouter_knows_all_ids_of_a_model_that_has_more_than_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moefx.train import routing_story
+
+    class MadeError(Exception):
+        pass
+
+    def network(_: Any, vocab_size: int, experts: int) -> None:
+        raise MadeError(vocab_size, experts)
+
+    monkeypatch.setitem(CONFIG, "vocab_size", VOCAB + 3)
+    monkeypatch.setattr(routing_story, "_train", lambda *_: None)
+    monkeypatch.setattr(routing_story, "_network", network)
+    with pytest.raises(MadeError) as caught:
+        tell(tmp_path)
+    assert caught.value.args == (VOCAB + 3, 4)

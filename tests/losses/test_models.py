@@ -149,6 +149,15 @@ def test_top_1_is_refused() -> None:
     assert opt.routing["overlap"].tolist() == [0, 0]
 
 
+def test_all_experts_for_every_token_is_refused() -> None:
+    block, x = ref.Block(num_experts_per_tok=4), ref.hidden()
+    for name in ("cp", "lb"):
+        with pytest.raises(
+            moefx.PassError, match=rf"'{name}' is not defined for moe\.experts[\s\S]*all 4 experts[\s\S]*leave '{name}'"
+        ):
+            ref.optimize(block, (x,), losses=name)
+
+
 def test_a_model_that_balances_itself_is_not_balanced_twice() -> None:
     model, inputs = build("qwen3_moe", output_router_logits=True), zoo.batch(zoo.get("qwen3_moe"))
     with pytest.raises(moefx.PassError, match=r"loss of its own[\s\S]*output_router_logits=False"):

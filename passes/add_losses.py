@@ -19,7 +19,7 @@ from moefx.errors import CaptureError, InputError, PassError
 from moefx.graph.edit import arguments, find, module_path, origin, place, targets, value
 from moefx.graph.effects import name_of
 from moefx.graph.removal import downstream
-from moefx.graph.router import MOVES, route_of
+from moefx.graph.router import MOVES, computed_again, linear_weight, route_of
 from moefx.graph.tokens import Tokens
 from moefx.losses import BiasUpdate, Item, LoadBalance, Loss, RoutingMetrics, Taps
 from moefx.manager import Context, Pass
@@ -227,7 +227,7 @@ def _router(write: Writer, route: fx.Node, activation: fx.Node) -> dict[str, Any
         "full": flat(write(route)[0]) if own else None,
         "bias": _name(r["bias"]),
     }
-    w, gate = _linear_weight(r["logits"]), _gate(write, activation)
+    w, gate = linear_weight(r["logits"]), _gate(write, activation)
     if w is not None and gate is not None and value(w).shape[-1] == value(gate[0]).shape[-1]:
         found |= {"router": write(w), "gate": gate[1]}
     return found
@@ -240,15 +240,6 @@ def _name(bias: Any) -> str:
             return ""
         bias = bias.args[0]
     return str(bias.meta.get("moefx_name", "")) if isinstance(bias, fx.Node) else ""
-
-
-def _linear_weight(logits: Any) -> fx.Node | None:
-    """[E, H] weight of the linear layer that makes the logits."""
-    while isinstance(logits, fx.Node) and logits.args and name_of(logits) in MOVES:
-        logits = logits.args[0]
-    if not isinstance(logits, fx.Node) or name_of(logits) != "linear" or len(logits.args) < 2:
-        return None
-    return logits.args[1] if isinstance(logits.args[1], fx.Node) else None
 
 
 def _gate(write: Writer, activation: fx.Node) -> tuple[fx.Node, Any] | None:
@@ -355,8 +346,7 @@ def _balances(write: Writer, outputs: Sequence[Any], trained: frozenset[int]) ->
     layers = find(write.graph, ops.unpermute)
     routes = [route for n in layers if (route := route_of(arguments(arguments(n)["slot"].args[0])["idx"])) is not None]
     logits = [arguments(r)["logits"] for r in routes]
-    again = [n for x in logits if (w := _linear_weight(x)) is not None for n in w.users]  # computed once more
-    scored = downstream(write.graph, logits + again, but=layers)
+    scored = downstream(write.graph, [*logits, *(n for x in logits for n in computed_again(x))], but=layers)
     choices = [n for n in scored if isinstance(v := value(n), torch.Tensor) and not v.is_floating_point()]
     counting = downstream(write.graph, choices, but=layers)
     return next((n for i in sorted(trained) if (n := outputs[i]) in counting and not value(n).dim()), None)

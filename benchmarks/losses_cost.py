@@ -1,12 +1,15 @@
-"""What the losses of routing cost: work and saved bytes counted in the graphs, and seconds measured on this machine.
+"""What the losses of routing cost: work and saved bytes counted in the graphs; seconds and saved bytes measured here.
 
-    python benchmarks/losses_cost.py [--time]
+    python benchmarks/losses_cost.py [--time] [--quick]
 
 Counted on a transformers Qwen3-MoE of two layers with the widths of Qwen3-30B-A3B (H = 2048, I = 768, top-8) but 16
 experts and a small vocabulary, which makes every share larger than in the full model. Flops: 2 M N K for products, the
 terms of the formulas in docs/losses.md for `moefx.overlap`, one per element written or summed for everything else.
 Seconds are process CPU time on one thread, the cases in turn, `REPEATS` rounds after one that is left out; the ratio to
-no losses is taken within a round.
+no losses is taken within a round, and all turns are in results/losses_cost_turns.csv. Measured bytes are those of the
+storages that autograd holds behind the forward, parameters and inputs apart, on the model and tokens of the counted
+ones; a storage that is kept under two shapes is counted twice there and measured once. `--quick` has small widths and
+writes nothing: it shows that everything runs.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ from moefx.program import _bytes
 from moefx.report import Report
 
 RESULTS = Path(__file__).parent / "results" / "losses_cost.csv"
+TURNS = RESULTS.with_name("losses_cost_turns.csv")
 REPEATS = 6
 TIMED = ("", "sp", "cp", "sp,cp", "sp,cp,lb,z")
 CASES = ("", "sp", "cp", "lb", "sp,cp", "sp,cp,lb,z", "metrics", "var", "orth", "erc")
@@ -109,6 +113,24 @@ def count(net: Any, inputs: Inputs, losses: str, codegen: str) -> tuple[int, int
     return flops(fw.graph) + flops(bw.graph), _bytes(saved) or 0
 
 
+def kept(net: Any, inputs: Inputs, losses: str) -> int:
+    """Bytes that autograd holds between forward and backward, measured: each storage once, no parameter, no input."""
+    opt = moefx.optimize(net, inputs, losses=losses, codegen="eager")
+    own = {t.untyped_storage().data_ptr() for t in (*net.parameters(), *net.buffers(), *inputs.values())}
+    held: dict[int, torch.UntypedStorage] = {}  # alive until all are known, so that no address comes twice
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = storage
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = opt(**inputs)
+    assert out.loss.requires_grad
+    return sum(storage.nbytes() for storage in held.values())
+
+
 def seconds(net: Any, inputs: Inputs, cases: Sequence[str]) -> dict[str, list[float]]:
     """Process CPU seconds of training steps, the cases in turn: what drifts on the machine drifts for all of them."""
     arms = {losses: moefx.optimize(net, inputs, losses=losses, codegen="eager") for losses in cases}
@@ -123,14 +145,9 @@ def seconds(net: Any, inputs: Inputs, cases: Sequence[str]) -> dict[str, list[fl
     return found
 
 
-def main() -> None:
-    """Write the CSV and print it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--time", action="store_true", help="measure seconds too (minutes)")
-    measure = parser.parse_args().time
-    torch.set_num_threads(1)
+def counted(net: Any, inputs: Inputs) -> list[dict[str, Any]]:
+    """Rows of work and saved bytes, by case and codegen."""
     rows: list[dict[str, Any]] = []
-    net, inputs = model(), batch(512)
     for codegen in ("eager", "inductor"):
         base = count(net, inputs, "", codegen)
         for losses in CASES:
@@ -141,19 +158,63 @@ def main() -> None:
                 "extra_saved_percent": f"{100 * (saved / base[1] - 1):.3f}",
             })  # fmt: skip
             print(rows[-1], flush=True)
-    if measure:
-        took = seconds(model(dtype=torch.float32), batch(256), TIMED)
-        for losses, values in took.items():
-            ratio = statistics.median(a / b for a, b in zip(values, took[""], strict=True))
-            rows.append({
-                "what": "measured, eager, CPU, T=256, fp32", "losses": losses or "none",
-                "value": f"{statistics.median(values):.4f}", "unit": "s", "extra_percent": f"{100 * (ratio - 1):.1f}",
-            })  # fmt: skip
-            print(rows[-1], flush=True)
-    with RESULTS.open("w", newline="") as f:
+    return rows
+
+
+def measured_bytes(net: Any, inputs: Inputs, what: str) -> list[dict[str, Any]]:
+    """Rows of the bytes that autograd holds, by case."""
+    rows: list[dict[str, Any]] = []
+    for losses in CASES:
+        rows.append({"what": what, "losses": losses or "none", "saved_bytes": kept(net, inputs, losses)})
+        extra = rows[-1]["saved_bytes"] / rows[0]["saved_bytes"] - 1
+        rows[-1]["extra_saved_percent"] = f"{100 * extra:.3f}"
+        print(rows[-1], flush=True)
+    return rows
+
+
+def measured_seconds(took: dict[str, list[float]], what: str) -> list[dict[str, Any]]:
+    """Rows of the medians, and of the median ratio within a turn."""
+    rows = []
+    for losses, values in took.items():
+        ratio = statistics.median(a / b for a, b in zip(values, took[""], strict=True))
+        rows.append({
+            "what": what, "losses": losses or "none", "value": f"{statistics.median(values):.4f}", "unit": "s",
+            "extra_percent": f"{100 * (ratio - 1):.1f}",
+        })  # fmt: skip
+        print(rows[-1], flush=True)
+    return rows
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """One CSV; the first row has all columns."""
+    with path.open("w", newline="") as f:
         writer = csv.DictWriter(f, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def main() -> None:
+    """Write the CSVs and print the rows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--time", action="store_true", help="measure seconds and saved bytes, too (minutes)")
+    parser.add_argument("--quick", action="store_true", help="small widths; write nothing")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    sizes = {"H": 128, "I": 64, "k": 2, "E": 4} if given.quick else {}
+    many, few = (64, 32) if given.quick else (512, 256)
+    net = model(**sizes)
+    rows = counted(net, batch(many))
+    turns: list[dict[str, Any]] = []
+    if given.time:
+        rows += measured_bytes(net, batch(many), f"measured, eager, CPU, T={many}, bf16")
+        took = seconds(model(**sizes, dtype=torch.float32), batch(few), TIMED)
+        rows += measured_seconds(took, f"measured, eager, CPU, T={few}, fp32")
+        turns = [{"turn": i, **{n or "none": f"{v[i]:.4f}" for n, v in took.items()}} for i in range(REPEATS)]
+        print(*turns, sep="\n", flush=True)
+    if not given.quick:
+        write(RESULTS, rows)
+        if turns:
+            write(TURNS, turns)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from moefx.dialect.route import DTYPES, RouteSpec
 from moefx.errors import CaptureError, InputError, PassError
 from moefx.graph.edit import arguments, find, module_path, origin, place, targets, value
 from moefx.graph.effects import name_of
-from moefx.graph.router import MOVES, route_of
+from moefx.graph.removal import downstream
+from moefx.graph.router import MOVES, computed_again, linear_weight, route_of
 from moefx.graph.tokens import Tokens
 from moefx.losses import BiasUpdate, Item, LoadBalance, Loss, RoutingMetrics, Taps
 from moefx.manager import Context, Pass
@@ -226,7 +227,7 @@ def _router(write: Writer, route: fx.Node, activation: fx.Node) -> dict[str, Any
         "full": flat(write(route)[0]) if own else None,
         "bias": _name(r["bias"]),
     }
-    w, gate = _linear_weight(r["logits"]), _gate(write, activation)
+    w, gate = linear_weight(r["logits"]), _gate(write, activation)
     if w is not None and gate is not None and value(w).shape[-1] == value(gate[0]).shape[-1]:
         found |= {"router": write(w), "gate": gate[1]}
     return found
@@ -239,15 +240,6 @@ def _name(bias: Any) -> str:
             return ""
         bias = bias.args[0]
     return str(bias.meta.get("moefx_name", "")) if isinstance(bias, fx.Node) else ""
-
-
-def _linear_weight(logits: Any) -> fx.Node | None:
-    """[E, H] weight of the linear layer that makes the logits."""
-    while isinstance(logits, fx.Node) and logits.args and name_of(logits) in MOVES:
-        logits = logits.args[0]
-    if not isinstance(logits, fx.Node) or name_of(logits) != "linear" or len(logits.args) < 2:
-        return None
-    return logits.args[1] if isinstance(logits.args[1], fx.Node) else None
 
 
 def _gate(write: Writer, activation: fx.Node) -> tuple[fx.Node, Any] | None:
@@ -315,12 +307,8 @@ def _add(write: Writer, outputs: list[Any], total: Any, balance: bool) -> None:
     noted = write.graph.output_node().meta
     named: dict[str, int] = noted.get("moefx_outputs", {})
     trained: frozenset[int] = noted.get("moefx_differentiable", frozenset())
-    if balance and "aux_loss" in named:
-        raise PassError(
-            "the model adds a load-balancing loss of its own, its output aux_loss",
-            why="with LoadBalance beside it the experts would be balanced twice",
-            todo="set config.output_router_logits=False, or leave LoadBalance out of losses",
-        )
+    if balance:
+        _not_twice(write, outputs, named, trained)
     position = named.get("loss", -1)
     if position in trained and not (val := value(outputs[position])).dim():
         loss = write(outputs[position])
@@ -334,6 +322,34 @@ def _add(write: Writer, outputs: list[Any], total: Any, balance: bool) -> None:
         "no output of the model is differentiable, so that losses would train nothing",
         todo="return the loss (labels=...), or an output that requires gradients",
     )
+
+
+def _not_twice(write: Writer, outputs: Sequence[Any], named: dict[str, int], trained: frozenset[int]) -> None:
+    """Refuse a model that balances itself."""
+    known = named.get("aux_loss")
+    own = outputs[known] if known is not None else _balances(write, outputs, trained)
+    if own is not None:
+        raise PassError(
+            "the model adds a load-balancing loss of its own" + (", its output aux_loss" if known is not None else ""),
+            where=place(own),
+            why="with LoadBalance beside it the experts would be balanced twice",
+            todo="switch it off (in transformers: output_router_logits=False), or leave LoadBalance out of losses",
+        )
+
+
+def _balances(write: Writer, outputs: Sequence[Any], trained: frozenset[int]) -> fx.Node | None:
+    """The trained scalar, if any, into which the model's own code counts choices of its routers.
+
+    A loss that balances reads which experts are chosen: whole numbers or a mask made of the logits, which reach the
+    output on another way than through the experts. A loss of the logits alone (z-loss) does not.
+    """
+    layers = find(write.graph, ops.unpermute)
+    routes = [route for n in layers if (route := route_of(arguments(arguments(n)["slot"].args[0])["idx"])) is not None]
+    logits = [arguments(r)["logits"] for r in routes]
+    scored = downstream(write.graph, [*logits, *(n for x in logits for n in computed_again(x))], but=layers)
+    choices = [n for n in scored if isinstance(v := value(n), torch.Tensor) and not v.is_floating_point()]
+    counting = downstream(write.graph, choices, but=layers)
+    return next((n for i in sorted(trained) if (n := outputs[i]) in counting and not value(n).dim()), None)
 
 
 def _row(item: Item, taps: Sequence[Taps]) -> dict[str, Any]:

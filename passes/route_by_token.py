@@ -17,7 +17,7 @@ from moefx.graph.edit import arguments, find, module_path, origin, outputs, plac
 from moefx.graph.effects import erase_unread, name_of
 from moefx.graph.removal import downstream, take_out
 from moefx.graph.routed import RoutedLayer, routed_layer
-from moefx.graph.router import PRODUCTS, route_of
+from moefx.graph.router import PRODUCTS, computed_again, route_of
 from moefx.graph.tokens import Tokens
 from moefx.manager import Context, Pass
 from moefx.routing import FutureTokensWarning, check_choice
@@ -70,7 +70,7 @@ class RouteByToken(Pass):
             idx, w = self._new(source, layer, n)
             for mine, theirs in ((layer.idx, idx), (layer.w, w)):
                 mine.replace_all_uses_with(theirs, delete_user_cb=lambda u: u not in source.made)
-            old += layer.old
+            old += [*layer.old, *(n for node in layer.old for n in computed_again(node))]
             ctx.matched(layer.experts)
             if layer.spec is None:
                 where = module_path(layer.experts) or layer.experts.name

@@ -45,6 +45,21 @@ def route_of(idx: Any) -> fx.Node | None:
     return source if isinstance(source, fx.Node) and source.target in targets(torch.ops.moefx.route) else None
 
 
+def linear_weight(logits: Any) -> fx.Node | None:
+    """[E, H] weight of the linear layer that makes the logits."""
+    while isinstance(logits, fx.Node) and logits.args and name_of(logits) in MOVES:
+        logits = logits.args[0]
+    if not isinstance(logits, fx.Node) or name_of(logits) != "linear" or len(logits.args) < 2:
+        return None
+    return logits.args[1] if isinstance(logits.args[1], fx.Node) else None
+
+
+def computed_again(logits: fx.Node) -> list[fx.Node]:
+    """Other linear layers with the weight of these logits: a model's own loss may compute the logits once more."""
+    w = linear_weight(logits)
+    return [] if w is None else [n for n in w.users if name_of(n) == "linear" and w in n.args[1:2]]
+
+
 @dataclass(frozen=True)
 class Form:
     """What a slice computes: the spec, which sides are bias and scale, what each value read elsewhere is equal to."""

@@ -10,7 +10,7 @@ import torch
 
 from moefx.errors import InputError
 
-from .base import Loss, one_of, over_layers
+from .base import Loss, one_of, over_layers, takes_all
 from .ranks import all_reduce
 from .taps import Taps
 
@@ -47,7 +47,9 @@ class LoadBalance(Loss):
         one_of(self, "form", FORMS)
 
     def refuses(self, tap: Taps) -> str | None:
-        """Form "sequence" must know the sequences."""
+        """There must be something to balance, and form "sequence" must know the sequences."""
+        if why := takes_all(tap, "their loads are equal"):
+            return why
         if self.form == "sequence" and tap.batch is None:
             return "no input says which of its rows are a sequence (form='sequence')"
         return super().refuses(tap)
@@ -124,6 +126,12 @@ class Variance(Loss):
     layer_reduction: str = "sum"
 
     name: ClassVar[str] = "var"
+
+    def refuses(self, tap: Taps) -> str | None:
+        """The probability of a single expert is 1."""
+        if tap.experts < 2:
+            return "one expert has probability 1 for every token; the loss is zero for every weight"
+        return super().refuses(tap)
 
     def local(self, tap: Taps) -> Any:
         """Token mean of the squared distance to the mean scores."""

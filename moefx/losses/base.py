@@ -42,7 +42,11 @@ class Item:
         """Raise `InputError` naming the first layer that refuses."""
         for tap in taps:
             if (why := self.refuses(tap)) is not None:
-                raise InputError(f"loss {self.name!r} is not defined for {tap.path or 'the layer'}", why=why)
+                raise InputError(
+                    f"loss {self.name!r} is not defined for {tap.path or 'the layer'}",
+                    why=why,
+                    todo=f"leave {self.name!r} out of losses for this model",
+                )
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,16 @@ def one_of(loss: Any, option: str, known: Sequence[str]) -> None:
     given = getattr(loss, option, known[0])
     if given not in known:
         raise InputError(f"{type(loss).__name__} has {option}={given!r}", todo=f"use one of {', '.join(known)}")
+
+
+def takes_all(tap: Taps, so: str) -> str | None:
+    """Why a loss of which experts are chosen is undefined where every token takes all of them; None where it does not.
+
+    Such a loss is a constant: it looks as if it trained something, and its gradient is zero. `so` says why.
+    """
+    if tap.k < tap.experts:
+        return None
+    return f"every token takes all {tap.experts} experts (top-{tap.k}), so that {so}; the loss trains nothing"
 
 
 def over_layers(parts: Sequence[Any], reduction: str) -> Any:

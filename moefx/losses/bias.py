@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from .base import Item, finite
+from .base import Item, finite, takes_all
 from .ranks import all_reduce
 from .taps import Taps
 
@@ -31,8 +31,8 @@ class BiasUpdate(Item):
         finite(self, "rate", least=0)
 
     def refuses(self, tap: Taps) -> str | None:
-        """There must be a bias to move."""
-        if (why := super().refuses(tap)) is not None:
+        """There must be a bias to move, and a choice that it can move."""
+        if (why := super().refuses(tap) or takes_all(tap, "their loads are equal")) is not None:
             return why
         return None if tap.bias else "its router has no correction bias"
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from moefx.errors import InputError
 
-from .base import LEAST_EPS, Loss, finite, one_of, over_layers
+from .base import LEAST_EPS, Loss, finite, one_of, over_layers, takes_all
 from .taps import Taps
 
 
@@ -78,6 +78,10 @@ class Coupling(Loss):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of(self, "detach", ("none", "next", "prev"))
+
+    def refuses(self, tap: Taps) -> str | None:
+        """The chosen experts must be some of them: of all experts the mass is 1 whatever the logits are."""
+        return takes_all(tap, "their probabilities sum to 1") or super().refuses(tap)
 
     def local(self, tap: Taps) -> Any:
         """[T] mass of the chosen experts."""

@@ -8,6 +8,20 @@ pytest.importorskip("transformers")
 
 
 @pytest.mark.nightly
+def test_what_losses_keep_is_what_is_counted() -> None:
+    """To the byte, by what autograd holds: also of a loss that keeps much."""
+    from benchmarks import losses_cost
+
+    net, inputs = losses_cost.model(128, 64, 2, 4), losses_cost.batch(32)
+    cases = ("", "sp,cp", "orth")
+    none, *more = [losses_cost.count(net, inputs, losses, "eager")[1] for losses in cases]
+    held, *extra = [losses_cost.kept(net, inputs, losses) for losses in cases]
+    assert 0 < held <= none
+    assert 0 < extra[0] - held == more[0] - none < 0.01 * held
+    assert extra[1] > 1.1 * held
+
+
+@pytest.mark.nightly
 @pytest.mark.parametrize("codegen", ["eager", "inductor"])
 def test_pair_losses_cost_next_to_nothing(codegen: str) -> None:
     from benchmarks import losses_cost

@@ -233,7 +233,7 @@ def test_the_gradient_of_the_logits_is_the_closed_form() -> None:
         torch.testing.assert_close(tap.logits.grad, -s * (picked - m[l][:, None]) * around[:, None] / 5)
 
 
-def test_renormalised_weights_have_no_gradient_and_are_refused() -> None:
+def test_renormalised_weights_are_refused() -> None:
     """The trap: over k normalised scores the mass is 1, whatever the logits."""
     tap = layer(0, k=2, E=5)[0]
     chosen = torch.gather(tap.logits, 1, tap.idx)
@@ -241,9 +241,36 @@ def test_renormalised_weights_have_no_gradient_and_are_refused() -> None:
         L.Taps("layer", 2, 5, tap.idx, chosen)
     with pytest.raises(InputError, match="no gradient"):
         L.Taps("layer", 2, 5, tap.idx, tap.logits, full=torch.softmax(chosen, -1))
-    trap = L.Taps("layer", 2, 2, torch.arange(2).expand(6, 2), chosen, dtype=F64)
-    (grad,) = torch.autograd.grad(L.Coupling()([trap, trap]), tap.logits)
-    assert float(grad.abs().max()) < 1e-12
+
+
+FORMS = ("switch", "sequence", "global", "transformers")
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "identity"])
+def test_losses_of_the_choice_are_refused_where_all_experts_are_chosen(score: str) -> None:
+    """The same trap with k = E: a mass of 1 and equal loads, constants with a gradient of zero."""
+    made = [layer(seed, k=3, E=3, score=score) for seed in range(2)]
+    taps, logits = [m[0] for m in made], [m[2][0] for m in made]
+    choices = [L.Coupling(), *(L.LoadBalance(form=form) for form in FORMS)]
+    for loss in choices:
+        constant = loss.combine([loss.local(t) for t in taps], taps)
+        grads = torch.autograd.grad(constant, logits, retain_graph=True)  # scores are shared by all losses
+        assert max(float(g.abs().max()) for g in grads) < 1e-12
+        with pytest.raises(InputError, match=rf"'{loss.name}' is not defined for layers\.0[\s\S]*all 3 experts"):
+            loss(taps)
+    with pytest.raises(InputError, match=r"all 3 experts[\s\S]*leave 'bias' out of losses"):
+        L.BiasUpdate().check([dataclasses.replace(t, bias="gate.bias") for t in taps])
+    # With fewer of them each loss trains the routers; what does not read the choice does with all of them.
+    fewer = [layer(seed, k=2, E=5, score=score) for seed in range(2)]
+    for loss, some in (*((x, fewer) for x in choices), (L.ZLoss(), made), (L.Variance(), made)):
+        grads = torch.autograd.grad(loss([m[0] for m in some]), [m[2][0] for m in some], retain_graph=True)
+        assert all(float(g.abs().max()) > 1e-6 for g in grads), loss
+    same(L.Specialization()(taps), loops.specialization([m[1] for m in made]), [m[2][1] for m in made])
+
+
+def test_variance_of_one_expert_is_refused() -> None:
+    with pytest.raises(InputError, match="one expert has probability 1"):
+        L.Variance()([layer(0, k=1, E=1)[0]])
 
 
 def test_bounds_and_detaching() -> None:

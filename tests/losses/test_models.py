@@ -149,10 +149,53 @@ def test_top_1_is_refused() -> None:
     assert opt.routing["overlap"].tolist() == [0, 0]
 
 
-def test_a_model_that_balances_itself_is_not_balanced_twice() -> None:
-    model, inputs = build("qwen3_moe", output_router_logits=True), zoo.batch(zoo.get("qwen3_moe"))
+def test_all_experts_for_every_token_is_refused() -> None:
+    block, x = ref.Block(num_experts_per_tok=4), ref.hidden()
+    for name in ("cp", "lb"):
+        with pytest.raises(
+            moefx.PassError, match=rf"'{name}' is not defined for moe\.experts[\s\S]*all 4 experts[\s\S]*leave '{name}'"
+        ):
+            ref.optimize(block, (x,), losses=name)
+
+
+@pytest.mark.parametrize(
+    ("config", "call"),
+    [
+        (True, {}),
+        (True, {"return_dict": False}),
+        nightly(False, {"return_dict": False, "output_router_logits": True}),
+    ],
+)
+def test_a_model_that_balances_itself_is_not_balanced_twice(config: bool, call: dict[str, bool]) -> None:
+    """Whether its outputs have names or not."""
+    model, inputs = ref.tiny(output_router_logits=config), {**ref.batch(), **call}
     with pytest.raises(moefx.PassError, match=r"loss of its own[\s\S]*output_router_logits=False"):
-        moefx.optimize(model, inputs, codegen="eager", losses="lb")
+        ref.optimize(model, inputs, losses="lb")
+
+
+class OwnLoss(ref.Block):
+    """A block whose own code adds a loss of its router to the model's."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.moe.gate(x.flatten(0, 1))[0]
+        if self.kind == "z":
+            own = logits.logsumexp(-1).square().mean()
+        else:
+            probabilities = logits.softmax(-1)
+            chosen = probabilities.topk(2).indices
+            own = (probabilities.mean(0) * torch.bincount(chosen.flatten(), minlength=4) / len(logits)).sum()
+        return self.moe(x).square().mean() + 0.01 * own
+
+
+def test_a_loss_in_the_code_of_a_model_is_told_from_balance() -> None:
+    with pytest.raises(moefx.PassError, match=r"loss of its own[\s\S]*balanced twice"):
+        ref.optimize(OwnLoss("balance"), (ref.hidden(),), losses="lb")
+    ref.optimize(OwnLoss("balance"), (ref.hidden(),), losses="z")
+    ref.optimize(OwnLoss("z"), (ref.hidden(),), losses="lb")
 
 
 @pytest.mark.nightly

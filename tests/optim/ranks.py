@@ -1,11 +1,12 @@
 """Checks on several processes (gloo): started once, each check reports for itself.
 
-`launch` starts `python -m tests.optim.ranks` on every rank; a check is a function of a `Context`, in `sharded.py` or
-`sharded_training.py`.
+`launch` starts `python -m tests.optim.ranks` on every rank; a check is a function of a `Context`, in the `CHECKS` of a
+module: `sharded_training.py`, with those of `sharded.py`, unless told otherwise.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -15,12 +16,13 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+SHARDED = "tests.optim.sharded_training"
 
 
-def launch(world: int, folder: Path, names: list[str]) -> dict[str, str]:
-    """Run checks on `world` processes; name of a check -> what failed on any rank, empty if nothing did."""
+def launch(world: int, folder: Path, names: list[str], module: str = SHARDED) -> dict[str, str]:
+    """Run checks of a module on `world` processes; name of a check -> what failed on any rank, empty if nothing did."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, "-m", "tests.optim.ranks", str(world), str(folder), *names]
+    command = [sys.executable, "-m", "tests.optim.ranks", str(world), str(folder), module, *names]
     processes = []
     for rank in range(world):
         with (folder / f"log{rank}").open("w") as log:
@@ -46,7 +48,7 @@ def launch(world: int, folder: Path, names: list[str]) -> dict[str, str]:
     return found
 
 
-def main(world: int, folder: Path, names: list[str]) -> None:
+def main(world: int, folder: Path, module: str, names: list[str]) -> None:
     """One rank."""
     from datetime import timedelta
 
@@ -54,8 +56,8 @@ def main(world: int, folder: Path, names: list[str]) -> None:
     import torch.distributed as dist
 
     from .sharded_problem import Context
-    from .sharded_training import CHECKS
 
+    checks = importlib.import_module(module).CHECKS
     rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
     store, patience = f"file://{folder / 'store'}", timedelta(seconds=60)
@@ -63,7 +65,7 @@ def main(world: int, folder: Path, names: list[str]) -> None:
     found: dict[str, str] = {}
     for name in names:
         try:
-            CHECKS[name](Context(rank, world, folder))
+            checks[name](Context(rank, world, folder))
             found[name] = ""
         except Exception:
             found[name] = traceback.format_exc()
@@ -75,4 +77,4 @@ def main(world: int, folder: Path, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4:])

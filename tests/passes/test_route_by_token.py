@@ -316,3 +316,56 @@ def test_the_documents_of_a_packed_window_are_routed_apart() -> None:
     moved = {**packed, "position_ids": torch.tensor([[*range(6), *range(3)]] * 2)}
     route = grouter.route(packed["input_ids"], K, position_ids=moved["position_ids"])
     torch.testing.assert_close(opt(**moved), by_hand(net, moved, *route))
+
+
+# -- losses of the old routers ---------------------------------------------------------------------------------------
+
+
+class Penalised(Net):
+    """Its own code adds a loss of the layer's router to the loss that it returns."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__("batch")
+        self.kind = kind
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The mean cross-entropy, with the router's loss, and logits."""
+        rows = self.emb(input_ids).flatten(0, 1)
+        logits, w, idx = self.block.moe.gate(rows)
+        out = self.head(self.block.moe.experts(rows, idx, w))
+        loss = nn.functional.cross_entropy(out, labels.flatten())
+        if self.kind == "z, computed again":
+            logits = nn.functional.linear(rows, self.block.moe.gate.weight)
+        if self.kind in ("z", "z, computed again"):
+            loss = loss + 0.5 * logits.float().logsumexp(-1).square().mean()
+        elif self.kind == "z in place":
+            loss += 0.5 * logits.float().logsumexp(-1).square().mean()
+        elif self.kind == "balance":
+            counts = nn.functional.one_hot(idx, E).float().sum(1).mean(0)
+            loss = loss + 0.5 * E * (counts * logits.softmax(-1).mean(0)).sum()
+        return {"loss": loss, "logits": out}
+
+
+@pytest.mark.parametrize("kind", ["z", "z in place", "z, computed again", "balance"])
+def test_the_losses_of_the_old_routers_leave_the_models_own(kind: str) -> None:
+    """No trace of them is left: neither in the value and the gradients, nor in the graph."""
+    inputs = {"input_ids": ids(), "labels": ids().flip(1)}
+    models = [Penalised(k) for k in (kind, "none")]
+    plain = models[1]
+    idx, w = (t.flatten(0, 1) for t in chosen())
+    handle = plain.block.moe.experts.register_forward_pre_hook(lambda _, args: (args[0], idx, w))
+    want = plain(**inputs)
+    want["loss"].backward()
+    handle.remove()
+    opt = moefx.optimize(models[0], inputs, router=Table(), codegen="eager")
+    out = opt(**inputs)
+    out["loss"].backward()
+    torch.testing.assert_close(out["loss"], want["loss"])
+    torch.testing.assert_close(out["logits"], want["logits"])
+    assert models[0].block.moe.gate.weight.grad is None
+    grads = [{n: p.grad for n, p in m.named_parameters() if "gate.weight" not in n} for m in models]
+    for name, grad in grads[1].items():
+        torch.testing.assert_close(grads[0][name], grad, rtol=1e-4, atol=1e-6, msg=name)
+    seen = {name: {str(n.target) for n in opt.graphs[name].graph.nodes} for name in ("captured", "route_by_token")}
+    own = "logsumexp" if kind.startswith("z") else "one_hot"
+    assert [any(own in target for target in targets) for targets in seen.values()] == [True, False]

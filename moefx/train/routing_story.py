@@ -83,12 +83,18 @@ def run_routing(
             why="a router of token ids and the model it routes must share a tokenizer",
             todo="distil a Grouter on data of this tokenizer",
         )
+    asked: dict[str, dict[str, Any]] = {
+        LEARNED: {**shared, "losses": losses},
+        ROUTED: {**shared, "router": grouter, "losses": _unrouted(losses)},
+    }
+    # Both before either is trained: a Grouter that does not fit the model is no news for after the learned arm.
+    arms = {arm: optimized(copy.deepcopy(target), tokens, cfg, None, given) for arm, given in asked.items()}
+    if router != DISTILLED and not resume:
+        _make_room(cfg.out, console, [])  # the Grouter that is there may be the one that was named
     results, reports = {}, {}
-    for arm, asked in ((LEARNED, {"losses": losses}), (ROUTED, {"router": grouter, "losses": _unrouted(losses)})):
-        opt = optimized(copy.deepcopy(target), tokens, cfg, None, {**shared, **asked})
-        if arm == LEARNED and router != DISTILLED and not resume:
-            _make_room(cfg.out, console, [])  # the Grouter that is there may be the one that was named
-        known = identity(target, model if isinstance(model, str) else None, {**shared, **asked})
+    for arm, given in asked.items():
+        opt = arms.pop(arm)  # its weights are freed when it is trained
+        known = identity(target, model if isinstance(model, str) else None, given)
         results[arm] = _train(opt, tokens, cfg, arm, resume, console, known)
         reports[arm] = opt.report.to_dict()
     content = {
@@ -153,6 +159,7 @@ def _distilled(
     teacher = _target(model, seed, tokens.vocab_size)
     own = replace(cfg, seed=seed)
     trained = optimized(teacher, tokens, own, None, {**shared, "losses": losses})
+    _try_routing(teacher, target, tokens, cfg, losses, shared)
     if not resume:
         _make_room(cfg.out, console, [GROUTER])
     _train(trained, tokens, own, TEACHER, resume, console, known)
@@ -175,6 +182,21 @@ def _distilled(
     )  # fmt: skip
     grouter.save_pretrained(folder)
     return grouter, {"distill": distilled.to_dict(), "tune": tuned.to_dict()}
+
+
+def _try_routing(
+    teacher: nn.Module, target: nn.Module, tokens: TokenDataset, cfg: TrainConfig, losses: str, shared: dict[str, Any]
+) -> None:
+    """Compile the routed target with a Grouter of the shape that is to be distilled.
+
+    The teacher is cut, and the target routed, only after a whole training: what does not go is an error before it.
+    """
+    from ..grouter import tap
+
+    ids = next(tokens.batches("train", cfg.batch, cfg.seq, cfg.seed))
+    grouter = _network(target, tokens.vocab_size, tap(teacher, ids)(ids).shape[-1])
+    given = {**shared, "codegen": "eager", "router": grouter, "losses": _unrouted(losses)}
+    optimized(copy.deepcopy(target), tokens, cfg, None, given)
 
 
 def _network(target: nn.Module, vocab_size: int, experts: int) -> Any:

@@ -112,12 +112,44 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: py
     assert len(read_metrics(tmp_path / "cut" / "teacher")) > 0
 
 
-def test_a_grouter_of_another_vocabulary_or_number_of_experts_is_refused(tmp_path: Path) -> None:
+SIZES = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16}
+
+
+def test_a_grouter_that_does_not_fit_is_refused_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of another vocabulary, of another number of experts, or one that sees the future."""
+    from moefx.train import routing_story
+
+    def trains(*_: Any, label: str, **__: Any) -> None:
+        pytest.fail(f"{label} is trained")
+
+    monkeypatch.setattr(routing_story, "train", trains)
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16}
-    moefx.Grouter.from_config(vocab_size=VOCAB - 1, num_experts=4, **sizes).save_pretrained(tmp_path / "few")
+    moefx.Grouter.from_config(vocab_size=VOCAB - 1, num_experts=4, **SIZES).save_pretrained(tmp_path / "few")
     with pytest.raises(moefx.InputError, match=re.escape(f"knows {VOCAB - 1} token ids, the data has {VOCAB}")):
         tell(tmp_path, router=str(tmp_path / "few"))
-    moefx.Grouter.from_config(vocab_size=VOCAB, num_experts=8, **sizes).save_pretrained(tmp_path / "many")
+    moefx.Grouter.from_config(vocab_size=VOCAB, num_experts=8, **SIZES).save_pretrained(tmp_path / "many")
     with pytest.raises(moefx.PassError, match="the router has 8 experts, the layer has 4"):
         tell(tmp_path, "many", router=str(tmp_path / "many"))
+    with pytest.warns(moefx.grouter.FutureTokensWarning):
+        made = moefx.Grouter.from_config(vocab_size=VOCAB, num_experts=4, causal=False, init_std=0.5, **SIZES)
+        made.save_pretrained(tmp_path / "both")
+        with pytest.raises(moefx.InputError, match="depends on tokens behind it"):
+            tell(tmp_path, "both-run", router=str(tmp_path / "both"))
+
+
+def test_a_model_that_cannot_be_routed_is_refused_before_the_teacher_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer with another number of experts than the one that the Grouter is distilled from."""
+    from moefx.train import routing_story
+
+    def trains(*_: Any, label: str, **__: Any) -> None:
+        pytest.fail(f"{label} is trained")
+
+    monkeypatch.setattr(routing_story, "train", trains)
+    network = routing_story._network
+    monkeypatch.setattr(routing_story, "_network", lambda target, vocab, experts: network(target, vocab, experts + 1))
+    with pytest.raises(moefx.PassError, match="the router has 5 experts, the layer has 4"):
+        tell(tmp_path)

@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import nn
 
 from ..errors import InputError
+from ..routing import Routing
 from .aside import CHECKPOINTS, RESULTS, make_room, say
 from .checkpoint import checkpoints, compare
 from .config import TrainConfig
@@ -34,7 +35,7 @@ def run_routing(
     model: str | nn.Module = "default",
     data: Sequence[str | Path] | TokenDataset = (),
     cfg: TrainConfig | None = None,
-    router: str = DISTILLED,
+    router: str | Routing = DISTILLED,
     losses: str = "lb,z",
     distill_steps: int | None = None,
     recipe: Any = "bf16",
@@ -51,7 +52,8 @@ def run_routing(
         cfg: of the teacher and of both targets; `cfg.out` receives `teacher/`, `grouter/`, `learned/`, `routed/` and
             `report.json`.
         router: "distilled": a teacher is trained first (other weights, other order of data), and a causal Grouter
-            distilled from its first MoE layer and tuned. Or the folder of a Grouter.
+            distilled from its first MoE layer and tuned. Or the folder of a Grouter, or a `moefx.Routing` around one
+            (with `causal=False` for one that sees later tokens: validation then reports prefix-only routing, too).
         losses: short names of `moefx.losses`, for the teacher and the target with learned routers; the routed target
             gets those of them that need no router of a layer.
         distill_steps: None for as many as `cfg.steps`; a fifth as many for tuning.
@@ -76,10 +78,11 @@ def run_routing(
     else:
         from ..models.grouter import Grouter
 
-        grouter = Grouter.from_pretrained(router)
-    if grouter.config.vocab_size < tokens.vocab_size:
+        grouter = router if isinstance(router, Routing) else Grouter.from_pretrained(router)
+    known_ids = (grouter.router if isinstance(grouter, Routing) else grouter).config.vocab_size
+    if known_ids < tokens.vocab_size:
         raise InputError(
-            f"the Grouter knows {grouter.config.vocab_size} token ids, the data has {tokens.vocab_size}",
+            f"the Grouter knows {known_ids} token ids, the data has {tokens.vocab_size}",
             why="a router of token ids and the model it routes must share a tokenizer",
             todo="distil a Grouter on data of this tokenizer",
         )
@@ -98,7 +101,7 @@ def run_routing(
         results[arm] = _train(opt, tokens, cfg, arm, resume, console, known)
         reports[arm] = opt.report.to_dict()
     content = {
-        "arms": {arm: {"val": r.val, "losses": r.losses, "tokens_per_s": r.tokens_per_s} for arm, r in results.items()},
+        "arms": {arm: _figures(r) for arm, r in results.items()},
         "grouter": made,
         "unigram_nats": baseline(tokens, cfg),
         "reports": reports,
@@ -109,6 +112,10 @@ def run_routing(
     return content
 
 
+def _figures(result: TrainResult) -> dict[str, Any]:
+    return {name: getattr(result, name) for name in ("val", "val_prefix", "losses", "tokens_per_s")}
+
+
 def table(content: Mapping[str, Any]) -> Table:
     """The closing table: validation losses of both targets by step, and how the Grouter was made."""
     view, arms = Table(title="moefx train --router"), content["arms"]
@@ -117,6 +124,8 @@ def table(content: Mapping[str, Any]) -> Table:
         view.add_column(heading, justify="right")
     for (step, learned), (_, routed) in zip(arms[LEARNED]["val"], arms[ROUTED]["val"], strict=False):
         view.add_row(f"step {step}", f"{learned:.4f}", f"{routed:.4f}", f"{routed - learned:+.4f}")
+    for step, alone in arms[ROUTED].get("val_prefix", ())[-1:]:
+        view.add_row(f"step {step}, prefix-only routing", "", f"{alone:.4f}")
     if content["unigram_nats"] is not None:
         view.add_row("unigram baseline", f"{content['unigram_nats']:.4f}")
     view.add_row("tokens/s", *(f"{arms[a]['tokens_per_s']:,.0f}" for a in (LEARNED, ROUTED)))

@@ -148,11 +148,12 @@ def summarize(
     """The figures of a comparison, as JSON values.
 
     Returns:
-        `optimized` and `original` (None when it was not trained): {final_loss, val_loss, val, losses, tokens_per_s,
-        seconds, routing (of the last validation; empty where it was not measured)}; `max_difference`: {loss, step,
-        steps}: the largest |difference| of the training losses, the step (from 1) where it is, and the number of steps
-        compared (None when nothing was, or when losses were added: the two then train for different things, and their
-        difference says nothing of the compiler); `losses_added`, short names; `unigram_nats`; `config`; `data`.
+        `optimized` and `original` (None when it was not trained): {final_loss, val_loss, val, val_prefix, losses,
+        tokens_per_s, seconds, routing (of the last validation; empty where it was not measured)}; `max_difference`:
+        {loss, step, steps}: the largest |difference| of the training losses, the step (from 1) where it is, and the
+        number of steps compared (None when nothing was, or when losses were added: the two then train for different
+        things, and their difference says nothing of the compiler); `losses_added`, short names; `unigram_nats`;
+        `config`; `data`.
     """
     comparable = original is not None and not losses_added
     return {
@@ -192,6 +193,8 @@ def table(content: Mapping[str, Any]) -> Table:
     for title, key in (("final training loss", "final_loss"), ("validation loss", "val_loss")):
         gap = abs(opt[key] - ref[key]) if same_length and None not in (opt[key], ref[key]) else None
         view.add_row(title, _text(opt[key], ".4f"), _text(ref.get(key), ".4f"), _text(gap, ".1e"))
+    if alone := opt.get("val_prefix"):
+        view.add_row("the same with prefix-only routing", _text(alone[-1][1], ".4f"))
     worst = figures["max_difference"]
     if worst:
         title = f"largest loss difference in {worst['steps']} steps"
@@ -245,6 +248,7 @@ def _figures(result: TrainResult) -> dict[str, Any]:
         "final_loss": result.losses[-1] if result.losses else None,
         "val_loss": result.val[-1][1] if result.val else None,
         "val": [list(pair) for pair in result.val],
+        "val_prefix": [list(pair) for pair in result.val_prefix],
         "losses": result.losses,
         "tokens_per_s": result.tokens_per_s,
         "seconds": result.seconds,

@@ -52,6 +52,7 @@ def train(
     codegen: Annotated[str, typer.Option(help="inductor or eager.")] = "inductor",
     compare: Annotated[str, typer.Option(help="Train the original too: all, none, or a number of steps.")] = "all",
     precision_every: Annotated[int, typer.Option(help="Log what casts lose every so many steps; 0: never.")] = 0,
+    places: Annotated[int | None, typer.Option(help="With metrics: traffic of experts on N places.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out.")] = False,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     as_json: AsJson = False,
@@ -69,7 +70,7 @@ def train(
 
     cfg = TrainConfig(
         steps=steps, batch=batch, seq=seq, grad_accum=grad_accum, lr=lr, seed=seed, dtype=dtype, optim=optim, out=out,
-        threads=threads, precision_every=precision_every,
+        threads=threads, precision_every=precision_every, places=places,
     )  # fmt: skip
     console = Console(stderr=True) if as_json else Console()
     common: dict[str, Any] = {"model": model, "data": data or (), "cfg": cfg, "recipe": recipe, "resume": resume}

@@ -21,7 +21,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import MoefxError
-from ..view.routing_numbers import RoutingSum, numbers, scalars
+from ..view.routing_numbers import RoutingSum, scalars
 from . import checkpoint
 from .aside import CHECKPOINTS, make_room, say
 from .config import TrainConfig, learning_rate
@@ -33,7 +33,7 @@ from .parts import make_optimizer as default_optimizer
 from .precision import check_measurable, precision_figures
 from .prefixes import PrefixLoss
 from .progress import Display
-from .routing import in_short, loss_values, move_biases, paths_of, routing_of
+from .routing import check_places, in_short, loss_values, measured, move_biases, routing_of
 
 UNCOMPARED = (
     "the checkpoint does not say of which model, recipe and losses it is (an earlier version of moefx wrote it); "
@@ -103,8 +103,8 @@ def train(
             none, only the settings, the data, the kind of optimizer and the shapes of tensors are compared.
 
     Raises:
-        InputError: the data does not fit, the model returns no loss, `cfg.out` cannot be written, or precision metrics
-            are asked for of a model that moefx did not compile.
+        InputError: the data does not fit, the model returns no loss, `cfg.out` cannot be written, precision metrics
+            are asked for of a model that moefx did not compile, or traffic that cannot be counted.
         MissingPackageError: safetensors is not installed.
         CheckpointError: nothing to resume from, or it is damaged or of another run.
         DivergedError: loss or gradient is not finite.
@@ -114,6 +114,7 @@ def train(
     data.check(seq=cfg.seq, model_vocab=None)
     check_measurable(model, cfg)
     checkpoint.safetensors()  # missing, it would be noticed at the first checkpoint, after work that is then lost
+    check_places(model, data, cfg)
     run = _Run(model, data, cfg, (make_optimizer or default_optimizer)(model, cfg), identity or {})
     with ExitStack() as stack:
         stack.enter_context(cpu_threads(cfg.threads))
@@ -266,7 +267,7 @@ class _Run:
         """
         seen = RoutingSum()
         loss = evaluate(self.model, self.data, self.cfg, after=lambda: seen.add(routing_of(self.model)))
-        self.routing = numbers(seen.result(), paths_of(self.model))
+        self.routing = measured(self.model, seen, self.cfg.places)
         self.val.append((self.step, loss))
         if not self._looked:
             self._looked, self.prefix = True, PrefixLoss.of(self.model, self.data, self.cfg)

@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import nn
 
 from ..errors import InputError
+from ..losses import Item
 from ..routing import Routing
 from .aside import CHECKPOINTS, RESULTS, make_room, say
 from .checkpoint import checkpoints, compare
@@ -23,6 +24,7 @@ from .data import TokenDataset, open_dataset
 from .identity import identity
 from .loop import TrainResult, train
 from .models import leave_balance_out, load_model, vocab_size_of
+from .routing import closing_rows, with_choices
 from .story import REPORT, baseline, optimized, write_json
 
 TEACHER, GROUTER, ROUTED, LEARNED = "teacher", "grouter", "routed", "learned"
@@ -71,10 +73,10 @@ def run_routing(
     tokens = data if isinstance(data, TokenDataset) else open_dataset(data)
     target = _target(model, cfg.seed, tokens.vocab_size)
     tokens.check(seq=cfg.seq, model_vocab=vocab_size_of(target))
-    shared = {"recipe": recipe, **(options or {})}
+    shared, wanted = {"recipe": recipe, **(options or {})}, with_choices(losses, cfg.places)
     made: dict[str, Any] = {}
     if router == DISTILLED:
-        grouter, made = _distilled(model, target, tokens, cfg, losses, distill_steps, shared, resume, console)
+        grouter, made = _distilled(model, target, tokens, cfg, wanted, distill_steps, shared, resume, console)
     else:
         from ..models.grouter import Grouter
 
@@ -87,8 +89,8 @@ def run_routing(
             todo="distil a Grouter on data of this tokenizer",
         )
     asked: dict[str, dict[str, Any]] = {
-        LEARNED: {**shared, "losses": losses},
-        ROUTED: {**shared, "router": grouter, "losses": _unrouted(losses)},
+        LEARNED: {**shared, "losses": wanted},
+        ROUTED: {**shared, "router": grouter, "losses": _unrouted(wanted)},
     }
     # Both before either is trained: a Grouter that does not fit the model is no news for after the learned arm.
     arms = {arm: optimized(copy.deepcopy(target), tokens, cfg, None, given) for arm, given in asked.items()}
@@ -113,7 +115,7 @@ def run_routing(
 
 
 def _figures(result: TrainResult) -> dict[str, Any]:
-    return {name: getattr(result, name) for name in ("val", "val_prefix", "losses", "tokens_per_s")}
+    return {name: getattr(result, name) for name in ("val", "val_prefix", "losses", "tokens_per_s", "routing")}
 
 
 def table(content: Mapping[str, Any]) -> Table:
@@ -128,14 +130,21 @@ def table(content: Mapping[str, Any]) -> Table:
         view.add_row(f"step {step}, prefix-only routing", "", f"{alone:.4f}")
     if content["unigram_nats"] is not None:
         view.add_row("unigram baseline", f"{content['unigram_nats']:.4f}")
+    shown = [closing_rows(arms[arm].get("routing", {})) for arm in (LEARNED, ROUTED)]
+    for title in {**shown[0], **shown[1]}:
+        view.add_row(title, *(rows.get(title, "") for rows in shown))
     view.add_row("tokens/s", *(f"{arms[a]['tokens_per_s']:,.0f}" for a in (LEARNED, ROUTED)))
     if content["grouter"]:
         d, t = content["grouter"]["distill"], content["grouter"]["tune"]
         view.add_section()
         view.add_row("[bold]the Grouter")
-        view.add_row("KL to the teacher's router, nats per token", f"{d['kl']:.4f}")
-        view.add_row(f"exact top-{d['k']} set", f"{d['exact']:.1%}")
-        view.add_row("MaxVio before and after tuning", f"{t['maxvio_before']:.2f}", f"{t['maxvio_after']:.2f}")
+        for title, text in (  # in the column of the arm that it routes
+            ("KL to the teacher's router, nats per token", f"{d['kl']:.4f}"),
+            (f"exact top-{d['k']} set", f"{d['exact']:.1%}"),
+            ("MaxVio before tuning", f"{t['maxvio_before']:.2f}"),
+            ("MaxVio after tuning", f"{t['maxvio_after']:.2f}"),
+        ):
+            view.add_row(title, "", text)
     return view
 
 
@@ -144,7 +153,7 @@ def _distilled(
     target: nn.Module,
     tokens: TokenDataset,
     cfg: TrainConfig,
-    losses: str,
+    losses: Sequence[Item],
     steps: int | None,
     shared: dict[str, Any],
     resume: bool,
@@ -194,7 +203,12 @@ def _distilled(
 
 
 def _try_routing(
-    teacher: nn.Module, target: nn.Module, tokens: TokenDataset, cfg: TrainConfig, losses: str, shared: dict[str, Any]
+    teacher: nn.Module,
+    target: nn.Module,
+    tokens: TokenDataset,
+    cfg: TrainConfig,
+    losses: Sequence[Item],
+    shared: dict[str, Any],
 ) -> None:
     """Compile the routed target with a Grouter of the shape that is to be distilled.
 
@@ -246,8 +260,6 @@ def _target(model: str | nn.Module, seed: int, vocab_size: int) -> nn.Module:
     return built
 
 
-def _unrouted(losses: str) -> list[Any]:
+def _unrouted(losses: Sequence[Item]) -> list[Item]:
     """Those losses that need no router of a layer's own."""
-    from ..losses import as_losses
-
-    return [item for item in as_losses(losses) if not item.needs_router]
+    return [item for item in losses if not item.needs_router]

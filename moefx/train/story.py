@@ -26,16 +26,10 @@ from .identity import added_losses, identity
 from .loop import TrainResult, train
 from .models import leave_balance_out, load_model, vocab_size_of
 from .parts import autocast, device_of, val_batches
+from .routing import closing_rows, with_choices
 
 OPTIMIZED, ORIGINAL = "optimized", "original"
 REPORT = "report.json"
-# Of the metrics of routing, what the closing table shows.
-ROUTING = {
-    "max_violation": "MaxVio",
-    "dead_experts": "dead experts",
-    "token_entropy": "token entropy",
-    "overlap": "overlap",
-}
 
 Optimize = Callable[..., Any]
 
@@ -79,9 +73,11 @@ def run_training(
     original.train()
     tokens.check(seq=cfg.seq, model_vocab=vocab_size_of(original))
     given = {"recipe": recipe, **(options or {})}
+    if cfg.places is not None:
+        given["losses"] = with_choices(given.get("losses"), cfg.places)
     added = [item.name for item in added_losses(given)]
     outs = {name: replace(cfg, out=cfg.out / name) for name in (OPTIMIZED, ORIGINAL)}
-    outs[ORIGINAL] = replace(outs[ORIGINAL], precision_every=0)  # it has no casts
+    outs[ORIGINAL] = replace(outs[ORIGINAL], precision_every=0, places=None)  # it has no casts, and measures nothing
     if resume:
         latest(outs[OPTIMIZED].out / CHECKPOINTS)  # nothing there: say so before the compiler runs, not after
 
@@ -208,10 +204,8 @@ def table(content: Mapping[str, Any]) -> Table:
     if "before" in casts:
         written = f", of {casts['before']} as written" if casts["before"] else ""
         view.add_row(f"precision casts per step{written}", str(casts.get("after")), "0" if ref else "")
-    mean = opt["routing"].get("mean", {})
-    for name, title in ROUTING.items():
-        if name in mean:
-            view.add_row(f"{title}, mean over layers", _text(mean[name], ".3f"))
+    for title, text in closing_rows(opt["routing"]).items():
+        view.add_row(title, text)
     stages = report.get("stages") or {}
     if stages:
         view.add_section()

@@ -15,6 +15,7 @@ from torch import Tensor
 PER_LAYER = ("max_violation", "dead_experts", "token_entropy", "marginal_entropy", "mass", "overlap")
 # Means, and the number in the same call of what they are means over.
 MEANS = {"load": "slots", "overlap": "pairs", "token_entropy": "tokens", "mass": "tokens", "mean_scores": "tokens"}
+TRAFFIC = ("remote", "uniform", "max_over_mean")  # of `moefx.train.inspect_routing.traffic`
 COUNTS = ("tokens", "slots", "pairs", "transitions")
 COVERED = 0.9  # share of tokens that `distinct_paths` covers
 
@@ -147,9 +148,22 @@ def entropy(P: Tensor) -> float:
 
 
 def scalars(found: Mapping[str, Any]) -> dict[str, float]:
-    """Of `numbers` what goes into a log: {"max_violation/0": .., "max_violation/mean": .., "hit_rate_1/0": ..}."""
+    """Of `numbers` what goes into a log: {"max_violation/0": .., "max_violation/mean": .., "hit_rate_1/0": ..}.
+
+    Of a hit rate its chance, too, without which it says nothing.
+    """
     out: dict[str, float] = {}
     for row in found["layers"]:
         out |= {f"{n}/{row['layer']}": row[n] for n in PER_LAYER if n in row}
     out |= {f"{n}/mean": v for n, v in found["mean"].items()}
-    return out | {f"hit_rate_1/{row['from']}": row["hit_rate_1"] for row in found["steps"]}
+    for row in found["steps"]:
+        out |= {f"{n}/{row['from']}": row[n] for n in ("hit_rate_1", "chance_1")}
+    rows = found.get("traffic", ())
+    for row in rows:
+        out |= {f"traffic_{n}/{row['layer']}": row[n] for n in TRAFFIC}
+    return out | ({f"traffic_{n}/mean": mean_of(rows, n) for n in TRAFFIC} if rows else {})
+
+
+def mean_of(rows: Sequence[Mapping[str, Any]], name: str) -> float:
+    """The mean of one number over rows."""
+    return math.fsum(row[name] for row in rows) / len(rows)

@@ -29,6 +29,9 @@ from .story import REPORT, baseline, optimized, write_json
 
 TEACHER, GROUTER, ROUTED, LEARNED = "teacher", "grouter", "routed", "learned"
 DISTILLED = "distilled"
+UNROUTED = (
+    "of the routed model no layer's own router is used, and the Grouter is frozen, so that they have none to train"
+)
 TEACHER_SEED, DISTILL_SEED, TUNE_SEED = 1, 2, 3  # added to the run's: none sees the targets' batches in their order
 
 
@@ -63,7 +66,8 @@ def run_routing(
             results are moved to `previous-N` once the first model is compiled.
 
     Returns:
-        The content of report.json: per arm the validation losses, the Grouter's distillation and tuning reports, and
+        The content of report.json: per arm the validation losses and the routing of the last validation, which losses
+        the routed target does not have and why (`losses_left_out`), the Grouter's distillation and tuning reports, and
         the compiler's reports.
 
     Raises:
@@ -74,6 +78,9 @@ def run_routing(
     target = _target(model, cfg.seed, tokens.vocab_size)
     tokens.check(seq=cfg.seq, model_vocab=vocab_size_of(target))
     shared, wanted = {"recipe": recipe, **(options or {})}, with_choices(losses, cfg.places)
+    left = {item.name: UNROUTED for item in wanted if item.needs_router}
+    if left:
+        say(console, f"{ROUTED}: without the losses {', '.join(left)}: {UNROUTED}")
     made: dict[str, Any] = {}
     if router == DISTILLED:
         grouter, made = _distilled(model, target, tokens, cfg, wanted, distill_steps, shared, resume, console)
@@ -104,6 +111,7 @@ def run_routing(
         reports[arm] = opt.report.to_dict()
     content = {
         "arms": {arm: _figures(r) for arm, r in results.items()},
+        "losses_left_out": left,
         "grouter": made,
         "unigram_nats": baseline(tokens, cfg),
         "reports": reports,

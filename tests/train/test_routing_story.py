@@ -37,7 +37,9 @@ def tell(tmp_path: Path, name: str = "run", **options: Any) -> dict[str, Any]:
 
 
 def test_teacher_grouter_and_two_targets(tmp_path: Path) -> None:
-    content = tell(tmp_path)
+    console = quiet()
+    cfg = toy_config(tmp_path / "run", places=2)
+    content = tell(tmp_path, cfg=cfg, losses="lb,z,metrics", console=console)
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"teacher", "grouter", "learned", "routed", "report.json"}
     assert content["grouter"]["distill"]["steps"] == 5
     assert len(content["grouter"]["distill"]["losses"]) == 5
@@ -50,6 +52,25 @@ def test_teacher_grouter_and_two_targets(tmp_path: Path) -> None:
     assert rows["route_by_token"]["matched"] == 2
     assert "route_by_token" not in {p["name"] for p in content["reports"]["learned"]["passes"]}
     assert json.loads((tmp_path / "run" / "report.json").read_text())["arms"] == json.loads(json.dumps(arms))
+    # Both are measured, and shown side by side.
+    rows = {line.split("│")[1].strip(): line.split("│")[2:4] for line in text_of(console).splitlines() if "│" in line}
+    for arm, column in (("learned", 0), ("routed", 1)):
+        found = arms[arm]["routing"]
+        assert f"{found['mean']['max_violation']:.3f}" in rows["MaxVio, mean over layers"][column]
+        sent = sum(row["remote"] for row in found["traffic"]) / 2
+        assert f"{sent:.3f} (" in rows["sends per token over 2 places (if uniform)"][column]
+    assert rows["path stability: hit rate 1 (its chance)"][1].strip().startswith("1.000 (")  # one choice for all layers
+    # What the routed target is not trained for is said.
+    assert set(content["losses_left_out"]) == {"lb", "z"}
+    assert "no layer's own router" in content["losses_left_out"]["lb"]
+    said = [line for line in text_of(console).splitlines() if line.startswith("routed: without the losses lb, z: ")]
+    assert len(said) == 1
+    assert "no layer's own router" in said[0]
+    assert len(content["reports"]["routed"]["losses"]) == 1
+    # What is the Grouter's stands in its column.
+    tuned = content["grouter"]["tune"]
+    assert [cell.strip() for cell in rows["MaxVio before tuning"]] == ["", f"{tuned['maxvio_before']:.2f}"]
+    assert [cell.strip() for cell in rows["MaxVio after tuning"]] == ["", f"{tuned['maxvio_after']:.2f}"]
     # A second target on the same Grouter is the same target.
     again = tell(tmp_path, "again", router=str(tmp_path / "run" / "grouter"))
     assert again["arms"]["routed"]["losses"] == arms["routed"]["losses"]

@@ -67,6 +67,7 @@ def train(
 
     from .train import story
     from .train.config import TrainConfig
+    from .train.interrupt import stoppable
 
     cfg = TrainConfig(
         steps=steps, batch=batch, seq=seq, grad_accum=grad_accum, lr=lr, seed=seed, dtype=dtype, optim=optim, out=out,
@@ -74,14 +75,15 @@ def train(
     )  # fmt: skip
     console = Console(stderr=True) if as_json else Console()
     common: dict[str, Any] = {"model": model, "data": data or (), "cfg": cfg, "recipe": recipe, "resume": resume}
-    if router != "learned":
-        from .train.routing_story import run_routing
+    with stoppable(cfg.out, resume):
+        if router != "learned":
+            from .train.routing_story import run_routing
 
-        options: dict[str, Any] = {"codegen": codegen}
-        result = run_routing(**common, router=router, losses=losses or "lb,z", options=options, console=console)
-    else:
-        options = {"codegen": codegen, "losses": losses}
-        result = story.run_training(**common, compare=compare, options=options, console=console)
+            options: dict[str, Any] = {"codegen": codegen}
+            result = run_routing(**common, router=router, losses=losses or "lb,z", options=options, console=console)
+        else:
+            options = {"codegen": codegen, "losses": losses}
+            result = story.run_training(**common, compare=compare, options=options, console=console)
     if as_json:
         print(json.dumps(result, default=str))
 

@@ -88,7 +88,8 @@ def run_routing(
         from ..models.grouter import Grouter
 
         grouter = router if isinstance(router, Routing) else Grouter.from_pretrained(router)
-    known_ids = (grouter.router if isinstance(grouter, Routing) else grouter).config.vocab_size
+    network: Any = grouter.router if isinstance(grouter, Routing) else grouter
+    known_ids = getattr(getattr(network, "config", None), "vocab_size", tokens.vocab_size)
     if known_ids < tokens.vocab_size:
         raise InputError(
             f"the Grouter knows {known_ids} token ids, the data has {tokens.vocab_size}",

@@ -53,6 +53,7 @@ def train(
     codegen: Annotated[str, typer.Option(help="inductor or eager.")] = "inductor",
     compare: Annotated[str, typer.Option(help="Train the original too: all, none, or a number of steps.")] = "all",
     precision_every: Annotated[int, typer.Option(help="Log what casts lose every so many steps; 0: never.")] = 0,
+    places: Annotated[int | None, typer.Option(help="With metrics: traffic of experts on N places.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out.")] = False,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     as_json: AsJson = False,
@@ -67,21 +68,23 @@ def train(
 
     from .train import story
     from .train.config import TrainConfig
+    from .train.interrupt import stoppable
 
     cfg = TrainConfig(
         steps=steps, batch=batch, seq=seq, grad_accum=grad_accum, lr=lr, seed=seed, dtype=dtype, optim=optim, out=out,
-        threads=threads, precision_every=precision_every,
+        threads=threads, precision_every=precision_every, places=places,
     )  # fmt: skip
     console = Console(stderr=True) if as_json else Console()
     common: dict[str, Any] = {"model": model, "data": data or (), "cfg": cfg, "recipe": recipe, "resume": resume}
-    if router != "learned":
-        from .train.routing_story import run_routing
+    with stoppable(cfg.out, resume):
+        if router != "learned":
+            from .train.routing_story import run_routing
 
-        options: dict[str, Any] = {"codegen": codegen}
-        result = run_routing(**common, router=router, losses=losses or "lb,z", options=options, console=console)
-    else:
-        options = {"codegen": codegen, "losses": losses}
-        result = story.run_training(**common, compare=compare, options=options, console=console)
+            options: dict[str, Any] = {"codegen": codegen}
+            result = run_routing(**common, router=router, losses=losses or "lb,z", options=options, console=console)
+        else:
+            options = {"codegen": codegen, "losses": losses}
+            result = story.run_training(**common, compare=compare, options=options, console=console)
     if as_json:
         print(json.dumps(result, default=str))
 

@@ -23,9 +23,13 @@ SHAPES = {
     "mass": "[L] mean probability of the chosen experts together",
     "overlap": "[L] mean cos^2 over pairs of a token's experts; 0 for k = 1",
     "transitions": "[L-1, E, E] tokens whose first choice is e in one layer and v in the next",
+    "mean_scores": "[L, E] mean of the scores",
+    "tokens": "[L] tokens that count: what token_entropy, mass and mean_scores are means over",
+    "slots": "[L] choices that fell on an expert: what load is the share of",
+    "pairs": "[L] ordered pairs of a token's experts: what overlap is the mean over",
     "choices": "[L, T, k] int64 experts of every token b*S+s, best first, -1 for none; RoutingMetrics(choices=True)",
 }
-SCORED = ("token_entropy", "marginal_entropy", "mass")
+SCORED = ("token_entropy", "marginal_entropy", "mass", "mean_scores")
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,8 @@ class RoutingMetrics(Item):
 
     Names, shapes and meanings are in `moefx.losses.metrics.SHAPES`; all but `choices` are fp32. Where layers have
     different numbers of experts, rows are filled up with zeros. Entries of `transitions` between layers that do not see
-    the same tokens are zero.
+    the same tokens are zero. `tokens`, `slots` and `pairs` say how much each mean counts where several calls are taken
+    together (`moefx.view.routing_numbers.RoutingSum`).
 
     Those of `SCORED` need the scores of all experts. They are absent when a layer's router is not known, and with
     precomputed routing. Of a model that is routed by token ids they are those of the softmax over that router's logits.
@@ -51,13 +56,18 @@ class RoutingMetrics(Item):
 
     def local(self, tap: Taps) -> dict[str, Any]:
         """One layer's numbers, and each token's first choice."""
-        load = tap.counts / tap.counts.sum().clamp_min(1)
+        slots, n_T = tap.counts.sum(), tap.ones.sum(-1)
+        # Of tokens of which choices were dropped there are fewer pairs.
+        load, pairs = tap.counts / slots.clamp_min(1), (n_T * (n_T - 1)).sum()
         found = {
             "experts": torch.full_like(tap.counts[0], tap.experts),
             "load": load,
             "max_violation": load.amax() * tap.experts - 1,
             "dead_experts": (tap.counts == 0).sum().to(tap.dtype),
-            "overlap": _overlap(tap) if tap.k > 1 else torch.zeros_like(tap.counts[0]),
+            "overlap": _overlap(tap) / pairs.clamp_min(1) if tap.k > 1 else torch.zeros_like(tap.counts[0]),
+            "tokens": tap.counted.sum(),
+            "slots": slots,
+            "pairs": pairs,
             "first": tap.first,
         }
         if self.choices:
@@ -73,7 +83,8 @@ class RoutingMetrics(Item):
         E, k = max(t.experts for t in taps), max(t.k for t in taps)
         pad = torch.nn.functional.pad
         found = {name: [p[name] for p in parts] for name in SHAPES if all(name in p for p in parts)}
-        found["load"] = [pad(v, (0, E - t.experts)) for v, t in zip(found["load"], taps, strict=True)]
+        for name in ("load", *(["mean_scores"] if "mean_scores" in found else [])):
+            found[name] = [pad(v, (0, E - t.experts)) for v, t in zip(found[name], taps, strict=True)]
         if "choices" in found:
             found["choices"] = [pad(v, (0, k - t.k), value=-1) for v, t in zip(found["choices"], taps, strict=True)]
             if any(t.chain != taps[0].chain for t in taps):
@@ -86,9 +97,8 @@ class RoutingMetrics(Item):
 
 
 def _overlap(tap: Taps) -> Any:
-    """Mean over the pairs that there are: tokens of which choices were dropped make fewer."""
-    n_T = tap.ones.sum(-1)
-    return torch.where(n_T > 0, tap.overlap(1e-12), 0).sum() / (n_T * (n_T - 1)).sum().clamp_min(1)
+    """Sum over all ordered pairs of a token's experts."""
+    return torch.where(tap.ones.sum(-1) > 0, tap.overlap(1e-12), 0).sum()
 
 
 def _of_scores(tap: Taps) -> dict[str, Any]:
@@ -97,6 +107,7 @@ def _of_scores(tap: Taps) -> dict[str, Any]:
         "token_entropy": tap.mean(torch.special.entr(tap.scores).sum(-1)) / largest,
         "marginal_entropy": torch.special.entr(mean).sum() / largest,
         "mass": tap.mean(tap.mass),
+        "mean_scores": mean,
     }
 
 

@@ -15,7 +15,7 @@ OPTIMS = ("adamw", "muon", "muon-lite", "soap", "soap-lite")
 SEEDS = 2**63  # torch takes no larger ones, and `moefx train --router` adds a few to its seed
 
 # They say how often to look, where to write and how fast to go; the numbers of the training do not depend on them.
-_NO_IDENTITY = ("eval_every", "eval_batches", "checkpoint_every", "keep", "out", "threads", "precision_every")
+_NO_IDENTITY = ("eval_every", "eval_batches", "checkpoint_every", "keep", "out", "threads", "precision_every", "places")
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,9 @@ class TrainConfig:
         dtype: "fp32", or "bf16": fp32 weights, computed under torch.autocast.
         precision_every: measure what precision casts lose in the first microbatch of every so-manyth step (0: never);
             each time costs one more microbatch, and about as much for comparing.
+        places: measure in validation what expert parallelism over so many places would send (docs/routing.md); None
+            for not at all. The model must measure its routing and return the choices
+            (`moefx.losses.RoutingMetrics(choices=True)`).
 
     Raises:
         InputError: a value is out of range.
@@ -74,6 +77,7 @@ class TrainConfig:
     optim: str = "adamw"
     grad_accum: int = 1
     precision_every: int = 0
+    places: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "out", Path(self.out))
@@ -89,8 +93,10 @@ class TrainConfig:
                 )
         if self.seed >= SEEDS:
             raise InputError(f"seed={self.seed} is out of range", where="TrainConfig", todo="choose one below 2**63")
-        if self.threads is not None and self.threads < 1:
-            raise InputError(f"threads={self.threads} is out of range", where="TrainConfig", todo="choose at least 1")
+        for name in ("threads", "places"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name}={value} is out of range", where="TrainConfig", todo="choose at least 1")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(
                 f"betas={self.betas} are out of range", where="TrainConfig", todo="choose both from [0, 1)"

@@ -1,13 +1,21 @@
-"""Stopping a run from outside without losing it: Ctrl-C and SIGTERM take effect between two steps."""
+"""Stopping a run from outside without losing it: Ctrl-C and SIGTERM take effect between two steps.
+
+Where there are no steps (compiling, measuring, between the trainings of one command) they take effect at once.
+"""
 
 from __future__ import annotations
 
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from .aside import CHECKPOINTS
+from .checkpoint import checkpoints
 
 
 class TrainingInterrupted(SystemExit):
@@ -56,3 +64,44 @@ class StopRequest:
         name = signal.Signals(number).name
         # One write: print may be in the middle of another line when the signal comes.
         sys.stderr.write(f"\nmoefx: {name}: finishing this step, then saving; Ctrl-C again stops at once\n")
+
+
+@contextmanager
+def stoppable(out: Path, resume: bool) -> Iterator[None]:
+    """Context of a whole command: SIGINT and SIGTERM end it with code 130, saying what is kept and how to go on.
+
+    Inside a training loop `StopRequest` takes their place. In a thread other than the main one, SIGTERM does what it
+    did before.
+
+    Args:
+        out: folder of the command's runs, a folder each.
+        resume: whether the command goes on with what lies there; otherwise that is an earlier run's, and not counted.
+    """
+    before = {} if resume else _kept(out)
+    main = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, _interrupt) if main else None
+    try:
+        yield
+    except (KeyboardInterrupt, TrainingInterrupted):
+        names = [name for name, written in _kept(out).items() if before.get(name) != written]
+        told = (
+            f"kept in {out}: {', '.join(names)}; the same command with --resume goes on from there"
+            if names
+            else "nothing was saved yet; the same command starts again"
+        )
+        sys.stderr.write(f"\nmoefx: interrupted; {told}\n")
+        raise SystemExit(130) from None
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _kept(out: Path) -> dict[str, int]:
+    """What resuming would go on from, relative to `out`, and when it was written: newest checkpoints, Grouters."""
+    newest = [found[-1] for folder in sorted(out.glob(f"*/{CHECKPOINTS}")) if (found := checkpoints(folder))]
+    finished = sorted(path.parent for path in out.glob("*/config.json"))
+    return {str(path.relative_to(out)): path.stat().st_mtime_ns for path in (*newest, *finished)}

@@ -21,7 +21,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import MoefxError
-from ..view.routing_numbers import RoutingSum, numbers, scalars
+from ..view.routing_numbers import RoutingSum, scalars
 from . import checkpoint
 from .aside import CHECKPOINTS, make_room, say
 from .config import TrainConfig, learning_rate
@@ -31,8 +31,9 @@ from .metrics import Metrics
 from .parts import autocast, cpu_threads, device_of, evaluate, loss_of
 from .parts import make_optimizer as default_optimizer
 from .precision import check_measurable, precision_figures
+from .prefixes import PrefixLoss
 from .progress import Display
-from .routing import in_short, loss_values, move_biases, paths_of, routing_of
+from .routing import check_places, in_short, loss_values, measured, move_biases, routing_of
 
 UNCOMPARED = (
     "the checkpoint does not say of which model, recipe and losses it is (an earlier version of moefx wrote it); "
@@ -51,6 +52,8 @@ class TrainResult:
     Attributes:
         losses: training loss of every step, in nats per token, as the model returns it (auxiliary losses included).
         val: (completed steps, validation loss).
+        val_prefix: the same with each token routed by what was seen up to it; only for a model whose router sees later
+            tokens (`moefx.Routing(router, causal=False)`), whose validation loss is too good.
         seconds: wall-clock time inside training steps.
         tokens_per_s: at the median step, leaving out the first of each session, which may compile; 0.0 when there is no
             other. The median, because other work on the machine slows single steps many times over.
@@ -63,6 +66,7 @@ class TrainResult:
     tokens_per_s: float = 0.0
     seconds: float = 0.0
     routing: dict[str, Any] = field(default_factory=dict)
+    val_prefix: list[tuple[int, float]] = field(default_factory=list)
 
 
 OnStep = Callable[[int, float], object]
@@ -99,8 +103,8 @@ def train(
             none, only the settings, the data, the kind of optimizer and the shapes of tensors are compared.
 
     Raises:
-        InputError: the data does not fit, the model returns no loss, `cfg.out` cannot be written, or precision metrics
-            are asked for of a model that moefx did not compile.
+        InputError: the data does not fit, the model returns no loss, `cfg.out` cannot be written, precision metrics
+            are asked for of a model that moefx did not compile, or traffic that cannot be counted.
         MissingPackageError: safetensors is not installed.
         CheckpointError: nothing to resume from, or it is damaged or of another run.
         DivergedError: loss or gradient is not finite.
@@ -110,6 +114,7 @@ def train(
     data.check(seq=cfg.seq, model_vocab=None)
     check_measurable(model, cfg)
     checkpoint.safetensors()  # missing, it would be noticed at the first checkpoint, after work that is then lost
+    check_places(model, data, cfg)
     run = _Run(model, data, cfg, (make_optimizer or default_optimizer)(model, cfg), identity or {})
     with ExitStack() as stack:
         stack.enter_context(cpu_threads(cfg.threads))
@@ -155,12 +160,13 @@ def _loop(run: _Run, end: int, metrics: Metrics, display: Display, stop: StopReq
         metrics.write("train", run.step, loss=loss, lr=rate, grad_norm=norm, tokens_per_s=speed, **parts)
         display.step(run.step, loss, speed)
         if cfg.eval_batches and (last or (cfg.eval_every and run.step % cfg.eval_every == 0)):
-            val = run.validate()
-            metrics.write("val", run.step, loss=val)
+            val, prefix = run.validate()
+            metrics.write("val", run.step, loss=val, **({} if prefix is None else {"loss_prefix": prefix}))
             if run.routing:
                 metrics.write("routing", run.step, **scalars(run.routing))
                 metrics.loads(run.step, run.routing["load"])
-            said = f"validation loss {val:.4f}{in_short(run.routing)}"
+            alone = "" if prefix is None else f", {prefix:.4f} with prefix-only routing"
+            said = f"validation loss {val:.4f}{alone}{in_short(run.routing)}"
             display.say(f"{display.label}: step {run.step}/{end}  {said}")
         if on_step is not None:
             try:
@@ -194,6 +200,9 @@ class _Run:
         self.directory = cfg.out / CHECKPOINTS
         self.losses: list[float] = []
         self.val: list[tuple[int, float]] = []
+        self.val_prefix: list[tuple[int, float]] = []
+        self.prefix: PrefixLoss | None = None
+        self._looked = False  # whether the router sees later tokens
         self.routing: dict[str, Any] = {}
         self.seconds = 0.0
         self.step_seconds: list[float] = []
@@ -251,18 +260,28 @@ class _Run:
         self.model.zero_grad(set_to_none=True)
         self.optimizer.zero_grad(set_to_none=True)
 
-    def validate(self) -> float:
-        """Validate and remember the loss, and what the model measured of its routing meanwhile."""
+    def validate(self) -> tuple[float, float | None]:
+        """Validate and remember the loss, and what the model measured of its routing meanwhile.
+
+        Returns the loss, and for a router that sees later tokens that under prefix-only routing.
+        """
         seen = RoutingSum()
         loss = evaluate(self.model, self.data, self.cfg, after=lambda: seen.add(routing_of(self.model)))
-        self.routing = numbers(seen.result(), paths_of(self.model))
+        self.routing = measured(self.model, seen, self.cfg.places)
         self.val.append((self.step, loss))
-        return loss
+        if not self._looked:
+            self._looked, self.prefix = True, PrefixLoss.of(self.model, self.data, self.cfg)
+        if self.prefix is None:
+            return loss, None
+        alone = self.prefix(self.data, self.cfg)
+        self.val_prefix.append((self.step, alone))
+        return loss, alone
 
     def save(self) -> Path:
         history = {
             "losses": torch.tensor(self.losses, dtype=torch.float64),
             "val": [list(v) for v in self.val],
+            "val_prefix": [list(v) for v in self.val_prefix],
             "routing": self.routing,
             "seconds": self.seconds,
             "step_seconds": torch.tensor(self.step_seconds, dtype=torch.float64),
@@ -283,13 +302,14 @@ class _Run:
         found = checkpoint.load(path, model=self.model, optimizer=self.optimizer, fingerprint=self.fingerprint)
         self.losses = found.history["losses"].tolist()
         self.val = [(int(step), float(loss)) for step, loss in found.history["val"]]
+        self.val_prefix = [(int(step), float(loss)) for step, loss in found.history.get("val_prefix", ())]
         self.routing = found.history.get("routing", {})
         self.seconds, self.step_seconds = found.history["seconds"], found.history["step_seconds"].tolist()
         return found.compared
 
     def result(self) -> TrainResult:
         speed = self.cfg.tokens_per_step / statistics.median(self.step_seconds) if self.step_seconds else 0.0
-        return TrainResult(list(self.losses), list(self.val), speed, self.seconds, self.routing)
+        return TrainResult(list(self.losses), list(self.val), speed, self.seconds, self.routing, list(self.val_prefix))
 
     def _diverged(self, loss: float, norm: float) -> DivergedError:
         saved = checkpoint.checkpoints(self.directory)

@@ -22,8 +22,9 @@ _told = False
 class Metrics:
     """Appends one JSON object per line: {"kind": "train" | "val", "step": completed steps, "loss": nats, ...}.
 
-    "train" has the losses of routing, too, as `loss_sp`. Kind "routing" holds `moefx.view.routing_numbers.scalars`,
-    measured in validation, and kind "precision" the figures of `precision.summarize`, measured in the step itself.
+    "train" has the losses of routing, too, as `loss_sp`, and "val" has `loss_prefix` for a router of later tokens. Kind
+    "routing" holds `moefx.view.routing_numbers.scalars`, measured in validation, and kind "precision" the figures of
+    `precision.summarize`, measured in the step itself.
 
     Args:
         directory: of the run; created when missing.

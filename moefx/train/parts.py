@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
 import torch
@@ -52,18 +52,23 @@ def autocast(model: nn.Module, cfg: TrainConfig) -> torch.autocast:
 
 
 def evaluate(
-    model: nn.Module, data: TokenDataset, cfg: TrainConfig, after: Callable[[], object] | None = None
+    model: nn.Module,
+    data: TokenDataset,
+    cfg: TrainConfig,
+    after: Callable[[], object] | None = None,
+    given: Iterable[Mapping[str, torch.Tensor]] | None = None,
 ) -> float:
     """Mean loss over the first `cfg.eval_batches` batches of the validation split, in nats per token.
 
     Always the same windows. The model is left in the mode it was in, and the random state as it was. `after` is called
-    behind every batch.
+    behind every batch; `given` are more arguments of the calls, batch by batch.
     """
     losses = []
     with modes_kept(model), torch.no_grad(), undisturbed_rng(), autocast(model, cfg):
         model.eval()
-        for ids in val_batches(data, cfg):
-            losses.append(float(loss_of(model, ids.to(device_of(model)))))
+        more: Iterable[Mapping[str, torch.Tensor]] = itertools.repeat({}) if given is None else given
+        for ids, named in zip(val_batches(data, cfg), more, strict=False):
+            losses.append(float(loss_of(model, ids.to(device_of(model)), **named)))
             if after is not None:
                 after()
     return math.fsum(losses) / len(losses)
@@ -71,12 +76,12 @@ def evaluate(
 
 def val_batches(data: TokenDataset, cfg: TrainConfig) -> list[torch.Tensor]:
     """The validation batches, int64 [batch, seq] each."""
-    return list(islice(data.batches("val", cfg.batch, cfg.seq, cfg.seed), cfg.eval_batches))
+    return list(itertools.islice(data.batches("val", cfg.batch, cfg.seq, cfg.seed), cfg.eval_batches))
 
 
-def loss_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+def loss_of(model: nn.Module, ids: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
     """The scalar loss of a batch int64 [batch, seq] as the model returns it. Raises InputError when it returns none."""
-    loss: Any = getattr(model(input_ids=ids, labels=ids), "loss", None)
+    loss: Any = getattr(model(input_ids=ids, labels=ids, **named), "loss", None)
     if not isinstance(loss, torch.Tensor) or loss.dim():
         found = "None" if loss is None else f"{type(loss).__name__} {list(getattr(loss, 'shape', []))}"
         raise InputError(

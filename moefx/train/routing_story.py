@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from ..routing import fit_vocabulary, vocabulary_of
+from ..losses import Item
+from ..routing import Routing, fit_vocabulary, vocabulary_of
 from .aside import CHECKPOINTS, RESULTS, make_room, say
 from .checkpoint import checkpoints, compare
 from .config import TrainConfig
@@ -22,10 +23,14 @@ from .data import TokenDataset, open_dataset
 from .identity import identity
 from .loop import TrainResult, train
 from .models import leave_balance_out, load_model, vocab_size_of
+from .routing import closing_rows, with_choices
 from .story import REPORT, baseline, optimized, write_json
 
 TEACHER, GROUTER, ROUTED, LEARNED = "teacher", "grouter", "routed", "learned"
 DISTILLED = "distilled"
+UNROUTED = (
+    "of the routed model no layer's own router is used, and the Grouter is frozen, so that they have none to train"
+)
 TEACHER_SEED, DISTILL_SEED, TUNE_SEED = 1, 2, 3  # added to the run's: none sees the targets' batches in their order
 
 
@@ -34,7 +39,7 @@ def run_routing(
     model: str | nn.Module = "default",
     data: Sequence[str | Path] | TokenDataset = (),
     cfg: TrainConfig | None = None,
-    router: str = DISTILLED,
+    router: str | Routing = DISTILLED,
     losses: str = "lb,z",
     distill_steps: int | None = None,
     recipe: Any = "bf16",
@@ -51,7 +56,8 @@ def run_routing(
         cfg: of the teacher and of both targets; `cfg.out` receives `teacher/`, `grouter/`, `learned/`, `routed/` and
             `report.json`.
         router: "distilled": a teacher is trained first (other weights, other order of data), and a causal Grouter
-            distilled from its first MoE layer and tuned. Or the folder of a Grouter.
+            distilled from its first MoE layer and tuned. Or the folder of a Grouter, or a `moefx.Routing` around one
+            (with `causal=False` for one that sees later tokens: validation then reports prefix-only routing, too).
         losses: short names of `moefx.losses`, for the teacher and the target with learned routers; the routed target
             gets those of them that need no router of a layer.
         distill_steps: None for as many as `cfg.steps`; a fifth as many for tuning.
@@ -59,7 +65,8 @@ def run_routing(
             results are moved to `previous-N` once the first model is compiled.
 
     Returns:
-        The content of report.json: per arm the validation losses, the Grouter's distillation and tuning reports, and
+        The content of report.json: per arm the validation losses and the routing of the last validation, which losses
+        the routed target does not have and why (`losses_left_out`), the Grouter's distillation and tuning reports, and
         the compiler's reports.
 
     Raises:
@@ -69,25 +76,36 @@ def run_routing(
     tokens = data if isinstance(data, TokenDataset) else open_dataset(data)
     target = _target(model, cfg.seed, tokens.vocab_size)
     tokens.check(seq=cfg.seq, model_vocab=vocab_size_of(target))
-    shared = {"recipe": recipe, **(options or {})}
+    shared, wanted = {"recipe": recipe, **(options or {})}, with_choices(losses, cfg.places)
+    left = {item.name: UNROUTED for item in wanted if item.needs_router}
+    if left:
+        say(console, f"{ROUTED}: without the losses {', '.join(left)}: {UNROUTED}")
     made: dict[str, Any] = {}
     if router == DISTILLED:
-        grouter, made = _distilled(model, target, tokens, cfg, losses, distill_steps, shared, resume, console)
+        grouter, made = _distilled(model, target, tokens, cfg, wanted, distill_steps, shared, resume, console)
     else:
         from ..models.grouter import Grouter
 
-        grouter = Grouter.from_pretrained(router)
-    fit_vocabulary(grouter, vocabulary_of(target) or tokens.vocab_size)  # not after the first target was trained
+        grouter = router if isinstance(router, Routing) else Grouter.from_pretrained(router)
+    network: Any = grouter.router if isinstance(grouter, Routing) else grouter
+    fit_vocabulary(network, vocabulary_of(target) or tokens.vocab_size)
+    asked: dict[str, dict[str, Any]] = {
+        LEARNED: {**shared, "losses": wanted},
+        ROUTED: {**shared, "router": grouter, "losses": _unrouted(wanted)},
+    }
+    # Both before either is trained: a Grouter that does not fit the model is no news for after the learned arm.
+    arms = {arm: optimized(copy.deepcopy(target), tokens, cfg, None, given) for arm, given in asked.items()}
+    if router != DISTILLED and not resume:
+        _make_room(cfg.out, console, [])  # the Grouter that is there may be the one that was named
     results, reports = {}, {}
-    for arm, asked in ((LEARNED, {"losses": losses}), (ROUTED, {"router": grouter, "losses": _unrouted(losses)})):
-        opt = optimized(copy.deepcopy(target), tokens, cfg, None, {**shared, **asked})
-        if arm == LEARNED and router != DISTILLED and not resume:
-            _make_room(cfg.out, console, [])  # the Grouter that is there may be the one that was named
-        known = identity(target, model if isinstance(model, str) else None, {**shared, **asked})
+    for arm, given in asked.items():
+        opt = arms.pop(arm)  # its weights are freed when it is trained
+        known = identity(target, model if isinstance(model, str) else None, given)
         results[arm] = _train(opt, tokens, cfg, arm, resume, console, known)
         reports[arm] = opt.report.to_dict()
     content = {
-        "arms": {arm: {"val": r.val, "losses": r.losses, "tokens_per_s": r.tokens_per_s} for arm, r in results.items()},
+        "arms": {arm: _figures(r) for arm, r in results.items()},
+        "losses_left_out": left,
         "grouter": made,
         "unigram_nats": baseline(tokens, cfg),
         "reports": reports,
@@ -98,6 +116,10 @@ def run_routing(
     return content
 
 
+def _figures(result: TrainResult) -> dict[str, Any]:
+    return {name: getattr(result, name) for name in ("val", "val_prefix", "losses", "tokens_per_s", "routing")}
+
+
 def table(content: Mapping[str, Any]) -> Table:
     """The closing table: validation losses of both targets by step, and how the Grouter was made."""
     view, arms = Table(title="moefx train --router"), content["arms"]
@@ -106,16 +128,25 @@ def table(content: Mapping[str, Any]) -> Table:
         view.add_column(heading, justify="right")
     for (step, learned), (_, routed) in zip(arms[LEARNED]["val"], arms[ROUTED]["val"], strict=False):
         view.add_row(f"step {step}", f"{learned:.4f}", f"{routed:.4f}", f"{routed - learned:+.4f}")
+    for step, alone in arms[ROUTED].get("val_prefix", ())[-1:]:
+        view.add_row(f"step {step}, prefix-only routing", "", f"{alone:.4f}")
     if content["unigram_nats"] is not None:
         view.add_row("unigram baseline", f"{content['unigram_nats']:.4f}")
+    shown = [closing_rows(arms[arm].get("routing", {})) for arm in (LEARNED, ROUTED)]
+    for title in {**shown[0], **shown[1]}:
+        view.add_row(title, *(rows.get(title, "") for rows in shown))
     view.add_row("tokens/s", *(f"{arms[a]['tokens_per_s']:,.0f}" for a in (LEARNED, ROUTED)))
     if content["grouter"]:
         d, t = content["grouter"]["distill"], content["grouter"]["tune"]
         view.add_section()
         view.add_row("[bold]the Grouter")
-        view.add_row("KL to the teacher's router, nats per token", f"{d['kl']:.4f}")
-        view.add_row(f"exact top-{d['k']} set", f"{d['exact']:.1%}")
-        view.add_row("MaxVio before and after tuning", f"{t['maxvio_before']:.2f}", f"{t['maxvio_after']:.2f}")
+        for title, text in (  # in the column of the arm that it routes
+            ("KL to the teacher's router, nats per token", f"{d['kl']:.4f}"),
+            (f"exact top-{d['k']} set", f"{d['exact']:.1%}"),
+            ("MaxVio before tuning", f"{t['maxvio_before']:.2f}"),
+            ("MaxVio after tuning", f"{t['maxvio_after']:.2f}"),
+        ):
+            view.add_row(title, "", text)
     return view
 
 
@@ -124,7 +155,7 @@ def _distilled(
     target: nn.Module,
     tokens: TokenDataset,
     cfg: TrainConfig,
-    losses: str,
+    losses: Sequence[Item],
     steps: int | None,
     shared: dict[str, Any],
     resume: bool,
@@ -148,6 +179,7 @@ def _distilled(
     teacher = _target(model, seed, tokens.vocab_size)
     own = replace(cfg, seed=seed)
     trained = optimized(teacher, tokens, own, None, {**shared, "losses": losses})
+    _try_routing(teacher, target, tokens, cfg, losses, shared)
     if not resume:
         _make_room(cfg.out, console, [GROUTER])
     _train(trained, tokens, own, TEACHER, resume, console, known)
@@ -170,6 +202,26 @@ def _distilled(
     )  # fmt: skip
     grouter.save_pretrained(folder)
     return grouter, {"distill": distilled.to_dict(), "tune": tuned.to_dict()}
+
+
+def _try_routing(
+    teacher: nn.Module,
+    target: nn.Module,
+    tokens: TokenDataset,
+    cfg: TrainConfig,
+    losses: Sequence[Item],
+    shared: dict[str, Any],
+) -> None:
+    """Compile the routed target with a Grouter of the shape that is to be distilled.
+
+    The teacher is cut, and the target routed, only after a whole training: what does not go is an error before it.
+    """
+    from ..grouter import tap
+
+    ids = next(tokens.batches("train", cfg.batch, cfg.seq, cfg.seed))
+    grouter = _network(target, vocabulary_of(target) or tokens.vocab_size, tap(teacher, ids)(ids).shape[-1])
+    given = {**shared, "codegen": "eager", "router": grouter, "losses": _unrouted(losses)}
+    optimized(copy.deepcopy(target), tokens, cfg, None, given)
 
 
 def _network(target: nn.Module, vocab_size: int, experts: int) -> Any:
@@ -210,8 +262,6 @@ def _target(model: str | nn.Module, seed: int, vocab_size: int) -> nn.Module:
     return built
 
 
-def _unrouted(losses: str) -> list[Any]:
+def _unrouted(losses: Sequence[Item]) -> list[Item]:
     """Those losses that need no router of a layer's own."""
-    from ..losses import as_losses
-
-    return [item for item in as_losses(losses) if not item.needs_router]
+    return [item for item in losses if not item.needs_router]

@@ -26,16 +26,10 @@ from .identity import added_losses, identity
 from .loop import TrainResult, train
 from .models import leave_balance_out, load_model, vocab_size_of
 from .parts import autocast, device_of, val_batches
+from .routing import closing_rows, with_choices
 
 OPTIMIZED, ORIGINAL = "optimized", "original"
 REPORT = "report.json"
-# Of the metrics of routing, what the closing table shows.
-ROUTING = {
-    "max_violation": "MaxVio",
-    "dead_experts": "dead experts",
-    "token_entropy": "token entropy",
-    "overlap": "overlap",
-}
 
 Optimize = Callable[..., Any]
 
@@ -79,9 +73,11 @@ def run_training(
     original.train()
     tokens.check(seq=cfg.seq, model_vocab=vocab_size_of(original))
     given = {"recipe": recipe, **(options or {})}
+    if cfg.places is not None:
+        given["losses"] = with_choices(given.get("losses"), cfg.places)
     added = [item.name for item in added_losses(given)]
     outs = {name: replace(cfg, out=cfg.out / name) for name in (OPTIMIZED, ORIGINAL)}
-    outs[ORIGINAL] = replace(outs[ORIGINAL], precision_every=0)  # it has no casts
+    outs[ORIGINAL] = replace(outs[ORIGINAL], precision_every=0, places=None)  # it has no casts, and measures nothing
     if resume:
         latest(outs[OPTIMIZED].out / CHECKPOINTS)  # nothing there: say so before the compiler runs, not after
 
@@ -148,11 +144,12 @@ def summarize(
     """The figures of a comparison, as JSON values.
 
     Returns:
-        `optimized` and `original` (None when it was not trained): {final_loss, val_loss, val, losses, tokens_per_s,
-        seconds, routing (of the last validation; empty where it was not measured)}; `max_difference`: {loss, step,
-        steps}: the largest |difference| of the training losses, the step (from 1) where it is, and the number of steps
-        compared (None when nothing was, or when losses were added: the two then train for different things, and their
-        difference says nothing of the compiler); `losses_added`, short names; `unigram_nats`; `config`; `data`.
+        `optimized` and `original` (None when it was not trained): {final_loss, val_loss, val, val_prefix, losses,
+        tokens_per_s, seconds, routing (of the last validation; empty where it was not measured)}; `max_difference`:
+        {loss, step, steps}: the largest |difference| of the training losses, the step (from 1) where it is, and the
+        number of steps compared (None when nothing was, or when losses were added: the two then train for different
+        things, and their difference says nothing of the compiler); `losses_added`, short names; `unigram_nats`;
+        `config`; `data`.
     """
     comparable = original is not None and not losses_added
     return {
@@ -192,6 +189,8 @@ def table(content: Mapping[str, Any]) -> Table:
     for title, key in (("final training loss", "final_loss"), ("validation loss", "val_loss")):
         gap = abs(opt[key] - ref[key]) if same_length and None not in (opt[key], ref[key]) else None
         view.add_row(title, _text(opt[key], ".4f"), _text(ref.get(key), ".4f"), _text(gap, ".1e"))
+    if alone := opt.get("val_prefix"):
+        view.add_row("the same with prefix-only routing", _text(alone[-1][1], ".4f"))
     worst = figures["max_difference"]
     if worst:
         title = f"largest loss difference in {worst['steps']} steps"
@@ -205,10 +204,8 @@ def table(content: Mapping[str, Any]) -> Table:
     if "before" in casts:
         written = f", of {casts['before']} as written" if casts["before"] else ""
         view.add_row(f"precision casts per step{written}", str(casts.get("after")), "0" if ref else "")
-    mean = opt["routing"].get("mean", {})
-    for name, title in ROUTING.items():
-        if name in mean:
-            view.add_row(f"{title}, mean over layers", _text(mean[name], ".3f"))
+    for title, text in closing_rows(opt["routing"]).items():
+        view.add_row(title, text)
     stages = report.get("stages") or {}
     if stages:
         view.add_section()
@@ -245,6 +242,7 @@ def _figures(result: TrainResult) -> dict[str, Any]:
         "final_loss": result.losses[-1] if result.losses else None,
         "val_loss": result.val[-1][1] if result.val else None,
         "val": [list(pair) for pair in result.val],
+        "val_prefix": [list(pair) for pair in result.val_prefix],
         "losses": result.losses,
         "tokens_per_s": result.tokens_per_s,
         "seconds": result.seconds,

@@ -13,18 +13,24 @@ import torch
 from torch import Tensor
 
 PER_LAYER = ("max_violation", "dead_experts", "token_entropy", "marginal_entropy", "mass", "overlap")
+# Means, and the number in the same call of what they are means over.
+MEANS = {"load": "slots", "overlap": "pairs", "token_entropy": "tokens", "mass": "tokens", "mean_scores": "tokens"}
+TRAFFIC = ("remote", "uniform", "max_over_mean")  # of `moefx.train.inspect_routing.traffic`
+COUNTS = ("tokens", "slots", "pairs", "transitions")
 COVERED = 0.9  # share of tokens that `distinct_paths` covers
 
 
 class RoutingSum:
-    """`opt.routing` of several calls as if they were one call. Calls with as many tokens each count alike.
+    """`opt.routing` of several calls as if they were one call, whatever number of tokens each had.
 
-    Load and transitions are pooled, and what follows from the load (`max_violation`, `dead_experts`) is computed from
-    the pooled one: an expert is dead if no call chose it. All others are means over calls. Kept on the CPU in float64.
+    Counts are added, and means weighted by them (`MEANS`). What is no mean over tokens is computed anew from what is:
+    `max_violation` and `dead_experts` from the pooled load, `marginal_entropy` from the pooled mean of the scores. Kept
+    on the CPU in float64.
     """
 
     def __init__(self) -> None:
         self.calls = 0
+        self._experts = torch.zeros(0)
         self._sums: dict[str, Tensor] = {}
         self._choices: list[Tensor] = []
 
@@ -33,20 +39,33 @@ class RoutingSum:
         if not routing:
             return
         self.calls += 1
-        for name, values in routing.items():
-            if name == "choices":
-                self._choices.append(values.cpu())
-            else:
-                wide = values.to("cpu", torch.float64)
-                self._sums[name] = self._sums[name] + wide if name in self._sums else wide
+        wide = {n: v.to("cpu", torch.float64) for n, v in routing.items() if n != "choices"}
+        self._experts = wide["experts"]
+        for name, values in wide.items():
+            if name in MEANS:
+                weight = wide[MEANS[name]]
+                self._add(name, values * (weight.unsqueeze(1) if values.dim() == 2 else weight))
+            elif name in COUNTS:
+                self._add(name, values)
+        if "choices" in routing:
+            self._choices.append(routing["choices"].cpu())
+
+    def _add(self, name: str, values: Tensor) -> None:
+        self._sums[name] = self._sums[name] + values if name in self._sums else values
 
     def result(self) -> dict[str, Tensor]:
         """The metrics by their names, `choices` of all calls one behind the other; empty without calls."""
-        found = {n: v if n == "transitions" else v / self.calls for n, v in self._sums.items()}
-        if found:
-            found["max_violation"] = found["load"].amax(1) * found["experts"] - 1
-            zero = (found["load"] == 0).sum(1)  # with the columns that a layer with fewer experts does not have
-            found["dead_experts"] = (zero - (found["load"].shape[1] - found["experts"])).to(torch.float64)
+        if not self._sums:
+            return {}
+        found, E = {"experts": self._experts, **self._sums}, self._experts
+        for name in MEANS.keys() & found.keys():
+            weight = found[MEANS[name]].clamp_min(1)
+            found[name] = found[name] / (weight.unsqueeze(1) if found[name].dim() == 2 else weight)
+        found["max_violation"] = found["load"].amax(1) * E - 1
+        zero = (found["load"] == 0).sum(1)  # with the columns that a layer with fewer experts does not have
+        found["dead_experts"] = (zero - (found["load"].shape[1] - E)).to(torch.float64)
+        if "mean_scores" in found:
+            found["marginal_entropy"] = torch.special.entr(found["mean_scores"]).sum(1) / E.clamp_min(2).log()
         if self._choices:
             found["choices"] = torch.cat(self._choices, 1)
         return found
@@ -129,9 +148,22 @@ def entropy(P: Tensor) -> float:
 
 
 def scalars(found: Mapping[str, Any]) -> dict[str, float]:
-    """Of `numbers` what goes into a log: {"max_violation/0": .., "max_violation/mean": .., "hit_rate_1/0": ..}."""
+    """Of `numbers` what goes into a log: {"max_violation/0": .., "max_violation/mean": .., "hit_rate_1/0": ..}.
+
+    Of a hit rate its chance, too, without which it says nothing.
+    """
     out: dict[str, float] = {}
     for row in found["layers"]:
         out |= {f"{n}/{row['layer']}": row[n] for n in PER_LAYER if n in row}
     out |= {f"{n}/mean": v for n, v in found["mean"].items()}
-    return out | {f"hit_rate_1/{row['from']}": row["hit_rate_1"] for row in found["steps"]}
+    for row in found["steps"]:
+        out |= {f"{n}/{row['from']}": row[n] for n in ("hit_rate_1", "chance_1")}
+    rows = found.get("traffic", ())
+    for row in rows:
+        out |= {f"traffic_{n}/{row['layer']}": row[n] for n in TRAFFIC}
+    return out | ({f"traffic_{n}/mean": mean_of(rows, n) for n in TRAFFIC} if rows else {})
+
+
+def mean_of(rows: Sequence[Mapping[str, Any]], name: str) -> float:
+    """The mean of one number over rows."""
+    return math.fsum(row[name] for row in rows) / len(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 import moefx
 from moefx import losses as L
 from moefx.losses.metrics import SCORED, SHAPES
+from moefx.view.routing_numbers import RoutingSum
 
 from . import loops
 
@@ -80,6 +82,25 @@ def test_metrics(masked: bool, scored: bool) -> None:
         if min(best[0][t], best[1][t]) >= 0:
             steps[0, best[0][t], best[1][t]] += 1
     assert torch.equal(found["transitions"], steps)
+
+
+@pytest.mark.parametrize("first", [1, 5, 9])
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def test_calls_taken_together_are_one_call_with_all_their_tokens(first: int) -> None:
+    """Of different numbers of tokens, choices and pairs; the entropy of the mean scores is no mean of entropies."""
+    taps, metrics, pooled = [layer(seed, False)[0] for seed in range(2)], L.RoutingMetrics(), RoutingSum()
+    whole = metrics.combine([metrics.local(t) for t in taps], taps)
+    apart = []
+    for mask in (torch.arange(T) < first, torch.arange(T) >= first):
+        some = [dataclasses.replace(t, mask=mask) for t in taps]
+        apart.append(metrics.combine([metrics.local(t) for t in some], some))
+        pooled.add(apart[-1])
+    found = pooled.result()
+    assert found.keys() == whole.keys()
+    for name, want in whole.items():
+        torch.testing.assert_close(found[name], want, rtol=1e-9, atol=1e-12, msg=name)
+    means = sum(a["marginal_entropy"] for a in apart) / 2
+    assert bool((means < whole["marginal_entropy"] - 1e-3).all())
 
 
 @pytest.mark.parametrize("masked", [False, True])

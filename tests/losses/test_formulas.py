@@ -372,6 +372,9 @@ def test_metrics() -> None:
         assert float(found["marginal_entropy"][i]) == pytest.approx(loops.entropy(marginal) / math.log(5))
         mass = sum(float(m.s(t, e)) for t in m.tokens for e in m.idx[t]) / len(m.tokens)
         assert float(found["mass"][i]) == pytest.approx(mass)
+        assert found["mean_scores"][i].tolist() == pytest.approx(marginal)
+        counts = [float(found[name][i]) for name in ("tokens", "slots", "pairs")]
+        assert counts == [len(m.tokens), 2 * len(m.tokens), 2 * len(m.tokens)]
         assert float(found["overlap"][i]) == pytest.approx(float(loops.specialization([m])) / 2)
     first = [[max(m.idx[t], key=lambda e: float(m.s(t, e))) for t in range(9)] for m in models]
     want = torch.zeros(1, 5, 5, dtype=F64)

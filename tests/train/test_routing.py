@@ -23,6 +23,8 @@ from moefx.train.interrupt import TrainingInterrupted
 from moefx.train.loop import TrainResult
 from moefx.train.metrics import read_metrics
 from moefx.train.models import default_model, load_weights
+from moefx.train.parts import val_batches
+from moefx.train.routing import with_choices
 from moefx.train.story import summarize, table
 from tests import command
 from tests.view.made import choices, metrics
@@ -123,16 +125,51 @@ def test_tensorboard_has_scalars_and_histograms(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [e.step for e in events.Scalars("routing/max_violation/mean")] == [4, 8, 12]
+    assert [e.step for e in events.Scalars("routing/chance_1/0")] == [4, 8, 12]
     assert "train/loss_sp" in events.Tags()["scalars"]
     histogram = events.Histograms("routing/load/1")[-1].histogram_value
     assert histogram.num == 6
     assert histogram.sum == pytest.approx(6)  # loads are relative to their mean
 
 
+def test_traffic_is_written_where_places_are_given(tmp_path: Path) -> None:
+    cfg = toy_config(tmp_path / "a", places=2)
+    _, result = run(cfg, Routed())
+    seen = [metrics(choices(int(b.sum()), SIZES, 2, b.numel()), SIZES)["choices"] for b in val_batches(toy_data(), cfg)]
+    sent = [0, 0]
+    for home, batch in enumerate(seen):
+        for layer in (0, 1):
+            sent[layer] += sum(len({e // 3 for e in chosen} - {home}) for chosen in batch[layer].tolist())
+    record = [r for r in read_metrics(cfg.out) if r["kind"] == "routing"][-1]
+    tokens = len(seen) * cfg.batch * cfg.seq
+    assert [record[f"traffic_remote/{i}"] for i in (0, 1)] == pytest.approx([s / tokens for s in sent])
+    assert record["traffic_uniform/mean"] == pytest.approx(1 * (1 - (3 * 2) / (6 * 5)))
+    assert result.routing["places"] == 2
+    assert record["chance_1/0"] == result.routing["steps"][0]["chance_1"]
+    assert "traffic" not in run(toy_config(tmp_path / "b"), Routed())[1].routing
+
+
+def test_traffic_that_cannot_be_counted_is_refused_before_anything_is_moved_or_trained(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    for places, model, what in ((4, Routed(), "6 experts cannot be laid out on 4"), (2, ToyLM(), "cannot be counted")):
+        with pytest.raises(InputError, match=what):
+            run(toy_config(tmp_path, places=places), model)
+        assert model.seen == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+    with pytest.raises(InputError, match="places=0 is out of range"):
+        toy_config(tmp_path, places=0)
+    with pytest.raises(InputError, match="places=2 is given without 'metrics'"):
+        with_choices("sp", 2)
+    assert [getattr(item, "choices", None) for item in with_choices("sp,metrics", 2)] == [None, True]
+
+
 def test_the_closing_table_shows_what_is_known() -> None:
     mean = {"max_violation": 0.4567, "dead_experts": 1.5, "overlap": 0.0625}
-    figures = summarize(TrainResult([1.0], routing={"mean": mean}), None, toy_config(Path("x")), toy_data(), None)
-    assert figures["optimized"]["routing"] == {"mean": mean}
+    steps = [{"hit_rate_1": 0.75, "chance_1": 0.5}, {"hit_rate_1": 0.25, "chance_1": 0.25}]
+    sent = [{"remote": 1.25, "uniform": 1.5, "max_over_mean": 2.0}]
+    routing = {"mean": mean, "load": [[0.5, 0.5], [0.7, 0.3]], "steps": steps, "places": 2, "traffic": sent}
+    figures = summarize(TrainResult([1.0], routing=routing), None, toy_config(Path("x")), toy_data(), None)
+    assert figures["optimized"]["routing"] == routing
     console = quiet()
     console.print(table({"train": figures, "report": {}}))
     rows = {line.split("│")[1].strip(): line for line in text_of(console).splitlines() if line.startswith("│")}
@@ -140,6 +177,9 @@ def test_the_closing_table_shows_what_is_known() -> None:
     assert "1.500" in rows["dead experts, mean over layers"]
     assert "0.062" in rows["overlap, mean over layers"]
     assert "token entropy" not in text_of(console)
+    assert "0.500 (0.375)" in rows["path stability: hit rate 1 (its chance)"]
+    assert "0.600" in rows["largest share of the load, mean over layers"]
+    assert "1.250 (1.500)" in rows["sends per token over 2 places (if uniform)"]
 
 
 # -- inspect ---------------------------------------------------------------------------------------------------------

@@ -37,7 +37,9 @@ def tell(tmp_path: Path, name: str = "run", **options: Any) -> dict[str, Any]:
 
 
 def test_teacher_grouter_and_two_targets(tmp_path: Path) -> None:
-    content = tell(tmp_path)
+    console = quiet()
+    cfg = toy_config(tmp_path / "run", places=2)
+    content = tell(tmp_path, cfg=cfg, losses="lb,z,metrics", console=console)
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"teacher", "grouter", "learned", "routed", "report.json"}
     assert content["grouter"]["distill"]["steps"] == 5
     assert len(content["grouter"]["distill"]["losses"]) == 5
@@ -50,6 +52,25 @@ def test_teacher_grouter_and_two_targets(tmp_path: Path) -> None:
     assert rows["route_by_token"]["matched"] == 2
     assert "route_by_token" not in {p["name"] for p in content["reports"]["learned"]["passes"]}
     assert json.loads((tmp_path / "run" / "report.json").read_text())["arms"] == json.loads(json.dumps(arms))
+    # Both are measured, and shown side by side.
+    rows = {line.split("│")[1].strip(): line.split("│")[2:4] for line in text_of(console).splitlines() if "│" in line}
+    for arm, column in (("learned", 0), ("routed", 1)):
+        found = arms[arm]["routing"]
+        assert f"{found['mean']['max_violation']:.3f}" in rows["MaxVio, mean over layers"][column]
+        sent = sum(row["remote"] for row in found["traffic"]) / 2
+        assert f"{sent:.3f} (" in rows["sends per token over 2 places (if uniform)"][column]
+    assert rows["path stability: hit rate 1 (its chance)"][1].strip().startswith("1.000 (")  # one choice for all layers
+    # What the routed target is not trained for is said.
+    assert set(content["losses_left_out"]) == {"lb", "z"}
+    assert "no layer's own router" in content["losses_left_out"]["lb"]
+    said = [line for line in text_of(console).splitlines() if line.startswith("routed: without the losses lb, z: ")]
+    assert len(said) == 1
+    assert "no layer's own router" in said[0]
+    assert len(content["reports"]["routed"]["losses"]) == 1
+    # What is the Grouter's stands in its column.
+    tuned = content["grouter"]["tune"]
+    assert [cell.strip() for cell in rows["MaxVio before tuning"]] == ["", f"{tuned['maxvio_before']:.2f}"]
+    assert [cell.strip() for cell in rows["MaxVio after tuning"]] == ["", f"{tuned['maxvio_after']:.2f}"]
     # A second target on the same Grouter is the same target.
     again = tell(tmp_path, "again", router=str(tmp_path / "run" / "grouter"))
     assert again["arms"]["routed"]["losses"] == arms["routed"]["losses"]
@@ -112,15 +133,47 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: py
     assert len(read_metrics(tmp_path / "cut" / "teacher")) > 0
 
 
-def test_a_grouter_of_another_vocabulary_or_number_of_experts_is_refused(tmp_path: Path) -> None:
+SIZES = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16}
+
+
+@pytest.mark.filterwarnings("ignore::moefx.grouter.FutureTokensWarning")
+def test_a_grouter_that_does_not_fit_is_refused_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of another vocabulary, of another number of experts, or one that sees the future."""
+    from moefx.train import routing_story
+
+    def trains(*_: Any, label: str, **__: Any) -> None:
+        pytest.fail(f"{label} is trained")
+
+    monkeypatch.setattr(routing_story, "train", trains)
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16}
-    moefx.Grouter.from_config(vocab_size=VOCAB - 1, num_experts=4, **sizes).save_pretrained(tmp_path / "few")
+    moefx.Grouter.from_config(vocab_size=VOCAB - 1, num_experts=4, **SIZES).save_pretrained(tmp_path / "few")
     with pytest.raises(moefx.InputError, match=re.escape(f"knows {VOCAB - 1} token ids, the model has {VOCAB}")):
         tell(tmp_path, router=str(tmp_path / "few"))
-    moefx.Grouter.from_config(vocab_size=VOCAB, num_experts=8, **sizes).save_pretrained(tmp_path / "many")
+    moefx.Grouter.from_config(vocab_size=VOCAB, num_experts=8, **SIZES).save_pretrained(tmp_path / "many")
     with pytest.raises(moefx.PassError, match="the router has 8 experts, the layer has 4"):
         tell(tmp_path, "many", router=str(tmp_path / "many"))
+    made = moefx.Grouter.from_config(vocab_size=VOCAB, num_experts=4, causal=False, init_std=0.5, **SIZES)
+    made.save_pretrained(tmp_path / "both")
+    with pytest.raises(moefx.InputError, match="depends on tokens behind it"):
+        tell(tmp_path, "both-run", router=str(tmp_path / "both"))
+
+
+def test_a_model_that_cannot_be_routed_is_refused_before_the_teacher_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer with another number of experts than the one that the Grouter is distilled from."""
+    from moefx.train import routing_story
+
+    def trains(*_: Any, label: str, **__: Any) -> None:
+        pytest.fail(f"{label} is trained")
+
+    monkeypatch.setattr(routing_story, "train", trains)
+    network = routing_story._network
+    monkeypatch.setattr(routing_story, "_network", lambda target, vocab, experts: network(target, vocab, experts + 1))
+    with pytest.raises(moefx.PassError, match="the router has 5 experts, the layer has 4"):
+        tell(tmp_path)
 
 
 def test_a_distilled_grouter_knows_all_ids_of_a_model_that_has_more_than_the_data(

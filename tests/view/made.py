@@ -31,4 +31,6 @@ def metrics(idx: list[list[list[int]]], sizes: list[int]) -> dict[str, Tensor]:
         "experts": torch.tensor(sizes, dtype=torch.float32), "load": load, "dead_experts": torch.tensor(dead).float(),
         "max_violation": torch.stack([row.max() * size - 1 for row, size in zip(load, sizes, strict=True)]),
         "overlap": torch.linspace(0, 0.1, len(idx)), "transitions": between, "choices": torch.tensor(idx),
+        "tokens": torch.full([len(idx)], float(tokens)), "slots": torch.full([len(idx)], float(tokens * k)),
+        "pairs": torch.full([len(idx)], float(tokens * k * (k - 1))),
     }  # fmt: skip

@@ -100,8 +100,13 @@ def test_numbers_name_layers_and_leave_out_what_is_not_there() -> None:
     assert logged["overlap/1"] == pytest.approx(0.05)
     assert logged["dead_experts/mean"] == found["mean"]["dead_experts"]
     assert set(logged) == {f"{n}/{i}" for n in found["mean"] for i in (0, 1, 2, "mean")} | {
-        "hit_rate_1/0", "hit_rate_1/1",
+        "hit_rate_1/0", "hit_rate_1/1", "chance_1/0", "chance_1/1",
     }  # fmt: skip
+    assert logged["chance_1/1"] == found["steps"][1]["chance_1"]
+    rows = [{"layer": i, "remote": 1.0 + i, "uniform": 1.5, "max_over_mean": 2.0} for i in range(3)]
+    logged = scalars({**found, "places": 2, "traffic": rows})
+    assert (logged["traffic_remote/2"], logged["traffic_remote/mean"], logged["traffic_uniform/mean"]) == (3, 2, 1.5)
+    assert logged["traffic_max_over_mean/0"] == 2
     apart = metrics(choices(0, sizes, 2, 30), sizes)
     del apart["choices"]
     apart["transitions"][1] = 0  # layers that do not see the same tokens

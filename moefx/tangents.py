@@ -7,6 +7,8 @@ the vocabulary twice.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -67,7 +69,8 @@ def _same(a: fx.Node, b: fx.Node) -> bool:
 
 def _order(val: torch.Tensor) -> list[int]:
     """Dimensions from the slowest in memory to the fastest; by hints, where strides are symbolic."""
-    return sorted(range(val.dim()), key=lambda i: -compat.size_hint(val.stride(i)))
+    strides = [compat.size_hint(s) for s in val.stride()]
+    return sorted(range(val.dim()), key=lambda i: -strides[i])
 
 
 def _laid_out(graph: fx.Graph, node: fx.Node, like: torch.Tensor) -> fx.Node:
@@ -81,11 +84,12 @@ def _laid_out(graph: fx.Graph, node: fx.Node, like: torch.Tensor) -> fx.Node:
     if all(x == y for x, y in strides):
         return node
     order = _order(like)
-    for target, args, kwargs in (
+    steps: tuple[tuple[Any, tuple[Any, ...], dict[str, Any]], ...] = (
         (torch.ops.aten.permute.default, (order,), {}),
         (torch.ops.aten.clone.default, (), {"memory_format": torch.contiguous_format}),
         (torch.ops.aten.permute.default, (_inverse(order),), {}),
-    ):
+    )
+    for target, args, kwargs in steps:
         made = graph.call_function(target, (node, *args), kwargs)
         made.meta = {**node.meta, "val": target(node.meta["val"], *args, **kwargs)}
         node = made

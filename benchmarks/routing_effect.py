@@ -12,6 +12,7 @@ the same windows. Results: benchmarks/results/routing_effect.csv (one row per me
   lb, lb_sp_cp     load balance 1e-2 alone, and with the two losses at their defaults: the published set, no z-loss
   matched          `learned` with wider experts: as many multiplications per token as `grouter` with its network
   grouter, raw     routing and gates by the causal Grouter, tuned or not
+  anchored         by the Grouter tuned with a KL of 0.1 to what it was
   layer_gates      indices by the tuned Grouter, gates by the layers' own routers (no balance loss)
   random           a causal Grouter with random weights, of its own initialisation (std 0.02)
   random_unit      the same with embeddings of std 1, matrices of std 1/sqrt(fan-in): more context in the routing
@@ -65,6 +66,7 @@ ARMS = (
     "lb",
     "lb_sp_cp",
     "random_context",
+    "anchored",
 )
 LEARNED = ("learned", "learned_8", "matched", "sp_cp", "sp_cp_10", "lb", "lb_sp_cp")
 LOSSES = {
@@ -271,10 +273,13 @@ def run(arm: str, seed: int, out: Path) -> None:
     if arm in LEARNED:
         options["losses"] = LOSSES.get(arm, "lb,z,metrics")
     else:
-        names = {"raw": "causal-raw", "folded": "folded", "bidirectional": "bidirectional"}
+        names = {"raw": "causal-raw", "anchored": "causal-raw", "folded": "folded", "bidirectional": "bidirectional"}
         router = (
             network(seed, weights=RANDOM[arm]) if arm in RANDOM else load(out, f"{names.get(arm, 'causal')}-{seed}")
         )
+        if arm == "anchored":
+            tune = moefx.grouter.tune
+            tune(router, stream(300 + seed), steps=100, lr=1e-3, k=TOP_K, anchor=0.1, progress=False)
         gates = "layer" if arm == "layer_gates" else "router"
         options["router"] = moefx.Routing(router, gates=gates, causal=arm != "bidirectional")
     rows: list[tuple[Any, ...]] = []

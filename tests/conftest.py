@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,10 @@ import torch
 # Kernels are interpreted or compiled, once for a process, as this says when triton is imported. Tests that compile do
 # so in processes of their own; tests on a GPU set it to 0.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A shell starts jobs of the background with Ctrl-C ignored; tests that send themselves one mean what it does elsewhere.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -20,60 +20,65 @@ ARMS = (
 )
 
 
-@pytest.fixture(scope="module", params=[0, 1], ids="seed {}".format)
-def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Measured:
-    """What was measured of the arms of a seed, by arm, step and measure."""
-    seed = request.param
-    out = tmp_path_factory.mktemp("effect")
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> list[Measured]:
+    """For each of two seeds, what was measured of the arms, by arm, step and measure."""
+    found = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
         effect: Any = importlib.import_module("routing_effect")
-        effect.prepare(seed, out)
-        for arm in ARMS:
-            effect.run(arm, seed, out)
-    rows = [line.split(",") for line in (out / "rows.csv").read_text().splitlines()]
-    return {(arm, int(step), name): float(v) for _, arm, step, name, v in rows}
+        for seed in (0, 1):
+            out = tmp_path_factory.mktemp("effect")
+            effect.prepare(seed, out)
+            for arm in ARMS:
+                effect.run(arm, seed, out)
+            rows = [line.split(",") for line in (out / "rows.csv").read_text().splitlines()]
+            found.append({(arm, int(step), name): float(v) for _, arm, step, name, v in rows})
+    return found
 
 
-def loss(found: Measured, arm: str, step: int) -> float:
-    return found[arm, step, "validation loss"]
+def mean(found: list[Measured], arm: str, step: int, name: str = "validation loss") -> float:
+    """Over the seeds: rounding alone, that is another machine, moves a loss of one seed by 0.01 to 0.02."""
+    return sum(seed[arm, step, name] for seed in found) / len(found)
 
 
 @pytest.mark.nightly
-def test_a_causal_grouter_trains_better_than_learned_routing(measured: Measured) -> None:
-    assert loss(measured, "grouter", 300) <= loss(measured, "learned", 300) - 0.03
-    assert loss(measured, "grouter", 1000) <= loss(measured, "learned", 1000) - 0.015
+def test_a_causal_grouter_trains_better_than_learned_routing(measured: list[Measured]) -> None:
+    for step, lead in ((300, 0.03), (1000, 0.015)):
+        assert mean(measured, "grouter", step) <= mean(measured, "learned", step) - lead
     # It reaches what learned routing ends with before that.
-    steps = sorted(step for arm, step, name in measured if (arm, name) == ("grouter", "validation loss"))
-    reached = next(step for step in steps if loss(measured, "grouter", step) <= loss(measured, "learned", 1000))
+    steps = sorted(step for arm, step, name in measured[0] if (arm, name) == ("grouter", "validation loss"))
+    reached = next(step for step in steps if mean(measured, "grouter", step) <= mean(measured, "learned", 1000))
     assert reached <= 930
-    assert measured["causal", 600, "distil KL"] < 0.03
-    assert measured["causal", 600, "exact top-2 set"] > 0.6
+    for seed in measured:
+        assert seed["causal", 600, "distil KL"] < 0.03
+        assert seed["causal", 600, "exact top-2 set"] > 0.6
 
 
 @pytest.mark.nightly
-def test_only_a_router_of_future_tokens_loses_with_prefixes_alone(measured: Measured) -> None:
-    causal, leaking = (
-        measured[arm, 1000, "loss; prefixes alone"] - measured[arm, 1000, "loss; whole windows"]
-        for arm in ("grouter", "bidirectional")
-    )
-    assert abs(causal) <= 1e-3
-    assert leaking > 0.01
+def test_only_a_router_of_future_tokens_loses_with_prefixes_alone(measured: list[Measured]) -> None:
+    for seed in measured:
+        causal, leaking = (
+            seed[arm, 1000, "loss; prefixes alone"] - seed[arm, 1000, "loss; whole windows"]
+            for arm in ("grouter", "bidirectional")
+        )
+        assert abs(causal) <= 1e-3
+        assert leaking > 0.01
 
 
 @pytest.mark.nightly
-def test_the_structure_matters_not_that_it_is_frozen(measured: Measured) -> None:
+def test_the_structure_matters_not_that_it_is_frozen(measured: list[Measured]) -> None:
     for step in (300, 1000):
         for arm in ("random_context", "random_unit"):
-            assert loss(measured, arm, step) >= loss(measured, "grouter", step) + 0.10
+            assert mean(measured, arm, step) >= mean(measured, "grouter", step) + 0.10
         # A hash of tokens has structure: with weights of std 0.02 the gap is 0.08 to 0.15 (docs/performance.md).
-        assert loss(measured, "random", step) >= loss(measured, "grouter", step) + 0.05
+        assert mean(measured, "random", step) >= mean(measured, "grouter", step) + 0.05
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize(("without", "arm"), [("lb", "lb_sp_cp"), ("learned", "sp_cp_10")])
-def test_specialization_and_coupling(measured: Measured, without: str, arm: str) -> None:
+def test_specialization_and_coupling(measured: list[Measured], without: str, arm: str) -> None:
     """At their defaults beside load balance, and at ten times them beside a z-loss, too, which holds scores down."""
     for name in ("overlap", "token_entropy"):
-        assert measured[arm, 1000, name] < measured[without, 1000, name]
-    assert loss(measured, arm, 1000) <= loss(measured, without, 1000) + 0.01
+        assert mean(measured, arm, 1000, name) < mean(measured, without, 1000, name)
+    assert mean(measured, arm, 1000) <= mean(measured, without, 1000) + 0.01

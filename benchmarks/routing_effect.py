@@ -5,7 +5,8 @@
 
 Per seed: a teacher (its own weights and order of data) is trained with learned routing, a Grouter is distilled from it
 and tuned. All arms of a seed begin with the same weights, see the same batches in the same order, and are validated on
-the same windows. Results: benchmarks/results/routing_effect.csv (one row per measurement), and a picture of the curves.
+the same windows. Results: benchmarks/results/routing_effect.csv (one row per measurement), and a picture of the curves;
+routing_effect_again.csv are the rows of a few arms once more, on another CPU.
 
   learned          the layers' own routers, load-balancing loss 1e-2, z-loss 1e-3
   sp_cp, sp_cp_10  the same with the specialization and the coupling loss besides, at their defaults and ten times that

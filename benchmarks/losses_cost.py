@@ -42,7 +42,7 @@ from moefx.report import Report
 
 RESULTS = Path(__file__).parent / "results" / "losses_cost.csv"
 TURNS = RESULTS.with_name("losses_cost_turns.csv")
-REPEATS = 6
+REPEATS = 12
 TIMED = ("", "sp", "cp", "sp,cp", "sp,cp,lb,z")
 CASES = ("", "sp", "cp", "lb", "sp,cp", "sp,cp,lb,z", "metrics", "var", "orth", "erc")
 Inputs = dict[str, torch.Tensor]

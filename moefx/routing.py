@@ -237,16 +237,25 @@ def check_vocabulary(routing: Routing, model: nn.Module, named: dict[str, Any]) 
     fit_vocabulary(routing.router, vocabulary_of(model), stacklevel=4)
 
 
+def vocab_size_of(model: nn.Module) -> int | None:
+    """The number of token ids that a model says it accepts; None where it cannot be told."""
+    config = getattr(model, "config", None)
+    for holder in (config, getattr(config, "text_config", None), model):
+        size = getattr(holder, "vocab_size", None)
+        if isinstance(size, int):
+            return size
+    return None
+
+
 def vocabulary_of(model: nn.Module) -> int | None:
     """The number of token ids that a model can be given: rows of its embedding; None where it cannot be told."""
-    config, embedding = getattr(model, "config", None), None
+    embedding = None
     with contextlib.suppress(NotImplementedError, AttributeError):  # of transformers, by a model without one
         embedding = model.get_input_embeddings()  # type: ignore[operator]
     if isinstance(rows := getattr(embedding, "weight", None), Tensor) and rows.dim() == 2:
         return len(rows)
-    for holder in (config, getattr(config, "text_config", None), model):
-        if isinstance(size := getattr(holder, "vocab_size", None), int):
-            return size
+    if (size := vocab_size_of(model)) is not None:
+        return size
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     return tables[0].num_embeddings if len(tables) == 1 else None  # of several, one may be of positions
 

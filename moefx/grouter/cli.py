@@ -14,7 +14,7 @@ import typer
 
 from ..errors import InputError
 from ..files import replacing
-from ..train.aside import make_room
+from ..train.aside import CHECKPOINTS, make_room
 from .affinity import AffinityResult
 from .affinity import affinity as count_affinity
 from .cli_training import register
@@ -28,7 +28,6 @@ from .place import place as place_routing
 from .precompute import precompute as write_records
 from .records import RoutingRecords, sample_identity
 from .reports import require_folder, share, write_report
-from .sources import CHECKPOINTS
 from .traffic import max_over_mean
 from .windows import routed, sample_windows
 

@@ -13,15 +13,15 @@ import typer
 from ..errors import InputError
 from ..files import replacing
 from ..models.grouter import Grouter
-from ..routing import vocabulary_of
+from ..routing import vocab_size_of, vocabulary_of
+from ..train.aside import CHECKPOINTS
 from ..train.config import SEEDS
 from ..train.identity import digest_of
-from ..train.models import vocab_size_of
 from .check import assert_causal
 from .distill import DistillReport
 from .distill import distill as run_distill
 from .reports import require_folder
-from .sources import CHECKPOINTS, load_data, load_teacher
+from .sources import load_data, load_teacher
 from .tap import tap
 from .tune import TuneReport
 from .tune import tune as run_tune

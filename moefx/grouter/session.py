@@ -44,13 +44,8 @@ class Session:
         folder: str | Path | None,
         every: int,
     ) -> None:
-        self.label, self.steps, self.model, self.optimizer, self.fingerprint = (
-            label,
-            steps,
-            model,
-            optimizer,
-            fingerprint,
-        )
+        self.label, self.steps, self.fingerprint = label, steps, fingerprint
+        self.model, self.optimizer = model, optimizer
         self.report, self.kept, self.every = report, (*kept, "seconds"), every
         self.folder = None if folder is None else Path(folder)
         self.first = self.done = 0

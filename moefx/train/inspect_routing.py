@@ -16,10 +16,11 @@ from ..grouter.affinity import affinity
 from ..grouter.traffic import max_over_mean, remote, slot_hits, token_hits, uniform_traffic
 from ..losses import RoutingMetrics
 from ..optimize import optimize
+from ..routing import vocab_size_of
 from ..view import routing as view
 from ..view.routing_numbers import RoutingSum, numbers
 from .data import BYTES, TokenDataset, open_dataset
-from .models import load_model, load_weights, vocab_size_of
+from .models import load_model, load_weights
 from .parts import device_of
 
 

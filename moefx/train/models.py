@@ -121,16 +121,6 @@ def leave_balance_out(model: nn.Module) -> bool:
     return on
 
 
-def vocab_size_of(model: nn.Module) -> int | None:
-    """The number of token ids that a model accepts; None where it cannot be told."""
-    config = getattr(model, "config", None)
-    for holder in (config, getattr(config, "text_config", None), model):
-        size = getattr(holder, "vocab_size", None)
-        if isinstance(size, int):
-            return size
-    return None
-
-
 def _transformers() -> Any:
     return optional("transformers", "to build this model", "hf", "give a module:factory")
 

@@ -15,14 +15,14 @@ from rich.table import Table
 from torch import nn
 
 from ..losses import Item
-from ..routing import Routing, fit_vocabulary, vocabulary_of
+from ..routing import Routing, fit_vocabulary, vocab_size_of, vocabulary_of
 from .aside import CHECKPOINTS, RESULTS, make_room, say
 from .checkpoint import checkpoints, compare
 from .config import TrainConfig
 from .data import TokenDataset, open_dataset
 from .identity import identity
 from .loop import TrainResult, train
-from .models import leave_balance_out, load_model, vocab_size_of
+from .models import leave_balance_out, load_model
 from .routing import closing_rows, with_choices
 from .story import REPORT, baseline, optimized, write_json
 

@@ -18,13 +18,14 @@ from torch import nn
 from ..errors import InputError
 from ..files import replacing
 from ..losses import LoadBalance
+from ..routing import vocab_size_of
 from .aside import CHECKPOINTS, RESULTS, make_room, say
 from .checkpoint import checkpoints, latest
 from .config import TrainConfig
 from .data import TokenDataset, open_dataset, unigram_nats
 from .identity import added_losses, identity
 from .loop import TrainResult, train
-from .models import leave_balance_out, load_model, vocab_size_of
+from .models import leave_balance_out, load_model
 from .parts import autocast, device_of, val_batches
 from .routing import closing_rows, with_choices
 

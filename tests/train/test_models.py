@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from moefx.errors import InputError, MissingPackageError
-from moefx.train.models import default_config, default_model, leave_balance_out, load_model, vocab_size_of
+from moefx.routing import vocab_size_of
+from moefx.train.models import default_config, default_model, leave_balance_out, load_model
 
 from .toy import same_bits, weights
 

@@ -133,20 +133,27 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: py
     assert len(read_metrics(tmp_path / "cut" / "teacher")) > 0
 
 
-SIZES = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16}
-
-
-@pytest.mark.filterwarnings("ignore::moefx.grouter.FutureTokensWarning")
-def test_a_grouter_that_does_not_fit_is_refused_before_anything_is_trained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of another vocabulary, of another number of experts, or one that sees the future."""
+@pytest.fixture
+def untrained(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module, in which training fails the test."""
     from moefx.train import routing_story
 
     def trains(*_: Any, label: str, **__: Any) -> None:
         pytest.fail(f"{label} is trained")
 
     monkeypatch.setattr(routing_story, "train", trains)
+    return routing_story
+
+
+SIZES = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16}
+
+
+@pytest.mark.usefixtures("untrained")
+@pytest.mark.filterwarnings("ignore::moefx.grouter.FutureTokensWarning")
+def test_a_grouter_that_does_not_fit_is_refused_before_anything_is_trained(
+    tmp_path: Path,
+) -> None:
+    """Of another vocabulary, of another number of experts, or one that sees the future."""
     torch.manual_seed(0)
     moefx.Grouter.from_config(vocab_size=VOCAB - 1, num_experts=4, **SIZES).save_pretrained(tmp_path / "few")
     with pytest.raises(moefx.InputError, match=re.escape(f"knows {VOCAB - 1} token ids, the model has {VOCAB}")):
@@ -161,17 +168,11 @@ def test_a_grouter_that_does_not_fit_is_refused_before_anything_is_trained(
 
 
 def test_a_model_that_cannot_be_routed_is_refused_before_the_teacher_is_trained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, untrained: Any
 ) -> None:
     """A layer with another number of experts than the one that the Grouter is distilled from."""
-    from moefx.train import routing_story
-
-    def trains(*_: Any, label: str, **__: Any) -> None:
-        pytest.fail(f"{label} is trained")
-
-    monkeypatch.setattr(routing_story, "train", trains)
-    network = routing_story._network
-    monkeypatch.setattr(routing_story, "_network", lambda target, vocab, experts: network(target, vocab, experts + 1))
+    network = untrained._network
+    monkeypatch.setattr(untrained, "_network", lambda target, vocab, experts: network(target, vocab, experts + 1))
     with pytest.raises(moefx.PassError, match="the router has 5 experts, the layer has 4"):
         tell(tmp_path)
 

@@ -191,14 +191,17 @@ def _distilled(
     experts = cut(next(batches(DISTILL_SEED, 0))).shape[-1]
     torch.manual_seed(seed)
     grouter = _network(target, vocabulary_of(target) or tokens.vocab_size, experts)
-    kept = folder / CHECKPOINTS
+
+    def saved(kept: Path) -> dict[str, Any]:
+        return {"checkpoint": kept, "resume": resume and bool(checkpoints(kept)), "identity": origin}
+
     distilled = distill(
-        cut, grouter, lambda step: batches(DISTILL_SEED, step), steps=steps, lr=2e-3, checkpoint=kept,
-        resume=resume and bool(checkpoints(kept)), report=folder / "distill", identity=origin,
+        cut, grouter, lambda step: batches(DISTILL_SEED, step), steps=steps, lr=2e-3, report=folder / "distill",
+        **saved(folder / CHECKPOINTS),
     )  # fmt: skip
     tuned = tune(
         grouter, lambda step: batches(TUNE_SEED, step), steps=max(1, steps // 5), lr=1e-3, k=cut.spec.k,
-        report=folder / "tune",
+        report=folder / "tune", **saved(folder / "tune" / CHECKPOINTS),
     )  # fmt: skip
     grouter.save_pretrained(folder)
     return grouter, {"distill": distilled.to_dict(), "tune": tuned.to_dict()}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +109,23 @@ def test_a_new_run_moves_the_earlier_one_aside_when_it_can_start(
 
 @pytest.mark.nightly
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = tell(tmp_path, "whole")
+    whole = tell(tmp_path, "whole", distill_steps=15)
     from moefx.train import routing_story
+
+    # First within tuning, in the second of three steps: it is finished and saved.
+    tune = importlib.import_module("moefx.grouter.tune")
+    step_of_tuning, tuned = tune._step_score, list[int]()
+
+    def interrupt(*args: Any) -> float:
+        tuned.append(args[-1])
+        if tuned == [0, 1]:
+            signal.raise_signal(signal.SIGINT)
+        return float(step_of_tuning(*args))
+
+    monkeypatch.setattr(tune, "_step_score", interrupt)
+    with pytest.raises(TrainingInterrupted):
+        tell(tmp_path, "cut", distill_steps=15)
+    assert tuned == [0, 1]
 
     train, calls = routing_story.train, list[str]()
 
@@ -123,13 +140,15 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(routing_story, "train", cut)
     with pytest.raises(TrainingInterrupted):
-        tell(tmp_path, "cut")
+        tell(tmp_path, "cut", resume=True, distill_steps=15)
+    assert tuned == [0, 1, 2]
     assert calls == ["teacher", "learned"]
     monkeypatch.setattr(routing_story, "train", train)
-    resumed = tell(tmp_path, "cut", resume=True)
+    resumed = tell(tmp_path, "cut", resume=True, distill_steps=15)
     assert resumed["arms"]["routed"]["losses"] == whole["arms"]["routed"]["losses"]
     assert resumed["arms"]["learned"]["losses"] == whole["arms"]["learned"]["losses"]
-    assert resumed["grouter"]["distill"]["losses"] == whole["grouter"]["distill"]["losses"]
+    for part in ("distill", "tune"):
+        assert resumed["grouter"][part]["losses"] == whole["grouter"][part]["losses"]
     assert len(read_metrics(tmp_path / "cut" / "teacher")) > 0
 
 

@@ -6,10 +6,11 @@ Counted on a transformers Qwen3-MoE of two layers with the widths of Qwen3-30B-A
 experts and a small vocabulary, which makes every share larger than in the full model. Flops: 2 M N K for products, the
 terms of the formulas in docs/losses.md for `moefx.overlap`, one per element written or summed for everything else.
 Seconds are process CPU time on one thread, the cases in turn, `REPEATS` rounds after one that is left out; the ratio to
-no losses is taken within a round, and all turns are in results/losses_cost_turns.csv. Measured bytes are those of the
-storages that autograd holds behind the forward, parameters and inputs apart, on the model and tokens of the counted
-ones; a storage that is kept under two shapes is counted twice there and measured once. `--quick` has small widths and
-writes nothing: it shows that everything runs.
+no losses is taken within a round, and all turns are in results/losses_cost_turns.csv. A difference of whole steps drowns
+in the noise of the products; the seconds of the calls of operators that only the step with losses makes do not. Measured
+bytes are those of the storages that autograd holds behind the forward, parameters and inputs apart, on the model and
+tokens of the counted ones; a storage that is kept under two shapes is counted twice there and measured once. `--quick`
+has small widths and writes nothing: it shows that everything runs.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import csv
 import math
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import moefx
@@ -145,6 +148,53 @@ def seconds(net: Any, inputs: Inputs, cases: Sequence[str]) -> dict[str, list[fl
     return found
 
 
+class Calls(TorchDispatchMode):
+    """Process CPU seconds of every call of an operator, by operator and the shapes and dtypes that it gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, list[float]] = defaultdict(list)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        begun = time.process_time()
+        out = func(*args, **(kwargs or {}))
+        took = time.process_time() - begun
+        self.found[" ".join([str(func), *(f"{tuple(t.shape)}{t.dtype}" for t in tensors)])].append(took)
+        return out
+
+
+def calls(net: Any, inputs: Inputs, losses: str) -> dict[str, tuple[int, float]]:
+    """Calls of one training step by kind: how many, and what one takes, the median over the calls of all rounds."""
+    opt = moefx.optimize(net, inputs, losses=losses, codegen="eager")
+    rounds = []
+    for r in range(REPEATS + 1):
+        net.zero_grad(set_to_none=True)
+        with Calls() as seen:
+            opt(**inputs).loss.backward()
+        if r:
+            rounds.append(seen.found)
+    kinds = rounds[0]
+    assert all(r.keys() == kinds.keys() for r in rounds)
+    return {kind: (len(kinds[kind]), statistics.median(t for r in rounds for t in r[kind])) for kind in kinds}
+
+
+def measured_calls(net: Any, inputs: Inputs, cases: Sequence[str], what: str) -> list[dict[str, Any]]:
+    """Rows of the seconds in calls that only the step with losses makes, less those that only the one without makes."""
+    rows = []
+    base = calls(net, inputs, "")
+    whole = sum(n * t for n, t in base.values())
+    for losses in cases:
+        now = base if not losses else calls(net, inputs, losses)
+        more = sum((now.get(kind, (0,))[0] - base.get(kind, (0,))[0]) * {**base, **now}[kind][1] for kind in base | now)
+        rows.append({
+            "what": what, "losses": losses or "none", "value": f"{whole + more:.4f}", "unit": "s",
+            "extra_percent": f"{100 * more / whole:.2f}",
+        })  # fmt: skip
+        print(rows[-1], flush=True)
+    return rows
+
+
 def counted(net: Any, inputs: Inputs) -> list[dict[str, Any]]:
     """Rows of work and saved bytes, by case and codegen."""
     rows: list[dict[str, Any]] = []
@@ -207,7 +257,9 @@ def main() -> None:
     turns: list[dict[str, Any]] = []
     if given.time:
         rows += measured_bytes(net, batch(many), f"measured, eager, CPU, T={many}, bf16")
-        took = seconds(model(**sizes, dtype=torch.float32), batch(few), TIMED)
+        wide = model(**sizes, dtype=torch.float32)
+        rows += measured_calls(wide, batch(few), TIMED, f"measured by calls, eager, CPU, T={few}, fp32")
+        took = seconds(wide, batch(few), TIMED)
         rows += measured_seconds(took, f"measured, eager, CPU, T={few}, fp32")
         turns = [{"turn": i, **{n or "none": f"{v[i]:.4f}" for n, v in took.items()}} for i in range(REPEATS)]
         print(*turns, sep="\n", flush=True)

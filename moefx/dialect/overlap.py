@@ -2,13 +2,15 @@
 
     overlap(z [S, I], slot [T, k], eps) -> [T]         sum over ordered pairs e != v of cos(z_e, z_v)^2
 
-over the rows z_e that a token's k choices hold; -1 in `slot` is a dropped choice, which is in no pair. Rows are
-normalised in fp32 (float64 for float64), u = z / max(|z|, eps), and the value is ||G||_F^2 - trace(G * G) of the Gram
-matrix G = U U^T. It does not depend on the length of a row, and its gradient is orthogonal to the row:
+over the rows z_e that a token's k choices hold; -1 in `slot` is a dropped choice, which is in no pair. In fp32 (float64
+for float64), of rows u = z / max(|z|, eps) the value is ||G||_F^2 - trace(G * G) with the Gram matrix G = U U^T. It does
+not depend on the length of a row, and its gradient is orthogonal to the row:
 
     d overlap / dz_e = 4 sum_{v != e} c_ev (u_v - c_ev u_e) / |z_e|
 
-The backward computes U and G again, so nothing is kept but z, which the gradient of the down weights reads anyway.
+The reference takes lengths and cosines from the Gram matrix of z itself, and the gradient as a k x k matrix times z, so
+that nothing as large as z is made but the rows and the result. The backward computes both matrices again: nothing is
+kept but z, which the gradient of the down weights reads anyway.
 Source: R_sp of Hu et al., arXiv 2602.14159, eq. 4.
 """
 
@@ -30,26 +32,26 @@ def _wide(t: Tensor) -> torch.dtype:
     return torch.promote_types(t.dtype, torch.float32)
 
 
-def _normalised(z_SI: Tensor, slot_Tk: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """u [T, k, I], 1/|z| [T, k, 1], and whether a row is longer than eps [T, k, 1]. Dropped choices have u = 0."""
-    if z_SI.shape[0] == 0:
-        u = z_SI.sum().to(_wide(z_SI)) + z_SI.new_zeros((*slot_Tk.shape, z_SI.shape[1]), dtype=_wide(z_SI))
-        return u, u[..., :1], u[..., :1] > 0
-    z_TkI = torch.where((slot_Tk < 0)[..., None], 0, z_SI[slot_Tk.clamp_min(0)].to(_wide(z_SI)))
-    square = z_TkI.square().sum(-1, keepdim=True)
+def _rows(z_SI: Tensor, slot_Tk: Tensor) -> Tensor:
+    """The rows of each token's choices [T, k, I]; dropped choices have a row of zeros, whatever is in z."""
+    spare = torch.cat([z_SI, z_SI.new_zeros(1, z_SI.shape[1])])
+    flat = torch.where(slot_Tk < 0, z_SI.shape[0], slot_Tk).reshape(-1)
+    return spare.index_select(0, flat).to(_wide(z_SI)).view(*slot_Tk.shape, z_SI.shape[1])
+
+
+def _cosines(z_TkI: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Cosines of pairs [T, k, k] with zeros on the diagonal, 1/|z| [T, k], and whether a row is longer than eps."""
+    gram = z_TkI @ z_TkI.mT
+    square = gram.diagonal(dim1=-2, dim2=-1)
     inverse = square.clamp_min(eps * eps).rsqrt()
-    return z_TkI * inverse, inverse, square > eps * eps
-
-
-def _cosines(u_TkI: Tensor) -> Tensor:
-    """The Gram matrix [T, k, k] with zeros on its diagonal."""
-    itself = torch.eye(u_TkI.shape[-2], dtype=torch.bool, device=u_TkI.device)
-    return (u_TkI @ u_TkI.mT).masked_fill(itself, 0)  # not a difference: NaN in a row is no pair of it with itself
+    itself = torch.eye(gram.shape[-1], dtype=torch.bool, device=gram.device)
+    # Filled, not subtracted: NaN in a row is no pair of it with itself.
+    cosines = (gram * inverse[..., None] * inverse[..., None, :]).masked_fill(itself, 0)
+    return cosines, inverse, square > eps * eps
 
 
 def _overlap(z_SI: Tensor, slot_Tk: Tensor, eps: float = EPS) -> Tensor:
-    u, _, _ = _normalised(z_SI, slot_Tk, eps)
-    return _cosines(u).square().sum((-2, -1))
+    return _cosines(_rows(z_SI, slot_Tk), eps)[0].square().sum((-2, -1))
 
 
 def _check(z: Tensor, slot: Tensor, eps: float) -> None:
@@ -79,15 +81,17 @@ overlap = define(
 
 
 def _overlap_backward(dout_T: Tensor, z_SI: Tensor, slot_Tk: Tensor, eps: float = EPS) -> Tensor:
-    u, inverse, free = _normalised(z_SI, slot_Tk, eps)
-    du = 4 * dout_T.to(u.dtype)[:, None, None] * (_cosines(u) @ u)
-    # A row shorter than eps is divided by eps, not by its length.
-    along = torch.where(free, (du * u).sum(-1, keepdim=True), 0)
-    dz = ((du - along * u) * inverse).to(z_SI.dtype)
-    # A row holds at most one choice; dropped choices hit a spare row that is cut off.
+    z = _rows(z_SI, slot_Tk)
+    cosines, inverse, free = _cosines(z, eps)
+    # All rows of a token at once: dz = W z with W [k, k]. A row shorter than eps is divided by eps, not by its length.
+    along = torch.where(free, cosines.square().sum(-1) * inverse.square(), 0)
+    weight = cosines * inverse[..., None] * inverse[..., None, :] - torch.diag_embed(along)
+    dz = (4 * dout_T.to(z.dtype)[:, None, None] * weight @ z).to(z_SI.dtype).flatten(0, 1)
+    # A row holds at most one choice. Read from there, not written to: rows that no choice holds are zeros.
     S, flat = z_SI.shape[0], slot_Tk.reshape(-1)
-    rows = z_SI.new_zeros(S + 1, z_SI.shape[1])
-    return rows.index_put((torch.where(flat < 0, S, flat),), dz.flatten(0, 1))[:S].clone()
+    choice = flat.new_full((S + 1,), len(flat), dtype=torch.long)
+    choice = choice.index_put((torch.where(flat < 0, S, flat),), torch.arange(len(flat), device=flat.device))
+    return torch.cat([dz, dz.new_zeros(1, dz.shape[1])]).index_select(0, choice[:S])
 
 
 def _second_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

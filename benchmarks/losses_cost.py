@@ -6,11 +6,11 @@ Counted on a transformers Qwen3-MoE of two layers with the widths of Qwen3-30B-A
 experts and a small vocabulary, which makes every share larger than in the full model. Flops: 2 M N K for products, the
 terms of the formulas in docs/losses.md for `moefx.overlap`, one per element written or summed for everything else.
 Seconds are process CPU time on one thread, the cases in turn, `REPEATS` rounds after one that is left out; the ratio to
-no losses is taken within a round, and all turns are in results/losses_cost_turns.csv. A difference of whole steps drowns
-in the noise of the products; the seconds of the calls of operators that only the step with losses makes do not. Measured
-bytes are those of the storages that autograd holds behind the forward, parameters and inputs apart, on the model and
-tokens of the counted ones; a storage that is kept under two shapes is counted twice there and measured once. `--quick`
-has small widths and writes nothing: it shows that everything runs.
+no losses is taken within a round, and all turns are in results/losses_cost_turns.csv. What is small beside the noise of
+the products is seen by calls: the seconds of those calls of operators that only the step with losses makes, over those
+of all calls. Measured bytes are those of the storages that autograd holds behind the forward, parameters and inputs
+apart, on the model and tokens of the counted ones; a storage that is kept under two shapes is counted twice there and
+measured once. `--quick` has small widths and writes nothing: it shows that everything runs.
 """
 
 from __future__ import annotations

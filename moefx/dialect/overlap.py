@@ -3,8 +3,8 @@
     overlap(z [S, I], slot [T, k], eps) -> [T]         sum over ordered pairs e != v of cos(z_e, z_v)^2
 
 over the rows z_e that a token's k choices hold; -1 in `slot` is a dropped choice, which is in no pair. In fp32 (float64
-for float64), of rows u = z / max(|z|, eps) the value is ||G||_F^2 - trace(G * G) with the Gram matrix G = U U^T. It does
-not depend on the length of a row, and its gradient is orthogonal to the row:
+for float64), the value is ||G||_F^2 - trace(G * G) with the Gram matrix G = U U^T of the rows u = z / max(|z|, eps). It
+does not depend on the length of a row, and its gradient is orthogonal to the row:
 
     d overlap / dz_e = 4 sum_{v != e} c_ev (u_v - c_ev u_e) / |z_e|
 

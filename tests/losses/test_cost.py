@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 
@@ -19,6 +20,20 @@ def test_what_losses_keep_is_what_is_counted() -> None:
     assert 0 < held <= none
     assert 0 < extra[0] - held == more[0] - none < 0.01 * held
     assert extra[1] > 1.1 * held
+
+
+@pytest.mark.nightly
+def test_calls_that_only_losses_make_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import losses_cost
+
+    monkeypatch.setattr(losses_cost, "REPEATS", 1)
+    net, inputs = losses_cost.model(128, 64, 2, 4, torch.float32), losses_cost.batch(32)
+    none, pairs = (losses_cost.calls(net, inputs, losses) for losses in ("", "sp"))
+    made = [{name: n for kind, (n, _) in c.items() if "overlap" in (name := kind.split()[0])} for c in (none, pairs)]
+    assert made == [{}, {"moefx.overlap.default": 2, "moefx.overlap_backward.default": 2}]  # one of each per layer
+    assert not none.keys() - pairs.keys()
+    rows = losses_cost.measured_calls(net, inputs, ("", "sp"), "here")
+    assert float(rows[0]["extra_percent"]) == 0 < float(rows[1]["extra_percent"])
 
 
 @pytest.mark.nightly

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import compat
 from .errors import CaptureError, InputError, first_line, nearest
@@ -96,6 +97,17 @@ def _check_gradients(model: nn.Module) -> None:
                 why="the parameter was resized (resize_token_embeddings, for example) after a backward",
                 todo="call zero_grad() first",
             )
+
+
+def check_plain(model: nn.Module) -> None:
+    """Raise InputError for a parameter or buffer that is a tensor subclass with tensors inside, as a sharded one is."""
+    for name, t in (*model.named_parameters(), *model.named_buffers()):
+        if is_traceable_wrapper_subclass(t):
+            why, todo = "a graph is made of plain tensors", "optimize the model with plain parameters"
+            if hasattr(t, "placements"):
+                why += "; layers that are sharded gather them in hooks of their own, which do not run around a graph"
+                todo = "shard the model as a whole, and last: fully_shard(moefx.optimize(model, inputs))"
+            raise InputError(f"{name} is a {type(t).__name__}", where=type(model).__qualname__, why=why, todo=todo)
 
 
 def _signature(model: nn.Module) -> inspect.Signature:

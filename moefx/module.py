@@ -40,7 +40,7 @@ SHARED = (*REGISTRIES, *HOOKS, "_state_dict_hooks", "_state_dict_pre_hooks", "_l
           "_load_state_dict_post_hooks")  # fmt: skip
 _OWN = frozenset({
     "_history", "_indices", "_original", "_options", "_compile", "_variants", "_structure", "_report", "_refs",
-    "_extras", "_counts", "_kept", "_signed",
+    "_extras", "_counts", "_kept", "_signed", "_mixed_in",
 })  # fmt: skip
 
 
@@ -89,7 +89,7 @@ class OptimizedModule(nn.Module):
         own["_original"] = original
         own["_compile"], own["_options"], own["_report"] = compile_variant, options, report
         own["_variants"], own["_structure"], own["_refs"] = {}, None, {}
-        own["_extras"], own["_counts"], own["_kept"] = {}, {}, None
+        own["_extras"], own["_counts"], own["_kept"], own["_mixed_in"] = {}, {}, None, frozenset()
         own["_history"], own["_indices"] = AmaxHistory(options.recipe.amax_history), {}
         own["_signed"] = _with_signature(OptimizedModule.forward, original.forward)
         super().__init__()
@@ -153,6 +153,8 @@ class OptimizedModule(nn.Module):
             if "_original" not in self.__dict__:
                 raise
             found = getattr(self.__dict__["_original"], name)
+        if name in self.__dict__["_mixed_in"] and isinstance(found, types.MethodType):
+            return types.MethodType(found.__func__, self)
         if name.startswith("generate") and self._options.routing is not None:
             from .decoding import routed_method
 
@@ -172,6 +174,9 @@ class OptimizedModule(nn.Module):
         elif name == "training" or isinstance(value, nn.Module | nn.Parameter) or name in self._buffers:
             super().__setattr__(name, value)
         elif "_modules" in self.__dict__ and hasattr(self.original, name):
+            if name == "__class__":  # by FSDP2, say, whose methods find what belongs to them by this module
+                added = [c for c in value.__mro__ if not isinstance(self.original, c)]
+                self.__dict__["_mixed_in"] = frozenset().union(*map(vars, added))
             setattr(self.original, name, value)
         else:
             super().__setattr__(name, value)

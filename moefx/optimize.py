@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from . import compat
-from .capture import as_call, capture, check_call, check_dynamic, check_symbolic, distinct
+from .capture import as_call, capture, check_call, check_dynamic, check_plain, check_symbolic, distinct
 from .delayed import attach
 from .errors import CaptureError, InputError, PassError, nearest
 from .graph.edit import copy_plain, value
@@ -25,7 +25,7 @@ from .manager import Pass, PassManager
 from .module import OptimizedModule, Variant
 from .passes import RouteByToken, as_pipeline, observing, with_losses
 from .passes.raise_experts import Block, raised, to_observe
-from .precision.recipe import Recipe, get_recipe
+from .precision.recipe import Recipe
 from .precision_metrics import Meter
 from .program import Assemblies, Program
 from .raising.calls import calls_of
@@ -78,7 +78,8 @@ def optimize(
             compiled now; others when they are first met.
         recipe: precision recipe: a name, a `moefx.Recipe`, or a dict of its specs alone; "bf16" computes in the dtypes
             that the model has.
-        passes: a pipeline, or a list of passes and names, instead of the recipe's own.
+        passes: a pipeline, or a list of passes and names, instead of the recipe's own. It must be for the same recipe;
+            `recipe` may be left out where a pipeline says it.
         codegen: "inductor" (needs a C++ or CUDA compiler) or "eager" (plain graph execution).
         verify: compare outputs and gradients around every pass on the example inputs, within its numerics class.
         dynamic: input name -> axes whose size may vary without a new compilation.
@@ -124,9 +125,8 @@ def optimize(
             )
     if codegen not in CODEGENS:
         raise InputError(f"unknown codegen {codegen!r}", todo=nearest(str(codegen), CODEGENS))
-    chosen = get_recipe(recipe)
     routing, wanted = as_routing(router), as_losses(losses)
-    chain = as_pipeline(passes, chosen, codegen)
+    chain, chosen = as_pipeline(passes, recipe, codegen)
     if routing is not None and "route_by_token" not in chain.names:
         by_token = RouteByToken(routing.gates, routing.scale, routing.normalise, routing.causal)
         chain = chain.insert(by_token, after="raise_routers")
@@ -155,6 +155,7 @@ def compile_variant(opt: OptimizedModule, args: tuple[Any, ...], kwargs: dict[st
     """Stages 1 to 6 for one call signature, in the model's present mode and the caller's grad mode and autocast."""
     model, o, first = opt.original, opt.options, not opt.report.signatures
     report = opt.report if first else Report(opt.report.model, o.recipe.name, o.codegen)
+    check_plain(model)
     args, kwargs = distinct(model, args, kwargs)
     if o.routing is not None:
         with routed(model, o.routing):

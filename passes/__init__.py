@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
-from moefx.errors import PassError, nearest
+from moefx.errors import PassError, RecipeError, nearest
 from moefx.losses import Item
 from moefx.manager import Pass, PassManager, check_pass
-from moefx.precision.recipe import Recipe, get_recipe
+from moefx.precision.recipe import BF16, Recipe, get_recipe
 
 from .add_losses import AddLosses
 from .align_plans import AlignPlans
@@ -112,26 +112,57 @@ def pipeline(recipe: str | Recipe | Mapping[str, str] = "bf16", *, codegen: str 
 
 
 def _for_recipe(p: Pass, recipe: Recipe) -> Pass:
-    """A pass that has an option `recipe` gets the recipe that its pipeline is for."""
-    if "recipe" not in getattr(type(p), "__dataclass_fields__", ()):
+    """A pass that has an option `recipe`, and was made without one, gets the recipe that its pipeline is for."""
+    if _recipe_of(p) != BF16:
         return p
     made: Pass = dataclasses.replace(p, recipe=recipe)  # type: ignore[type-var]
     return made
 
 
-def as_pipeline(passes: PassManager | Sequence[Pass | str] | None, recipe: str | Recipe, codegen: str) -> PassManager:
-    """What the `passes` argument of `optimize` means: None is the recipe's pipeline, a sequence is exactly these
-    passes.
+def _recipe_of(p: Pass) -> Recipe | None:
+    """The recipe that a pass has as an option; most have none."""
+    found = getattr(p, "recipe", None) if "recipe" in getattr(type(p), "__dataclass_fields__", ()) else None
+    return found if isinstance(found, Recipe) else None
+
+
+def as_pipeline(
+    passes: PassManager | Sequence[Pass | str] | None, recipe: str | Recipe | Mapping[str, str], codegen: str
+) -> tuple[PassManager, Recipe]:
+    """What the arguments `passes` and `recipe` of `optimize` mean together: the passes to run, and their recipe.
+
+    Without `passes`, the recipe's own; a sequence is exactly these passes, by the recipe. A pipeline may have been made
+    for a recipe; with `recipe` at "bf16", which asks for nothing, that one counts.
+
+    Raises:
+        PassError: `passes` is no pipeline and no list of passes.
+        RecipeError: the passes were made for another recipe, or none of them makes the casts that the recipe asks for.
     """
+    chosen = get_recipe(recipe)
     if passes is None:
-        return pipeline(recipe, codegen=codegen)
-    if isinstance(passes, PassManager):
-        return passes
-    if isinstance(passes, str) or not isinstance(passes, Sequence):
-        raise PassError(
-            f"passes is {passes!r}", todo="give a pipeline (moefx.pipeline(...)) or a list of passes and pass names"
+        passes = pipeline(chosen, codegen=codegen)
+    elif not isinstance(passes, PassManager):
+        if isinstance(passes, str) or not isinstance(passes, Sequence):
+            raise PassError(
+                f"passes is {passes!r}", todo="give a pipeline (moefx.pipeline(...)) or a list of passes and pass names"
+            )
+        passes = PassManager(tuple(get_pass(p) if isinstance(p, str) else p for p in passes))
+    for p in passes.passes:
+        made_for = _recipe_of(p)
+        if made_for is None or made_for in (BF16, chosen):
+            continue
+        if chosen != BF16:
+            raise RecipeError(
+                f"pass {p.name} was made for recipe {made_for.name!r}, and recipe is {chosen.name!r}",
+                todo=f"start from moefx.pipeline({chosen.name!r}), or give recipe={made_for.name!r}",
+            )
+        chosen = made_for
+    if chosen.quantizes and not any("quantized" in p.provides for p in passes.passes):
+        raise RecipeError(
+            f"recipe {chosen.name!r} asks for casts, and no pass of the pipeline makes them",
+            why=f"it holds {', '.join(passes.names)}" if passes.names else "it is empty",
+            todo=f"start from moefx.pipeline({chosen.name!r}) or its names, or leave the recipe out",
         )
-    return PassManager(tuple(get_pass(p) if isinstance(p, str) else p for p in passes))
+    return PassManager(tuple(_for_recipe(p, chosen) for p in passes.passes), passes.given), chosen
 
 
 def with_losses(passes: PassManager, losses: Sequence[Item]) -> PassManager:

@@ -13,6 +13,8 @@ import torch
 from torch import fx
 
 import moefx
+from moefx.passes import Quantize, as_pipeline
+from moefx.precision.recipe import get_recipe
 
 from . import reference as ref
 
@@ -74,6 +76,43 @@ def test_passes_as_pipeline_names_and_instances() -> None:
         (row,) = [p for p in opt.report.passes if p.name == "counting"]
         assert row.matched == 4  # x, the gate and two stacks of experts
         ref.assert_same(ref.step(opt, (ref.hidden(),)), ref.step(opt.original, (ref.hidden(),)))
+
+
+def test_passes_and_recipe_are_one_thing_or_an_error() -> None:
+    """None of the ways to name passes drops the casts of a recipe in silence."""
+    flow = moefx.pipeline("fp8_flow", codegen="eager")
+    for passes, recipe in (
+        (flow, "bf16"),  # what a pipeline was made for counts where nothing else is asked for
+        (flow, "fp8_flow"),
+        (flow.names, "fp8_flow"),
+        (["raise_idioms", *flow.names], "fp8_flow"),
+        (moefx.pipeline("bf16", codegen="eager").insert(Quantize(), before="lower_wires"), "fp8_flow"),
+    ):
+        chain, chosen = as_pipeline(passes, recipe, "eager")
+        assert chosen == get_recipe("fp8_flow")
+        assert {p.recipe.name for p in chain.passes if isinstance(p, Quantize)} == {"fp8_flow"}
+    opt = ref.optimize(ref.tiny(hidden_size=128, moe_intermediate_size=128), passes=flow)
+    assert opt.report.recipe == "fp8_flow"
+    assert opt.report.casts["before"] == 12
+
+    bf16 = moefx.pipeline("bf16", codegen="eager")
+    for passes, recipe, said in (
+        (bf16.remove("fold_combine"), "fp8_flow", r"'fp8_flow' asks for casts, and no pass .*start from"),
+        (["expand_experts"], "fp8_flow", "it holds expand_experts"),
+        ([], "mxfp8", "it is empty"),
+        (flow, "mxfp4_hopper", r"was made for recipe 'fp8_flow', and recipe is 'mxfp4_hopper'.*start from"),
+        ([*flow.passes, *moefx.pipeline("mxfp8").passes], "bf16", "was made for recipe 'mxfp8'"),
+        (None, moefx.Recipe("mine", specs=flow_specs(), passes=("expand_experts",)), "'mine' asks for casts"),
+    ):
+        with pytest.raises(moefx.RecipeError, match=f"(?s){said}"):
+            as_pipeline(passes, recipe, "eager")
+    # Casts that only a rule asks for are casts.
+    ruled = moefx.Recipe("ruled", rules=(moefx.Rule("*", flow_specs()),))
+    assert "quantize" in ruled.passes
+
+
+def flow_specs() -> dict[str, str]:
+    return dict(get_recipe("fp8_flow").specs)
 
 
 def test_verify_measures_every_pass_that_changed_something() -> None:

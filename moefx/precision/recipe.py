@@ -143,7 +143,7 @@ class Recipe:
         return hash((self.name, tuple(sorted(self.specs.items())), self.passes))
 
     def _pipeline(self) -> tuple[str, ...]:
-        if not self.specs:
+        if not self.quantizes:
             return (*_MODEL, "fuse_plan_permute", *_TRAINING, "lower_wires", "fuse_gather", "dead_code_training")
         aligned = ("align_plans",) if self.gpu_align > 1 else ()
         steps = ["quantize"]
@@ -177,6 +177,11 @@ class Recipe:
         """
         align = check_backend(self, backend)
         return self if align == self.align else self.replace(self.name, self.about, align=align)
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether it asks for any cast, be it by a rule for some modules."""
+        return bool(self._every())
 
     @property
     def own_passes(self) -> bool:

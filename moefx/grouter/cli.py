@@ -119,6 +119,11 @@ def fold(
     model = load_grouter(grouter)
     require_folder(out)
     count = _Counting(window, max_tokens, eod_id, out / CHECKPOINTS, checkpoint_every)
+    if resume and affinity and target_k is None:
+        raise InputError(
+            "there is nothing to resume", why="with --affinity and without --target-k, nothing is counted",
+            todo="leave --resume out",
+        )  # fmt: skip
     if not resume:
         _clear(out, "affinity", "folded")
     if affinity:

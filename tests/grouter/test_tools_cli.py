@@ -149,6 +149,8 @@ def test_a_router_of_one_expert_per_token_is_folded_by_its_load(folder: Path) ->
     with pytest.raises(InputError, match="no two experts are ever chosen together"):
         run(folder, *fold)
     assert not any((folder / "f").iterdir())
+    with pytest.raises(InputError, match="nothing to resume"):  # as nothing is counted
+        run(folder, *fold, "--method", "balance", "--resume")
     made = run(folder, *fold, "--method", "balance")
     assert (made["retained"], made["retained_greedy"]) == (None, None)
     assert sum(made["load"]) == pytest.approx(1)

@@ -69,10 +69,10 @@ def test_only_a_router_of_future_tokens_loses_with_prefixes_alone(measured: list
 @pytest.mark.nightly
 def test_the_structure_matters_not_that_it_is_frozen(measured: list[Measured]) -> None:
     for step in (300, 1000):
-        for arm in ("random_context", "random_unit"):
-            assert mean(measured, arm, step) >= mean(measured, "grouter", step) + 0.10
-        # A hash of tokens has structure: with weights of std 0.02 the gap is 0.08 to 0.15 (docs/performance.md).
-        assert mean(measured, "random", step) >= mean(measured, "grouter", step) + 0.05
+        # Context outweighs the token: noise. The others lean on the token, and a hash of it has structure: weights of
+        # unit scale are 0.09 to 0.16 behind, the network's own small ones 0.08 to 0.15 (docs/performance.md).
+        for arm, gap in (("random_context", 0.10), ("random_unit", 0.05), ("random", 0.05)):
+            assert mean(measured, arm, step) >= mean(measured, "grouter", step) + gap
 
 
 @pytest.mark.nightly

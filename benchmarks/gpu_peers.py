@@ -18,7 +18,8 @@ from torch import nn
 
 Tensor = torch.Tensor
 LAYERS = ("liger", "scattermoe", "sonicmoe")
-MOVES = ("permute", "unpermute")  # the ops that Transformer Engine has, too
+MOVER = "transformer_engine"
+MOVES = ("permute", "unpermute")  # the ops that it has, too
 
 
 def imported(name: str, missing: set[str]) -> Any:
@@ -71,13 +72,13 @@ def layer(
     return made
 
 
-def moves(op: str, operands: dict[str, Any], missing: set[str]) -> Callable[[], Any] | None:
+def moves(op: str, operands: Any, missing: set[str]) -> Callable[[], Any] | None:
     """Transformer Engine's permute or unpermute of the same tokens, by a mask [T, E] as Megatron-LM calls it."""
     te = imported("transformer_engine.pytorch", missing)
     if te is None:
         return None
-    x, idx = operands["x"], operands["idx"]
-    mask = torch.zeros(len(x), operands["E"], dtype=torch.int32, device=x.device).scatter_(1, idx, 1)
+    x, idx = operands.x, operands.idx
+    mask = torch.zeros(len(x), operands.E, dtype=torch.int32, device=x.device).scatter_(1, idx, 1)
 
     def permute() -> Any:
         return te.moe_permute(x, mask, num_out_tokens=idx.numel(), map_type="mask")

@@ -1,4 +1,4 @@
-# make train | test | lint | nightly | bench | test-gpu | bench-gpu | clean      options for the command: make test ARGS="-k dialect -x"
+# make train | test | lint | nightly | bench | test-gpu | bench-gpu | borrow | clean      options: make test ARGS="-k dialect -x"
 # The first one creates $(VENV) and installs moefx into it; later ones only after pyproject.toml or constraints.txt change.
 
 VENV ?= .venv
@@ -8,13 +8,14 @@ PYTHON ?= python3
 PY := $(abspath $(VENV))/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 STAMP := $(VENV)/.moefx-installed
+BORROWED := $(VENV)/.moefx-borrowed
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 
 # Everything a wheel is built from.
 SOURCES := pyproject.toml LICENSE $(wildcard README.md) moefx passes kernels models
 CHECKED := $(abspath $(VENV))/checked-wheel
 
-.PHONY: help venv train test test-gpu lint nightly bench bench-gpu clean
+.PHONY: help venv borrow gpu-venv train test test-gpu lint nightly bench bench-gpu clean
 .DELETE_ON_ERROR:
 
 help:
@@ -34,6 +35,24 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
+# An environment of the packages that PYTHON has, without a network and without changing PYTHON's own: a machine with a
+# GPU often comes with its torch and Triton, and cannot fetch others. PYTHON may itself be of an environment, which
+# --system-site-packages would pass over.
+borrow: $(BORROWED)
+
+$(BORROWED):
+	$(PYTHON) -m venv --without-pip $(VENV)
+	$(PYTHON) -c 'import site; print(*(f"import site; site.addsitedir({d!r})" for d in site.getsitepackages()), sep="\n")' \
+	  > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth"
+	$(PIP) install --no-index --no-deps --no-build-isolation -e .
+	@touch $@
+
+# What is there is used; else, where PYTHON's torch sees a device, its packages are; else the usual ones are installed.
+gpu-venv:
+	@if test -e $(BORROWED); then :; \
+	elif ! test -e $(STAMP) && $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; \
+	then $(MAKE) --no-print-directory $(BORROWED); else $(MAKE) --no-print-directory $(STAMP); fi
+
 train: $(STAMP)
 	$(abspath $(VENV))/bin/moefx train $(ARGS)
 
@@ -45,10 +64,10 @@ nightly: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal -m nightly $(ARGS)
 
 # On a machine with a CUDA device. Kernels are compiled, not interpreted.
-test-gpu: $(STAMP)
+test-gpu: gpu-venv
 	TRITON_INTERPRET=0 $(PY) -m pytest -m gpu tests/gpu $(ARGS)
 
-bench-gpu: $(STAMP)
+bench-gpu: gpu-venv
 	$(PY) benchmarks/gpu.py $(ARGS)
 
 bench: $(STAMP)

@@ -293,3 +293,36 @@ def test_drawings_are_of_what_was_measured(tmp_path: Path) -> None:
     ]
     assert [f.name for f in gpu_plot.plot(rows, tmp_path)] == ["gpu_ops.png", "gpu_layers.png"]
     assert all(f.stat().st_size > 1000 for f in tmp_path.iterdir())
+
+
+STAND_IN = """#!/bin/sh
+echo "$@" >> {log}
+case "$*" in
+  *is_available*) exit {no_gpu} ;;
+  *"-m venv"*) mkdir -p {venv}/bin && cp "$0" {venv}/bin/python ;;
+  *sysconfig*) echo {venv} ;;
+esac
+"""
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+@pytest.mark.parametrize("gpu_here", [True, False])
+def test_a_machine_with_a_gpu_needs_no_network(tmp_path: Path, gpu_here: bool) -> None:
+    log, venv, python = (tmp_path / name for name in ("log", "venv", "python"))
+    python.write_text(STAND_IN.format(log=log, venv=venv, no_gpu=int(not gpu_here)))
+    python.chmod(0o755)
+
+    def make() -> str:
+        log.write_text("")
+        root = Path(gpu.__file__).parents[1]
+        subprocess.run(["make", "-C", root, "gpu-venv", f"VENV={venv}", f"PYTHON={python}"], check=True)
+        return log.read_text()
+
+    said = make()
+    installs = [line for line in said.splitlines() if " install " in line]
+    if gpu_here:
+        assert installs == ["-m pip --disable-pip-version-check install --no-index --no-deps --no-build-isolation -e ."]
+        assert (venv / "borrowed.pth").exists()
+    else:
+        assert any("install -c constraints.txt torch==" in line for line in installs)
+    assert make() == ""

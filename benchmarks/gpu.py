@@ -56,24 +56,22 @@ def planned() -> list[tuple[str, str, str]]:
 
 def run_case(machine: Any, case: Case, missing: set[str], file: Path) -> bool:
     """Measure one case and write its rows, also where it fails; False: the device is of no use to this process now."""
-    failed = False
+    rows, failed = [], False
     try:
-        found = case.run(machine, missing)
+        for name, found in zip(case.names, case.run(machine, missing) or (), strict=False):
+            rows.append(row_of(machine, case.part, {"case": name, "provider": case.provider, **found}))
     except Exception as error:
         failed = True
-        lines = f"{type(error).__name__}: {error}".splitlines() or [""]
-        for name in case.names:
-            row = {"part": case.part, "case": name, "provider": case.provider, "error": lines[0][:200]}
-            append(file, {**row, **machine.about})
-        print(f"{case.part:7} {case.names[0]:56} {case.provider:22} failed: {lines[0][:120]}", flush=True)
-    else:
-        for name, one in zip(case.names, found or (), strict=False):
-            row = row_of(machine, case.part, {"case": name, "provider": case.provider, **one})
-            append(file, row)
-            figures = f"{float(row['ms']):9.3f} ms  {float(row['fraction']):5.2f} of the floor"
-            print(f"{case.part:7} {name:56} {case.provider:22} {figures}", flush=True)
-    if case.part == "ops" and not failed:
-        return True  # the next one has the same operands
+        why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        about = {"part": case.part, "provider": case.provider, "error": why, **machine.about}
+        rows = [{"case": name, **about} for name in case.names]
+    for row in rows:
+        append(file, row)
+        ms, fraction = (float(row.get(k) or 0) for k in ("ms", "fraction"))
+        figures = f"failed: {row['error']}" if failed else f"{ms:9.3f} ms  {fraction:5.2f} of the floor"
+        print(f"{case.part:7} {row['case']:56} {case.provider:22} {figures}", flush=True)
+    if not failed and (case.part == "ops" or not rows):
+        return True  # nothing was left behind, or operands of the next one
     gpu_ops.release()
     try:
         machine.fresh()  # not before the error is forgotten, which holds the tensors of its frames

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 from typing import Any
 
 import gpu_memory
@@ -69,7 +68,7 @@ def compiled(model: nn.Module) -> Any:
     return torch.compile(model, dynamic=False)
 
 
-def _arm(arm: str, shape: tuple[int, ...], device: str, x: Tensor, missing: set[str]) -> Callable[[Tensor], Any] | None:
+def _arm(arm: str, shape: tuple[int, ...], device: str, x: Tensor, missing: set[str]) -> Any:
     import moefx
 
     if arm.startswith("moefx"):
@@ -87,6 +86,8 @@ def measure(machine: Any, missing: set[str], shape: tuple[int, ...], arm: str) -
 
     Peak memory is that of forward and backward beyond weights and input, which live before and after.
     """
+    if arm in gpu_peers.LAYERS and gpu_peers.imported(gpu_peers.LAYERS[arm], missing) is None:
+        return None
     T, H, I, E, k = shape
     device = machine.device.type
     machine.fresh()
@@ -94,8 +95,6 @@ def measure(machine: Any, missing: set[str], shape: tuple[int, ...], arm: str) -
     x = torch.randn(1, T, H, generator=gen, device=device).bfloat16().requires_grad_()
     dy = torch.randn(1, T, H, generator=gen, device=device).bfloat16()
     run: Any = _arm(arm, shape, device, x, missing)
-    if run is None:
-        return None
     parameters = list(run.parameters())
 
     def forward() -> Tensor:

@@ -250,6 +250,8 @@ def _calls(provider: str) -> int:
 
 
 def _measure(machine: Any, missing: set[str], name: str, provider: str, *where: Any) -> list[Found] | None:
+    if provider == gpu_peers.MOVER and gpu_peers.imported(gpu_peers.MOVER_MODULE, missing) is None:
+        return None
     o = _operands(where[0], machine.device.type, where[1], OPS[name].align)
     call = OPS[name].make(o)
     work = {"bytes": int(call.bytes), "flop": int(call.flop), "rate": call.rate, "rows": o.S}

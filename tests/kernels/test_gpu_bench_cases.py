@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from benchmarks import gpu
 from moefx.kernels import registry
@@ -15,7 +16,7 @@ from moefx.kernels.layout import lies_by_columns
 
 gpu_ops, gpu_layers = gpu.gpu_ops, gpu.gpu_layers
 Operands = gpu_ops.Operands
-SHAPE = (1024, 256, 128, 8, 2)  # T, H, I, E, k: few dead rows beside those that hold a token
+SHAPE = (1024, 256, 256, 8, 2)  # T, H, I, E, k: few dead rows beside those that hold a token
 
 
 def tensors(values: Any) -> Iterable[Tensor]:
@@ -74,6 +75,22 @@ def test_bytes_are_those_of_operands_and_results(name: str, balanced: dict[int, 
     call = op.make(balanced[op.align])
     found, _ = touched(call)
     assert 0.8 * found < call.bytes <= found
+
+
+@pytest.mark.parametrize("name", gpu_ops.OPS)
+def test_the_kernel_takes_the_operands(name: str, balanced: dict[int, Any]) -> None:
+    op = gpu_ops.OPS[name]
+    call = op.make(balanced[op.align])
+
+    def there(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
+
+    with FakeTensorMode():
+        args = tuple(there(a) for a in call.args)
+        with registry.preferring("triton"):
+            assert registry.choose(name.split()[0], *args).name == "triton"
 
 
 def test_products_count_the_operations_of_rows_with_a_token(balanced: dict[int, Any]) -> None:

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 Tensor = torch.Tensor
-LAYERS = ("liger", "scattermoe", "sonicmoe")
-MOVES = ("permute", "unpermute")  # the ops that Transformer Engine has, too
+LAYERS = {"liger": "liger_kernel.transformers.fused_moe", "scattermoe": "scattermoe.mlp", "sonicmoe": "sonicmoe"}
+MOVER, MOVER_MODULE = "transformer_engine", "transformer_engine.pytorch"
+MOVES = ("permute", "unpermute")  # the ops that it has, too
 
 
 def imported(name: str, missing: set[str]) -> Any:
@@ -50,34 +51,31 @@ def layer(
 ) -> nn.Module | None:
     """A peer's layer in bf16 with weights like `block`'s, transformers' own of this shape (T, H, I, E, k)."""
     _, H, I, E, k = shape
+    theirs = imported(LAYERS[name], missing)
+    if theirs is None:
+        return None
     made: nn.Module
     if name == "liger":
-        liger = imported("liger_kernel.transformers.fused_moe", missing)
-        return None if liger is None else liger.LigerFusedMoE(block())
+        made = theirs.LigerFusedMoE(block())
+        return made
     if name == "scattermoe":
-        scatter = imported("scattermoe.mlp", missing)
-        if scatter is None:
-            return None
-        made = ScatterMoE(scatter.GLUMLP(H, I, E, k, activation=nn.SiLU()), H, E, k)
+        made = ScatterMoE(theirs.GLUMLP(H, I, E, k, activation=nn.SiLU()), H, E, k)
     else:
-        sonic = imported("sonicmoe", missing)
-        if sonic is None:
-            return None
         swiglu = importlib.import_module("sonicmoe.enums").ActivationType.SWIGLU
-        made = sonic.MoE(E, k, H, I, activation_function=swiglu, add_bias=False, std=H**-0.5)
+        made = theirs.MoE(E, k, H, I, activation_function=swiglu, add_bias=False, std=H**-0.5)
     made = made.to(device).bfloat16().train()
     for p in made.parameters():
         nn.init.normal_(p, std=H**-0.5)
     return made
 
 
-def moves(op: str, operands: dict[str, Any], missing: set[str]) -> Callable[[], Any] | None:
+def moves(op: str, operands: Any, missing: set[str]) -> Callable[[], Any] | None:
     """Transformer Engine's permute or unpermute of the same tokens, by a mask [T, E] as Megatron-LM calls it."""
-    te = imported("transformer_engine.pytorch", missing)
+    te = imported(MOVER_MODULE, missing)
     if te is None:
         return None
-    x, idx = operands["x"], operands["idx"]
-    mask = torch.zeros(len(x), operands["E"], dtype=torch.int32, device=x.device).scatter_(1, idx, 1)
+    x, idx = operands.x, operands.idx
+    mask = torch.zeros(len(x), operands.E, dtype=torch.int32, device=x.device).scatter_(1, idx, 1)
 
     def permute() -> Any:
         return te.moe_permute(x, mask, num_out_tokens=idx.numel(), map_type="mask")

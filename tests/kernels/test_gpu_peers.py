@@ -99,7 +99,7 @@ def test_transformer_engine_is_given_a_mask_of_the_same_choices(peers: Any, monk
 
     stand_in(monkeypatch, "transformer_engine.pytorch", moe_permute=moe_permute, moe_unpermute=moe_unpermute)
     x, idx = torch.randn(T, H), torch.rand(T, E).topk(K).indices
-    operands = {"x": x, "idx": idx, "E": E}
+    operands = types.SimpleNamespace(x=x, idx=idx, E=E)
     order = idx.flatten().argsort(stable=True)
     torch.testing.assert_close(peers.moves("permute", operands, set())()[0], x[order // K])
     torch.testing.assert_close(peers.moves("unpermute", operands, set())(), K * x)

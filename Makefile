@@ -49,7 +49,7 @@ test-gpu: $(STAMP)
 	TRITON_INTERPRET=0 $(PY) -m pytest -m gpu tests/gpu $(ARGS)
 
 bench-gpu: $(STAMP)
-	$(PY) benchmarks/gpu.py $(ARGS)
+	$(PY) -m benchmarks.gpu $(ARGS)
 
 bench: $(STAMP)
 	$(PY) benchmarks/step_time.py $(ARGS)

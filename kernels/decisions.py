@@ -1,9 +1,9 @@
 """Where low precision is slower than the wide program: measured layers, one row per device, recipe and shape.
 
 Casts cost bytes, products gain operations, and with small experts the casts win: users measure FP8 slower than bf16 on
-layers of 128 experts of width 768. No formula says where, so the table holds what `benchmarks/gpu.py --decide` measured
-on a device, and a shape that nothing like it was measured for has no verdict. `speedup` is wide time over narrow time,
-forward and backward.
+layers of 128 experts of width 768. No formula says where, so the table holds what was measured on a device (`python -m
+benchmarks.gpu --decide`), and a shape that nothing like it was measured for has no verdict. `speedup` is wide time over
+narrow time, forward and backward.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _malformed(file: Path, line: int, why: str) -> InputError:
         where=f"{file}:{line}",
         why=why,
         todo=f"columns {','.join(FIELDS)}; names, sizes of at least 1, a finite speedup above 0; "
-        "benchmarks/gpu.py --decide writes such tables",
+        "python -m benchmarks.gpu --decide writes such tables",
     )
 
 

@@ -98,7 +98,7 @@ def test_a_malformed_table_names_the_line(tmp_path: Path, text: str, line: int, 
 
 
 def test_what_was_measured_is_recorded_or_the_table_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from benchmarks import gpu
+    from benchmarks.gpu import __main__ as gpu
 
     table, measured = tmp_path / "kernels" / "decisions.csv", tmp_path / "gpu.csv"
     table.parent.mkdir()

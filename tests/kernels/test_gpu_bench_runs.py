@@ -1,10 +1,9 @@
-"""How `benchmarks/gpu.py` runs: time, memory and provenance of a figure, and what a failing case does to the others."""
+"""How `benchmarks.gpu` runs: time, memory and provenance of a figure, and what a failing case does to the others."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,15 +12,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import gpu
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import layers, memory, plot, records, step
+from benchmarks.gpu import machine as machines
+from benchmarks.gpu.cases import Case
 
-gpu_machine, gpu_records, gpu_step = (sys.modules[f"gpu_{name}"] for name in ("machine", "records", "step"))
-gpu_memory, gpu_layers, gpu_plot = sys.modules["gpu_memory"], gpu.gpu_layers, gpu.gpu_plot
-Case = gpu.Case
 ABOUT = {"commit": "abc", "device": "a GPU", "driver": "1", "clocks": "2", "torch": "", "triton": "", "date": ""}
 
 
-class Machine(gpu_machine.Machine):
+class Machine(machines.Machine):
     """Counts as a device, but computes on the CPU; `alive` are bytes that it says are allocated, call by call."""
 
     def __init__(self, *alive: int, fails: bool = False) -> None:
@@ -60,22 +59,22 @@ def test_a_case_that_fails_is_recorded_and_the_others_go_on(tmp_path: Path, caps
 
     def again(retry: bool = False, **changed: str) -> list[str]:
         ran.clear()
-        known = gpu_records.done(gpu_records.read(file), {**ABOUT, **changed}, retry)
+        known = records.done(records.read(file), {**ABOUT, **changed}, retry)
         gpu.run_all(Machine(), cases, file, known, end=float("inf"))
         return list(ran)
 
     assert again() == ["a", "b", "c"]
-    rows = gpu_records.read(file)
+    rows = records.read(file)
     assert [r["error"] for r in rows] == ["", "OutOfMemoryError: out of memory", ""]
     assert [r["ms"] for r in rows] == ["1.5", "", "1.5"]
     assert "failed: OutOfMemoryError" in capsys.readouterr().out
     assert again() == []
     assert again(retry=True) == ["b"]
     assert again(commit="other") == ["a", "b", "c"]
-    text = gpu_records.table(rows, [("ops", n, "triton") for n in "abcd"])
+    text = records.table(rows, [("ops", n, "triton") for n in "abcd"])
     assert "| b | OutOfMemoryError |" in text
     assert "| d | not yet measured |" in text
-    assert gpu_records.decide([{**r, "part": "layers", "case": "x, forward"} for r in rows])[0] == []
+    assert records.decide([{**r, "part": "layers", "case": "x, forward"} for r in rows])[0] == []
 
 
 def test_a_lost_device_ends_the_run_and_the_next_one_goes_on_behind_it(tmp_path: Path) -> None:
@@ -84,7 +83,7 @@ def test_a_lost_device_ends_the_run_and_the_next_one_goes_on_behind_it(tmp_path:
     with pytest.raises(SystemExit):
         gpu.run_all(Machine(fails=True), cases, file, set(), end=float("inf"))
     assert ran == ["a"]
-    gpu.run_all(Machine(), cases, file, gpu_records.done(gpu_records.read(file), ABOUT, False), end=float("inf"))
+    gpu.run_all(Machine(), cases, file, records.done(records.read(file), ABOUT, False), end=float("inf"))
     assert ran == ["a", "b"]
 
 
@@ -122,7 +121,7 @@ def test_no_case_is_begun_that_would_end_too_late(
 def test_rows_of_other_columns_are_not_mixed(tmp_path: Path) -> None:
     (tmp_path / "gpu.csv").write_text("part,case\nops,a\n")
     with pytest.raises(SystemExit, match="other columns"):
-        gpu_records.read(tmp_path / "gpu.csv")
+        records.read(tmp_path / "gpu.csv")
 
 
 def test_a_short_call_is_timed_behind_its_launches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,10 +141,10 @@ def test_a_short_call_is_timed_behind_its_launches(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda clocks: said.append(f"wait {clocks > 1e5}"), raising=False)
     machine = SimpleNamespace(device=torch.device("cuda"), flush=SimpleNamespace(zero_=lambda: said.append("flush")))
-    machine._once = lambda call: gpu_machine.Machine._once(machine, call)
+    machine._once = lambda call: machines.Machine._once(machine, call)
     for hide, between in ((True, ["wait True"]), (False, [])):
         said.clear()
-        ms = gpu_machine.Machine.times(machine, lambda: said.append("call"), 5, hide_launches=hide)
+        ms = machines.Machine.times(machine, lambda: said.append("call"), 5, hide_launches=hide)
         assert ms == [0.5] * 5
         assert said[7:] == ["flush", *between, "event", "call", "event"] * 5
 
@@ -157,7 +156,7 @@ def test_slow_calls_are_repeated_less_often(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     machine = SimpleNamespace(device=torch.device("cuda"), flush=SimpleNamespace(zero_=lambda: None))
     machine._once = lambda call: (call(), (0.2, 1e-4))[1]
-    assert len(gpu_machine.Machine.times(machine, lambda: calls.append(1))) == 5
+    assert len(machines.Machine.times(machine, lambda: calls.append(1))) == 5
     assert len(calls) == 2 + 5 + 5
 
 
@@ -172,9 +171,9 @@ class Model(nn.Module):
 
 def test_the_peak_of_a_step_counts_from_before_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(300, 900)  # what earlier cases and the flushed buffer hold; then with the model
-    monkeypatch.setattr(gpu_step, "_model", lambda small: Model())
-    monkeypatch.setattr(gpu_step, "compiled", lambda model: model)
-    (found,) = gpu_step.measure(machine, "hf grouped_mm compiled", small=True)
+    monkeypatch.setattr(step, "_model", lambda small: Model())
+    monkeypatch.setattr(step, "compiled", lambda model: model)
+    (found,) = step.measure(machine, "hf grouped_mm compiled", small=True)
     assert machine.baselines == [300]
     assert found["peak_mib"] == "7"
     assert found["tokens_per_s"] == "16000"
@@ -183,7 +182,7 @@ def test_the_peak_of_a_step_counts_from_before_its_model(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1000)
     device = SimpleNamespace(device=torch.device("cuda"))
-    assert gpu_machine.Machine.peak_beyond(device, 300, lambda: "found") == ("found", 700)
+    assert machines.Machine.peak_beyond(device, 300, lambda: "found") == ("found", 700)
 
 
 class Narrow(torch.autograd.Function):
@@ -204,19 +203,19 @@ class Narrow(torch.autograd.Function):
 def test_what_is_saved_is_told_apart() -> None:
     T, H, E = 6, 8, 4
     x, w = torch.randn(1, T, H, requires_grad=True), torch.randn(E, 5, H)
-    found = gpu_memory.saved(Machine(0, 0), lambda: Narrow.apply(x, w, None), x, [w], E)
+    found = memory.saved(Machine(0, 0), lambda: Narrow.apply(x, w, None), x, [w], E)
     want = {"activations": T * 2 * 4, "input": T * H * 4, "weights": E * 5 * H}
     assert found == want
-    columns = gpu_memory.columns({**want, "input": 300 << 20}, [w])
+    columns = memory.columns({**want, "input": 300 << 20}, [w])
     assert columns["saved_input_mib"] == "300"
     assert float(columns["weights_mib"]) == pytest.approx(w.numel() * 4 / 2**20, rel=1e-3)
     assert float(columns["saved_mib"]) == pytest.approx(T * 2 * 4 / 2**20, rel=1e-3)
 
     # the device holds a clone of x more than autograd was told of
     held = sum(want.values()) + T * H * 4  # of these, x was there before; the output is there, too
-    found = gpu_memory.saved(Machine(1000, 1000 + held), lambda: Narrow.apply(x, w, []), x, [w], E)
+    found = memory.saved(Machine(1000, 1000 + held), lambda: Narrow.apply(x, w, []), x, [w], E)
     assert found["activations"] == want["activations"] + T * H * 4
-    none = gpu_memory.saved(Machine(0, 0), lambda: x.detach() + 1, x, [w], E)
+    none = memory.saved(Machine(0, 0), lambda: x.detach() + 1, x, [w], E)
     assert none == {"activations": 0, "input": 0, "weights": 0}
 
 
@@ -229,7 +228,7 @@ def test_compiled_layers_are_compiled_for_their_own_sizes(monkeypatch: pytest.Mo
 
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **given: real(model, backend=backend, **given))
-    machine = gpu_machine.Machine("cpu")
+    machine = machines.Machine("cpu")
 
     def run(compile_: Any, fresh: bool) -> list[bool]:
         symbolic.clear()
@@ -240,7 +239,7 @@ def test_compiled_layers_are_compiled_for_their_own_sizes(monkeypatch: pytest.Mo
             compile_(nn.ReLU())(torch.ones(rows, 3))
         return list(symbolic)
 
-    assert run(gpu_layers.compiled, fresh=True) == [False] * 3
+    assert run(layers.compiled, fresh=True) == [False] * 3
     assert any(run(torch.compile, fresh=False))  # what it is for
 
 
@@ -250,10 +249,11 @@ def git(root: Path, *command: str) -> None:
 
 
 def test_where_a_figure_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = gpu_machine.source
+    source = machines.source
     root = tmp_path / "copy"
-    (root / "benchmarks" / "results").mkdir(parents=True)
-    script, kernel = root / "benchmarks" / "gpu_machine.py", root / "kernels" / "k.py"
+    script, kernel = root / "benchmarks" / "gpu" / "machine.py", root / "kernels" / "k.py"
+    for folder in (script.parent, root / "benchmarks" / "results"):
+        folder.mkdir(parents=True)
     script.write_text("1\n")
     alone = source(root)
     assert alone.startswith("sources-")
@@ -278,18 +278,18 @@ def test_where_a_figure_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         kernel.unlink()
     monkeypatch.setenv("PATH", str(tmp_path / "nothing here"))
     assert source(root) == alone
-    assert gpu_machine._nvidia_smi("driver_version") == "unknown"
+    assert machines._nvidia_smi("driver_version") == "unknown"
 
 
 def test_drawings_are_of_what_was_measured(tmp_path: Path) -> None:
     row = {"part": "ops", "case": "permute, FP8-Flow", "provider": "triton", "ms": "1", "fraction": "0.5", "error": ""}
     rows = [{**row, "device": "cpu", "commit": "a"}]
-    assert gpu_plot.plot([], tmp_path) == gpu_plot.plot(rows, tmp_path) == []
+    assert plot.plot([], tmp_path) == plot.plot(rows, tmp_path) == []
     assert list(tmp_path.iterdir()) == []
     pytest.importorskip("matplotlib")
     layer = {"part": "layers", "case": "OLMoE, forward", "provider": "moefx bf16", "flop": "1e12"}
     rows += [
         {**row, **more, "device": "a GPU", "commit": "b"} for more in ({}, layer, {**layer, "error": "no", "ms": ""})
     ]
-    assert [f.name for f in gpu_plot.plot(rows, tmp_path)] == ["gpu_ops.png", "gpu_layers.png"]
+    assert [f.name for f in plot.plot(rows, tmp_path)] == ["gpu_ops.png", "gpu_layers.png"]
     assert all(f.stat().st_size > 1000 for f in tmp_path.iterdir())

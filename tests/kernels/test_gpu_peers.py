@@ -1,4 +1,4 @@
-"""What `benchmarks/gpu_peers.py` asks of other projects, with stand-ins for them: none is installed here."""
+"""What `benchmarks/gpu/peers.py` asks of other projects, with stand-ins for them: none is installed here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-SOURCE = Path(__file__).parents[2] / "benchmarks" / "gpu_peers.py"
+SOURCE = Path(__file__).parents[2] / "benchmarks" / "gpu" / "peers.py"
 T, H, I, E, K = 12, 32, 16, 4, 2
 
 

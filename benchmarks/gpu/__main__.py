@@ -1,10 +1,10 @@
 """Kernels, layers and a training step on one GPU: `make bench-gpu`.
 
-    python benchmarks/gpu.py [--parts peaks ops layers step] [--minutes 8.5] [--only TEXT] [--retry]
-    python benchmarks/gpu.py --device cpu --small --out DIR      tries the script where there is no GPU
-    python benchmarks/gpu.py --table                             the tables of docs/performance.md
-    python benchmarks/gpu.py --plot                              their drawings, from results/gpu.csv
-    python benchmarks/gpu.py --decide                            layers as rows of kernels/decisions.csv
+    python -m benchmarks.gpu [--parts peaks ops layers step] [--minutes 8.5] [--only TEXT] [--retry]
+    python -m benchmarks.gpu --device cpu --small --out DIR      tries the script where there is no GPU
+    python -m benchmarks.gpu --table                             the tables of docs/performance.md
+    python -m benchmarks.gpu --plot                              their drawings, from results/gpu.csv
+    python -m benchmarks.gpu --decide                            layers as rows of kernels/decisions.csv
 
 Every run first measures what the machine can do (copy bandwidth, GEMM rates); each figure stands beside its floor: the
 larger of its bytes over the copy bandwidth and its operations over the GEMM rate. One row per case and provider goes to
@@ -15,7 +15,7 @@ peers. A case that fails leaves a row that says with what, and is tried again wi
 
 Operands are random numbers, not zeros. Times are medians of device events over up to 30 calls with the L2 cache flushed
 in between, after warm-up; those of single ops begin when the host has launched all of a call. What is not installed of
-the peers (gpu_peers.py) is left out and named at the end. FLOP convention of the layer as in SonicMoE and Liger:
+the peers (peers.py) is left out and named at the end. FLOP convention of the layer as in SonicMoE and Liger:
 6 S H I forward, 12 S H I backward.
 """
 
@@ -30,23 +30,19 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-import gpu_layers
-import gpu_ops
-import gpu_plot
-import gpu_step
-from gpu_cases import Case
-from gpu_machine import Machine, measure_peaks
-from gpu_records import append, done, read, record, row_of, table
+from . import layers, ops, plot, step
+from .cases import Case
+from .machine import Machine, measure_peaks
+from .records import append, done, read, record, row_of, table
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 PARTS = ("peaks", "ops", "layers", "step")
 SECONDS = {"ops": 5.0, "layers": 60.0, "step": 90.0}  # of a case, until one of its part was longer
 
 
 def every_case(device: str = "cuda", small: bool = False) -> list[Case]:
     """All cases, by part."""
-    return [*gpu_ops.cases(device, small), *gpu_layers.cases(device, small), *gpu_step.cases(device, small)]
+    return [*ops.cases(device, small), *layers.cases(device, small), *step.cases(device, small)]
 
 
 def planned() -> list[tuple[str, str, str]]:
@@ -72,7 +68,7 @@ def run_case(machine: Any, case: Case, missing: set[str], file: Path) -> bool:
         print(f"{case.part:7} {row['case']:56} {case.provider:22} {figures}", flush=True)
     if not failed and (case.part == "ops" or not rows):
         return True  # nothing was left behind, or operands of the next one
-    gpu_ops.release()
+    ops.release()
     try:
         machine.fresh()  # not before the error is forgotten, which holds the tensors of its frames
     except Exception as error:
@@ -92,12 +88,12 @@ def run_all(machine: Any, cases: Iterable[Case], file: Path, known: set[tuple[st
             print(f"time is over with {len(left) - i} cases left; run again to go on with {case.names[0]}")
             break
         if case.part != "ops":
-            gpu_ops.release()
+            ops.release()
         begun = True
         if not run_case(machine, case, missing, file):
             sys.exit(1)
         longest[case.part] = max(longest[case.part], time.monotonic() - begin)
-    gpu_ops.release()
+    ops.release()
     return missing
 
 
@@ -119,11 +115,11 @@ def main() -> None:
         print(table(read(file), planned()))
         return
     if args.plot:
-        drawn = gpu_plot.plot(read(file), args.out)
+        drawn = plot.plot(read(file), args.out)
         print("\n".join(map(str, drawn)) or f"not yet measured: {file} has no row of a GPU, nothing is drawn")
         return
     if args.decide:
-        record(file, Path(__file__).parents[1] / "kernels" / "decisions.csv")
+        record(file, Path(__file__).parents[2] / "kernels" / "decisions.csv")
         return
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("no CUDA device here: every row stays 'not yet measured' (--device cpu --small tries the script)")

@@ -1,4 +1,4 @@
-"""What a layer's forward keeps for its backward, for `gpu_layers`: activations, its input, and copies of weights."""
+"""What a layer's forward keeps for its backward, for `layers`: activations, its input, and copies of weights."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import gpu_layers
+from . import layers
 
 FIELDS = (
     "part", "case", "provider", "ms", "q1", "q3", "rows", "bytes", "flop", "floor_ms", "fraction", "saved_mib",
@@ -116,12 +116,12 @@ def decide(rows: list[Row]) -> tuple[list[dict[str, Any]], list[str]]:
             sum(ms.get((device, shape, f"moefx {recipe} {way}"), float("nan")) for way in ("forward", "backward"))
             for recipe in ("bf16", "fp8_flow")
         )
-        if shape not in gpu_layers.LAYERS:
-            skipped.append(f"{shape} on {device}: no layer of this name in gpu_layers.LAYERS")
+        if shape not in layers.LAYERS:
+            skipped.append(f"{shape} on {device}: no layer of this name in layers.LAYERS")
         elif wide / narrow != wide / narrow:
             skipped.append(f"{shape} on {device}: not measured under bf16 and fp8_flow, forward and backward")
         else:
-            sizes = dict(zip("THIEk", gpu_layers.LAYERS[shape], strict=True))
+            sizes = dict(zip("THIEk", layers.LAYERS[shape], strict=True))
             found.append({"device": device, "recipe": "fp8_flow", **sizes, "speedup": f"{wide / narrow:.3f}"})
     return found, skipped
 

@@ -1,4 +1,4 @@
-"""MoE layers and permutes of other projects for `gpu.py`, as far as they are installed; none is a dependency.
+"""MoE layers and permutes of other projects for `benchmarks.gpu`, as far as they are installed; none is a dependency.
 
     pip install liger-kernel            pip install transformer-engine[pytorch]
     pip install git+https://github.com/shawntan/scattermoe       SonicMoE: its README (Hopper and newer)

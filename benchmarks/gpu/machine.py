@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SOURCES = ("moefx", "kernels", "passes", "models", "benchmarks")  # what a measured figure depends on
 REPEATS, WARM_UP = 30, 10
 SECONDS = 0.6  # of repeats of one call; a slow one is repeated less often
@@ -139,7 +139,7 @@ def source(root: Path) -> str:
     Rows are skipped in a later run if their source is the same, so that it must be known without git, too.
     """
     git = ("git", "-C", str(root))
-    tracked = _said(*git, "ls-files", "--error-unmatch", f"benchmarks/{Path(__file__).name}")  # else: another's folder
+    tracked = _said(*git, "ls-files", "--error-unmatch", str(Path(__file__).relative_to(ROOT)))  # else: another's
     commit = _said(*git, "rev-parse", "--short", "HEAD") if tracked else None
     changed = _said(*git, "status", "--porcelain", "--", *SOURCES, ":(exclude)benchmarks/results") if commit else None
     if commit and changed == "":

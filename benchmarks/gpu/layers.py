@@ -1,15 +1,15 @@
-"""Whole MoE layers for `gpu.py`, against transformers' own and those of `gpu_peers`."""
+"""Whole MoE layers for `benchmarks.gpu`, against transformers' own and those of `peers`."""
 
 from __future__ import annotations
 
 import statistics
 from typing import Any
 
-import gpu_memory
-import gpu_peers
 import torch
-from gpu_cases import DECISIVE, LAST, USUAL, Case, Found
 from torch import nn
+
+from . import memory, peers
+from .cases import DECISIVE, LAST, USUAL, Case, Found
 
 Tensor = torch.Tensor
 # T, H, I, E, k: the shapes that peers publish (SonicMoE, Liger, FP8-Flow-MoE, DeepGEMM, torchtitan). All are measured
@@ -45,7 +45,7 @@ LAYERS = {
 FIRST = ("Qwen3-30B T=8192", "Qwen3-30B T=32768")
 SMALL = {"small": (64, 128, 128, 8, 2)}
 COMPARED = ("moefx bf16", "moefx fp8_flow", "hf grouped_mm compiled")  # of all layers before the other arms of any
-ARMS = (*COMPARED, "hf grouped_mm", "hf eager", *gpu_peers.LAYERS)
+ARMS = (*COMPARED, "hf grouped_mm", "hf eager", *peers.LAYERS)
 WAYS = ("forward", "backward", "forward inference")
 
 
@@ -78,7 +78,7 @@ def _arm(arm: str, shape: tuple[int, ...], device: str, x: Tensor, missing: set[
     if arm.startswith("hf"):
         block = _block(shape, device, arm.split()[1])
         return compiled(block) if arm.endswith("compiled") else block
-    return gpu_peers.layer(arm, shape, device, lambda: _block(shape, device, "eager"), missing)
+    return peers.layer(arm, shape, device, lambda: _block(shape, device, "eager"), missing)
 
 
 def measure(machine: Any, missing: set[str], shape: tuple[int, ...], arm: str) -> list[Found] | None:
@@ -86,7 +86,7 @@ def measure(machine: Any, missing: set[str], shape: tuple[int, ...], arm: str) -
 
     Peak memory is that of forward and backward beyond weights and input, which live before and after.
     """
-    if arm in gpu_peers.LAYERS and gpu_peers.imported(gpu_peers.LAYERS[arm], missing) is None:
+    if arm in peers.LAYERS and peers.imported(peers.LAYERS[arm], missing) is None:
         return None
     T, H, I, E, k = shape
     device = machine.device.type
@@ -115,11 +115,11 @@ def measure(machine: Any, missing: set[str], shape: tuple[int, ...], arm: str) -
             forward()
 
     both()
-    kept = gpu_memory.columns(gpu_memory.saved(machine, forward, x, parameters, E), parameters)
+    kept = memory.columns(memory.saved(machine, forward, x, parameters, E), parameters)
     _, peak = machine.peak_beyond(machine.allocated(), both)
     fw, fwbw = machine.times(forward), machine.times(both)
     flop, rate = 6 * T * k * H * I, "fp8" if "fp8" in arm else "bf16"
-    more = {"rate": rate, "rows": T * k, **kept, "peak_mib": f"{peak / gpu_memory.MIB:.0f}"}
+    more = {"rate": rate, "rows": T * k, **kept, "peak_mib": f"{peak / memory.MIB:.0f}"}
     backward = [t - statistics.median(fw) for t in fwbw]
     found = [{"ms": fw, "flop": flop, **more}, {"ms": backward, "flop": 2 * flop, **more}]
     inference()

@@ -1,4 +1,4 @@
-"""A training step with AdamW for `gpu.py`: moefx against `torch.compile` of transformers' model with grouped_mm."""
+"""A training step with AdamW: moefx against `torch.compile` of transformers' model with grouped_mm."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import statistics
 from typing import Any
 
 import torch
-from gpu_cases import DECISIVE, Case, Found
-from gpu_layers import compiled
-from gpu_memory import MIB
 from torch import nn
+
+from .cases import DECISIVE, Case, Found
+from .layers import compiled
+from .memory import MIB
 
 ARMS = ("moefx bf16", "moefx fp8_flow", "hf grouped_mm compiled")
 NAME = "Qwen3-MoE 1.3B, 16 x 1024 tokens"

@@ -1,4 +1,4 @@
-"""Operands of single ops for `gpu_ops`: sizes, routings and tensors, each made when it is first asked for."""
+"""Operands of single ops for `ops`: sizes, routings and tensors, each made when it is first asked for."""
 
 from __future__ import annotations
 

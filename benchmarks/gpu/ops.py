@@ -1,4 +1,4 @@
-"""Single ops for `gpu.py`: with which operands, how many bytes they move, and how many operations they are.
+"""Single ops for `benchmarks.gpu`: with which operands, how many bytes they move, and how many operations they are.
 
 Bytes are those of models that read each operand and write each result once: bf16 two bytes, FP8 codes one and 1/32 for
 their scales, row maps eight an entry. Shapes: FP8-Flow-MoE's (4096 tokens, H=7168, I=2048, 256 experts, top-8; arXiv
@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import gpu_peers
 import torch
-from gpu_cases import DECISIVE, LAST, USUAL, Case, Found
-from gpu_operands import Operands
 
 from moefx.kernels import registry, symmetric
+
+from . import peers
+from .cases import DECISIVE, LAST, USUAL, Case, Found
+from .operands import Operands
 
 ops = torch.ops.moefx
 ROW, COLUMN, TILE = (f"e4m3 {block} po2/rceil eps=1e-10" for block in ("1x128", "128x1", "128x128"))
@@ -250,13 +251,13 @@ def _calls(provider: str) -> int:
 
 
 def _measure(machine: Any, missing: set[str], name: str, provider: str, *where: Any) -> list[Found] | None:
-    if provider == gpu_peers.MOVER and gpu_peers.imported(gpu_peers.MOVER_MODULE, missing) is None:
+    if provider == peers.MOVER and peers.imported(peers.MOVER_MODULE, missing) is None:
         return None
     o = _operands(where[0], machine.device.type, where[1], OPS[name].align)
     call = OPS[name].make(o)
     work = {"bytes": int(call.bytes), "flop": int(call.flop), "rate": call.rate, "rows": o.S}
-    if provider == gpu_peers.MOVER:
-        theirs = gpu_peers.moves(name, o, missing)
+    if provider == peers.MOVER:
+        theirs = peers.moves(name, o, missing)
         return None if theirs is None else [{"ms": machine.times(theirs, hide_launches=True), **work}]
     with registry.preferring(provider):
         before = _calls(provider)
@@ -271,7 +272,7 @@ def _providers(name: str, kind: str) -> tuple[str, ...]:
     op = OPS[name]
     if kind != "random":
         return ("triton", op.against) if op.against != "reference" else ("triton",)
-    return ("triton", op.against, *((gpu_peers.MOVER,) if name in gpu_peers.MOVES else ()))
+    return ("triton", op.against, *((peers.MOVER,) if name in peers.MOVES else ()))
 
 
 def cases(device: str = "cuda", small: bool = False) -> list[Case]:

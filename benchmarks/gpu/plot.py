@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import gpu_layers
+from . import layers
 
 OPS_SHOWN = ("triton", "torch_grouped", "transformer_engine")
 
@@ -38,14 +38,14 @@ def plot(rows: list[dict[str, str]], folder: Path) -> list[Path]:
     """Write gpu_ops.png and gpu_layers.png; without a row of a GPU, none."""
     rows = [r for r in rows if r["device"] != "cpu"]
     ops = _series(_last(rows, "ops"), OPS_SHOWN, lambda r: float(r["fraction"]))
-    layers = _series(
-        {key: r for key, r in _last(rows, "layers").items()}, gpu_layers.ARMS,
+    whole = _series(
+        {key: r for key, r in _last(rows, "layers").items()}, layers.ARMS,
         lambda r: float(r["flop"]) / float(r["ms"]) / 1e9,
     )  # fmt: skip
     drawn = []
     for name, (names, series), label in (
         ("gpu_ops.png", ops, "share of the floor's speed; 1: nothing is left"),
-        ("gpu_layers.png", layers, "TFLOP/s (6 S H I forward, 12 S H I backward)"),
+        ("gpu_layers.png", whole, "TFLOP/s (6 S H I forward, 12 S H I backward)"),
     ):
         if not names:
             continue

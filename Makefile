@@ -70,7 +70,8 @@ $(TRITON_ASIDE):
 	$(PIP) install -q --no-deps --upgrade --target $@.part triton==$(TRITON_OLDEST)
 	@mv $@.part $@
 
-# On a machine with a CUDA device. Kernels are compiled, not interpreted.
+# On a machine with a CUDA device. Kernels are compiled, not interpreted, which takes most of the time: ARGS="-n 8" shares
+# it out where pytest-xdist is installed.
 test-gpu: $(STAMP)
 	TRITON_INTERPRET=0 $(PY) -m pytest -m gpu tests/gpu $(ARGS)
 

@@ -50,6 +50,14 @@ def compare(name: str, args: tuple[Any, ...], provider: str, what: str = "", twi
     """
     what = f"{name} {what} by {provider}"
     got, want = run(name, args, provider), run(name, args, "reference")
+    if name == "scaled_grouped_mm_quantize":
+        # A sum in another order may fall on the other side of a scale's boundary, which moves a block of codes: those
+        # must be the codes of the kernel's own product.
+        with registry.preferring("reference"):
+            cast = list(ops.quantize(got[0], args[4], args[8], 1))
+        for g, w in zip(got[1:], cast, strict=True):
+            assert torch.equal(bits(g), bits(w)), f"{what}: {int((bits(g) != bits(w)).sum())} are not of the product"
+        want[1:] = cast
     for g, a, w in zip(got, run(name, args, provider) if twice else got, want, strict=True):
         assert torch.equal(bits(g), bits(a)), f"{what}: two runs differ"
         assert (g.shape, g.dtype) == (w.shape, w.dtype), what

@@ -1,7 +1,9 @@
-# make train | test | lint | nightly | bench | test-gpu | bench-gpu | clean      options for the command: make test ARGS="-k dialect -x"
+# make train | test | lint | nightly | sass-oldest | bench | test-gpu | bench-gpu | clean      options for the command: make test ARGS="-k dialect -x"
 # The first one creates $(VENV) and installs moefx into it; later ones only after pyproject.toml or constraints.txt change.
+# SYSTEM=1: without a network, on top of what $(PYTHON) has installed (torch, triton, pytest, ...), whatever its versions.
 
-VENV ?= .venv
+SYSTEM ?=
+VENV ?= $(if $(SYSTEM),.venv-system,.venv)
 PYTHON ?= python3
 
 # Always the environment's own interpreter, by path: another active environment does not matter.
@@ -14,14 +16,25 @@ TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 SOURCES := pyproject.toml LICENSE $(wildcard README.md) moefx passes kernels models
 CHECKED := $(abspath $(VENV))/checked-wheel
 
-.PHONY: help venv train test test-gpu lint nightly bench bench-gpu clean
+.PHONY: help venv train test test-gpu lint nightly sass-oldest bench bench-gpu clean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '1,2s/^# //p' Makefile
+	@sed -n '1,3s/^# //p' Makefile
 
 venv: $(STAMP)
 
+ifneq ($(SYSTEM),)
+# The environment sees the packages of $(PYTHON) by a .pth file: --system-site-packages would see those of the Python that
+# $(PYTHON) was made from, where it is an environment itself. pip and setuptools are $(PYTHON)'s, too. PYTHONPATH alone
+# would not do: moefx.passes, moefx.kernels and moefx.models lie elsewhere (pyproject.toml), which an install records.
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv --without-pip --clear $(VENV)
+	$(PYTHON) -c 'import sys; print("import site; list(map(site.addsitedir, %r))" % [p for p in sys.path[1:] if "-packages" in p])' \
+	  >"$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages-of-system.pth"
+	$(PIP) install --no-index --no-deps --no-build-isolation -e .
+	@touch $@
+else
 # torch goes first and by its exact version: resolved from a range, it may come with gigabytes of CUDA packages.
 # setuptools comes before moefx because the build uses it from the environment, pinned, not a fresh download.
 $(STAMP): pyproject.toml constraints.txt
@@ -33,6 +46,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) install -c constraints.txt setuptools
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
+endif
 
 train: $(STAMP)
 	$(abspath $(VENV))/bin/moefx train $(ARGS)
@@ -44,7 +58,20 @@ test: $(STAMP)
 nightly: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal -m nightly $(ARGS)
 
-# On a machine with a CUDA device. Kernels are compiled, not interpreted.
+# The gates on machine code with the oldest Triton that pyproject.toml allows, which lies beside the environment's own.
+# Ten minutes of a core and a download of 190 MB, hence no part of other targets. Some modules: ARGS="permute glu".
+TRITON_OLDEST := $(shell sed -n 's/^ *"triton>=\([0-9.]*\).*/\1/p' pyproject.toml | awk -F. '{ print $$1 "." $$2 "." $$3 + 0 }')
+TRITON_ASIDE := $(abspath $(VENV))/triton-$(TRITON_OLDEST)
+
+sass-oldest: $(STAMP) $(TRITON_ASIDE)
+	TRITON_INTERPRET=0 PYTHONPATH=$(TRITON_ASIDE) $(PY) -m moefx.kernels.gpu.sass $(ARGS) --target sm_90
+
+$(TRITON_ASIDE):
+	$(PIP) install -q --no-deps --upgrade --target $@.part triton==$(TRITON_OLDEST)
+	@mv $@.part $@
+
+# On a machine with a CUDA device. Kernels are compiled, not interpreted, which takes most of the time: ARGS="-n 8" shares
+# it out where pytest-xdist is installed.
 test-gpu: $(STAMP)
 	TRITON_INTERPRET=0 $(PY) -m pytest -m gpu tests/gpu $(ARGS)
 

@@ -11,7 +11,7 @@ import itertools
 
 import torch
 
-from .registry import register, register_triton
+from .registry import holds, register, register_triton
 
 Tensor = torch.Tensor
 
@@ -102,6 +102,9 @@ def grouped_wgrad_library(a_SM: Tensor, b_SN: Tensor, offsets: Tensor) -> Tensor
 
 
 EXPERTS = 1024  # a program of the Triton kernels holds the offsets of all experts in its registers
+# Bytes of shared memory that the largest tile takes as compiled for ROCm (`sass --target gfx950`): the stages of a
+# product, and those of one whose rows are gathered along the depth.
+SHARED, SHARED_GATHERED = 147_456, 245_760
 
 
 def _narrow(*operands: Tensor) -> bool:
@@ -112,20 +115,24 @@ def _few_experts(offsets: Tensor) -> bool:
     return offsets.shape[0] <= EXPERTS + 1
 
 
-register_triton("grouped_mm", "grouped_mm:grouped_mm", lambda x, w, offsets: _narrow(x, w) and _few_experts(offsets))
-register_triton("grouped_wgrad", "grouped_mm:grouped_wgrad", lambda a, b, offsets: _narrow(a, b))
+def _mm(x: Tensor, w: Tensor, offsets: Tensor) -> bool:
+    return _narrow(x, w) and _few_experts(offsets) and holds(x, SHARED)
+
+
+def _gathered_wgrad(dy: Tensor, x: Tensor, token: Tensor, slot: Tensor, offsets: Tensor, flip: bool = False) -> bool:
+    return _narrow(dy, x) and holds(dy, SHARED_GATHERED)
+
+
+register_triton("grouped_mm", "grouped_mm:grouped_mm", _mm)
+register_triton("grouped_wgrad", "grouped_mm:grouped_wgrad", lambda a, b, offsets: _narrow(a, b) and holds(a, SHARED))
 register_triton(
     "permute_grouped_mm",
     "grouped_mm:permute_grouped_mm",
-    lambda x, token, slot, w, offsets: _narrow(x, w) and _few_experts(offsets),
+    lambda x, token, slot, w, offsets: _mm(x, w, offsets),
 )
 register_triton(
     "permute_grouped_mm_glu",
     "grouped_mm:permute_grouped_mm_glu",
-    lambda x, token, slot, w, offsets, w_rows, kind: _narrow(x, w) and _few_experts(offsets),
+    lambda x, token, slot, w, offsets, w_rows, kind: _mm(x, w, offsets),
 )
-register_triton(
-    "permute_grouped_wgrad",
-    "grouped_mm:permute_grouped_wgrad",
-    lambda dy, x, token, slot, offsets, flip=False: _narrow(dy, x),
-)
+register_triton("permute_grouped_wgrad", "grouped_mm:permute_grouped_wgrad", _gathered_wgrad)

@@ -86,6 +86,18 @@ def wide(*tensors: torch.Tensor | None) -> bool:
     return all(t is None or t.dtype in WIDE for t in tensors)
 
 
+def holds(t: torch.Tensor, shared: int) -> bool:
+    """Whether tiles of that many bytes of shared memory fit a multiprocessor of the device of `t`.
+
+    Asked on ROCm alone: a workgroup has 64 KiB on gfx942 and 160 KiB on gfx950, and a launch of more is an error. Tiles
+    are made for sm_90 and sm_100, which have 227 KiB.
+    """
+    if torch.version.hip is None or not torch.cuda.is_available():
+        return True
+    here: int = torch.cuda.get_device_properties(t.device).shared_memory_per_block
+    return shared <= here
+
+
 def choose(op: str, *args: Any) -> Provider:
     """The provider that would compute `op` of `args`, which may be fake tensors of a device that is not here."""
     for provider in _TABLE[op].providers:

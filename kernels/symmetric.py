@@ -16,12 +16,14 @@ from . import registry
 
 Tensor = torch.Tensor
 LEAST_ROWS = 256
+SHARED = 98_304  # bytes of shared memory that a tile takes as compiled for ROCm
 
 
 def _supports(x: Tensor, *_: object) -> bool:
     followed = torch.is_grad_enabled() and x.requires_grad
     m, n = x.shape[-2:]
-    return x.dtype in (torch.bfloat16, torch.float16) and m >= LEAST_ROWS and m % 16 == n % 16 == 0 and not followed
+    whole = m >= LEAST_ROWS and m % 16 == n % 16 == 0
+    return x.dtype in (torch.bfloat16, torch.float16) and whole and not followed and registry.holds(x, SHARED)
 
 
 registry.register_triton("gram", "symmetric:gram", _supports)

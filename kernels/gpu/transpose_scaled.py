@@ -119,6 +119,8 @@ def transpose_scaled(
     """Codes [..., M, N] and scales of `to_spec`, the transposed `spec`, as the dialect's `transpose_scaled`."""
     a, b = Layout.of(spec), Layout.of(to_spec, align)
     by_words = rule == "tile_max" and a.ELEM == "e4m3" and (a.BR, a.BC) == (1, 128) and codes.shape[-1] % 128 == 0
+    if codes.is_contiguous() and codes.storage_offset() % 4 != 0:
+        by_words = False  # no words of four can be read there; a copy would cost as much as the kernel
     if not by_words:
         return shift(codes, scales, offsets, spec, to_spec, align, tight=rule == "tight")
     codes, scales = codes.contiguous(), scales.contiguous()

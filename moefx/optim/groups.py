@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
@@ -215,6 +213,9 @@ def _nearest_path(path: str, known: set[str]) -> str:
 
 
 def _print(groups: list[dict[str, Any]], title: str, frozen: int) -> None:
+    from rich.console import Console  # here: training needs nothing that draws tables
+    from rich.table import Table
+
     table = Table(title=f"parameter groups of {title}", caption=f"{frozen} frozen tensors left out" if frozen else None)
     table.add_column("role")
     table.add_column("algorithm")

@@ -1,4 +1,9 @@
-"""Operands of every dialect op that has a kernel, at sizes that are odd on purpose, under three routings."""
+"""Operands of every op that has a Triton kernel, at sizes that are odd on purpose, under three routings.
+
+A name is that of an op, or of an op and what is special about the operands: "transpose_scaled tile_max". A new op needs
+an entry in OPERANDS, and in `checks.EXPECTED` if float64 says something about it; tests/kernels/test_gpu_cases.py fails
+until it has one, and runs each entry without a GPU.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +12,13 @@ from typing import Any
 
 import torch
 
-import moefx.dialect  # noqa: F401  registers the ops
+import moefx.dialect
+import moefx.kernels.symmetric  # noqa: F401  both register ops
 
 Tensor = torch.Tensor
 ops = torch.ops.moefx
 ROW, COLUMN, TILE = (f"e4m3 {block} po2/rceil eps=1e-10" for block in ("1x128", "128x1", "128x128"))
+MXFP4, WIDENED = "e2m1 1x32 e8m0/rceil", "e4m3 128x1 po2/rceil"
 DEVICE = "cuda"  # tests/kernels/test_gpu_cases.py tries the operands on a CPU
 ROUTINGS = ("balanced", "skewed", "adversarial")
 # T, H, I, E, k: odd token counts, widths that are no multiples of 128 for the wide ops, k that is no power of two.
@@ -41,10 +48,14 @@ def rand(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Ten
     return (x * rows).to(dtype)
 
 
-def cases(op: str, kind: str) -> Iterator[tuple[str, Callable[[], tuple[Any, ...]]]]:
-    """Name and operands of each case of `op`; operands are made when asked for."""
-    for T, H, I, E, k in NARROW if op in SCALED else WIDE:
-        yield f"T{T} H{H} I{I} E{E} k{k}", lambda s=(T, H, I, E, k): OPERANDS[op](kind, *s)
+def op_of(name: str) -> str:
+    return name.split()[0]
+
+
+def cases(name: str, kind: str) -> Iterator[tuple[str, Callable[[], tuple[Any, ...]]]]:
+    """Size and operands of each case of an entry; operands are made when asked for."""
+    for T, H, I, E, k in NARROW if op_of(name) in SCALED else WIDE:
+        yield f"T{T} H{H} I{I} E{E} k{k}", lambda s=(T, H, I, E, k): OPERANDS[name](kind, *s)
 
 
 def _maps(kind: str, T: int, E: int, k: int, align: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -116,6 +127,79 @@ def _overlap(kind: str, T: int, H: int, I: int, E: int, k: int) -> tuple[Any, ..
     return rand(len(token), I), slot, 1e-12
 
 
+def _convert(kind: str, T: int, H: int, I: int, E: int, k: int) -> tuple[Any, ...]:
+    token, _, _, offsets = _maps(kind, T, E, k, 16)
+    return *_codes(rand(len(token), H), ROW), offsets, ROW, MXFP4, 1
+
+
+def _convert_wider(kind: str, T: int, H: int, I: int, E: int, k: int) -> tuple[Any, ...]:
+    token, _, _, offsets = _maps(kind, T, E, k, 16)
+    align = 1 if kind == "skewed" else 16  # by rows, and by columns
+    return *_codes(rand(len(token), H), MXFP4), offsets, MXFP4, WIDENED, align
+
+
+def _gather_weights(kind: str, T: int, H: int, I: int, E: int, k: int) -> tuple[Any, ...]:
+    return rand(T, k, dtype=torch.float32), _maps(kind, T, E, k, 16)[1]
+
+
+def _scatter_weights(kind: str, T: int, H: int, I: int, E: int, k: int) -> tuple[Any, ...]:
+    order = _maps(kind, T, E, k, 16)[1]
+    return rand(len(order), 1, dtype=torch.float32)[:, 0].contiguous(), order, T, k
+
+
+def _gram(kind: str, T: int, H: int, I: int, E: int, k: int) -> tuple[Any, ...]:
+    """A few matrices of the size of gate and up, or of down; not more, for the reference multiplies all of each."""
+    wide = kind == "balanced"
+    return rand(3, max(2 * I if wide else H, 256), H if wide else I), None
+
+
+def _quadratic(kind: str, T: int, H: int, I: int, E: int, k: int) -> tuple[Any, ...]:
+    a = rand(3, max(2 * I, 256), max(2 * I, 256)) * 2.0**-5
+    return a + a.mT, -1.5, 0.5, None
+
+
+def _gathered(kind: str, T: int, H: int, I: int, E: int, k: int) -> tuple[Any, ...]:
+    token, _, slot, offsets = _maps(kind, T, E, k)
+    return rand(T, H), token, slot, rand(E, 2 * I, H, seed=1), offsets
+
+
+def _gathered_glu(kind: str, T: int, H: int, I: int, E: int, k: int) -> tuple[Any, ...]:
+    x, token, *rest = _gathered(kind, T, H, I, E, k)
+    w = None if kind == "balanced" else rand(len(token), 1, dtype=torch.float32)[:, 0].contiguous()
+    return x, token, *rest, w, "silu"
+
+
+def _gathered_wgrad(kind: str, T: int, H: int, I: int, E: int, k: int) -> tuple[Any, ...]:
+    token, _, slot, offsets = _maps(kind, T, E, k)
+    return rand(len(token), 2 * I), rand(T, H, seed=1), token, slot, offsets, kind == "skewed"
+
+
+ROUTERS = {
+    "balanced": ("softmax", "scores", "sum", 1e-20, 1.0),
+    "skewed": ("sigmoid", "scores", "sum", 1e-20, 2.5),
+    "adversarial": ("sqrtsoftplus", "logits", "clamp", 1e-9, 1.0),
+}  # one kind of router in place of each routing
+
+
+def _logits(T: int, E: int, dtype: torch.dtype) -> Tensor:
+    """Steps of 1/8 in another order in each row: no two scores are so near that rounding could exchange them."""
+    gen = torch.Generator(DEVICE).manual_seed(T)
+    return ((torch.rand(T, E, generator=gen, device=DEVICE).argsort(-1) - E // 2) / 8).to(dtype)
+
+
+def _topk_route(kind: str, T: int, H: int, I: int, E: int, k: int) -> tuple[Any, ...]:
+    biased = kind == "skewed"
+    bias = (torch.arange(E, device=DEVICE) % 3 == 0).float() * 2 if biased else None
+    return _logits(T, E, torch.float32 if biased else torch.bfloat16), bias, k, *ROUTERS[kind]
+
+
+def _topk_route_backward(kind: str, T: int, H: int, I: int, E: int, k: int) -> tuple[Any, ...]:
+    score, _, norm, eps, factor = ROUTERS[kind]
+    logits = _logits(T, E, torch.bfloat16)
+    dw, dscores = rand(T, k, dtype=torch.float32), rand(T, E, dtype=torch.float32, seed=1)
+    return dw, dscores, logits, logits.topk(k).indices, score, norm, eps, factor
+
+
 OPERANDS: dict[str, Callable[..., tuple[Any, ...]]] = {
     "plan": lambda kind, T, H, I, E, k: (routing(kind, T, E, k), E, 16),
     "permute": lambda kind, T, H, I, E, k: (rand(T, H), *_maps(kind, T, E, k)[0:3:2]),
@@ -135,10 +219,25 @@ OPERANDS: dict[str, Callable[..., tuple[Any, ...]]] = {
     "glu_backward_quantize": _glu_backward_quantize,
     "scaled_grouped_mm": _scaled_mm,
     "scaled_grouped_wgrad": _scaled_wgrad,
+    "transpose_scaled tile_max": lambda *a: _transpose(*a, rule="tile_max"),
+    "convert": _convert,
+    "convert wider": _convert_wider,
+    "gather_weights": _gather_weights,
+    "scatter_weights": _scatter_weights,
+    "plan_permute": lambda kind, T, H, I, E, k: (rand(T, H), routing(kind, T, E, k), E, 16),
+    "gram": _gram,
+    "quadratic": _quadratic,
+    "permute_grouped_mm": _gathered,
+    "permute_grouped_mm_glu": _gathered_glu,
+    "permute_grouped_wgrad": _gathered_wgrad,
+    "scaled_grouped_mm_quantize": lambda *a: (*_scaled_mm(*a), [ROW]),
+    "topk_route": _topk_route,
+    "topk_route_backward": _topk_route_backward,
     "overlap": _overlap,
     "overlap_backward": lambda *a: (rand(a[1], 1, dtype=torch.float32)[:, 0], *_overlap(*a)),
 }  # fmt: skip
 SCALED = ("permute_scaled", "quantize", "dequantize", "transpose_scaled", "glu_quantize", "glu_backward_quantize",
-          "scaled_grouped_mm", "scaled_grouped_wgrad")  # fmt: skip
+          "scaled_grouped_mm", "scaled_grouped_wgrad", "scaled_grouped_mm_quantize", "convert")  # fmt: skip
 # Movement and casts give the same bits; the others differ by the order of fp32 sums and by the last bits of exp.
-EXACT = ("plan", "permute", "permute_scaled", "quantize", "dequantize", "transpose_scaled")
+EXACT = ("plan", "permute", "permute_scaled", "quantize", "dequantize", "transpose_scaled", "convert",
+         "gather_weights", "scatter_weights", "plan_permute")  # fmt: skip

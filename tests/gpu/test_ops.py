@@ -1,82 +1,43 @@
-"""Every kernel against the reference of its op on the same device, on memory that held NaN, run twice."""
+"""Every kernel on memory that held NaN: against the reference of its op on the same device, run twice, and float64.
+
+Each provider that a GPU has for an op is called by name: torch's grouped products come before Triton's kernels, which
+would otherwise never run.
+"""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
 
-from moefx.kernels import registry
+from .cases import OPERANDS, ROUTINGS, cases, op_of
+from .checks import EXPECTED, compare, compare_float64, providers, run
 
-from .cases import EXACT, OPERANDS, ROUTINGS, cases
-
-Tensor = torch.Tensor
-
-
-def flat(out: Any) -> list[Tensor]:
-    return [out] if isinstance(out, Tensor) else list(out)
-
-
-def bits(t: Tensor) -> Tensor:
-    return t.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
-
-
-def wide(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Floating-point operands in float64, where the reference takes it: an oracle that does not share fp32's errors."""
-    return tuple(
-        a.double() if isinstance(a, Tensor) and a.dtype in (torch.bfloat16, torch.float32) else a for a in args
-    )
+CALLS = [(name, provider) for name in sorted(OPERANDS) for provider in providers(name)]
 
 
 @pytest.mark.parametrize("kind", ROUTINGS)
-@pytest.mark.parametrize("op", sorted(OPERANDS))
-def test_kernel_against_reference(op: str, kind: str) -> None:
-    run = getattr(torch.ops.moefx, op)
-    for name, operands in cases(op, kind):
+@pytest.mark.parametrize(("name", "provider"), CALLS)
+def test_kernel_against_reference(name: str, provider: str, kind: str) -> None:
+    for size, operands in cases(name, kind):
+        compare(name, operands(), provider, size)
+
+
+@pytest.mark.parametrize(("name", "provider"), [(n, p) for n, p in CALLS if op_of(n) in EXPECTED])
+def test_kernel_against_float64(name: str, provider: str) -> None:
+    for size, operands in cases(name, "skewed"):
         args = operands()
-        assert registry.choose(op, *args).name in ("triton", "torch_grouped"), f"{op} {name}: the reference would run"
-        got, again = flat(run(*args)), flat(run(*args))
-        with registry.preferring("reference"):
-            want = flat(run(*args))
-        for g, a, w in zip(got, again, want, strict=True):
-            assert torch.equal(bits(g), bits(a)), f"{op} {name}: two runs differ"
-            assert (g.shape, g.dtype) == (w.shape, w.dtype), f"{op} {name}"
-            if op in EXACT:
-                assert torch.equal(bits(g), bits(w)), f"{op} {name}: {int((bits(g) != bits(w)).sum())} differ"
-            elif g.element_size() == 1:
-                # A code may fall on the other side of a rounding boundary where exp differs in its last bit.
-                steps = (bits(g).short() - bits(w).short()).abs()
-                assert int((steps > 1).sum()) <= steps.numel() * 1e-5, f"{op} {name}"
-                assert int((steps > 0).sum()) <= steps.numel() * 1e-2, f"{op} {name}"
-            else:
-                assert g.isfinite().all(), f"{op} {name}: an element was not written"
-                error = (g.double() - w.double()).norm() / w.double().norm().clamp_min(1e-30)
-                assert error < 5e-3, f"{op} {name}: {error}"
+        compare_float64(name, args, run(name, args, provider), f"{size} by {provider}")
 
 
-@pytest.mark.parametrize("op", ["grouped_mm", "grouped_wgrad", "glu", "unpermute"])
-def test_kernel_against_float64(op: str) -> None:
-    run = getattr(torch.ops.moefx, op)
-    for name, operands in cases(op, "skewed"):
-        args = operands()
-        got = flat(run(*args))[0].double()
-        with registry.preferring("reference"):
-            want = flat(run(*wide(args)))[0]
-        error = (got - want).norm() / want.norm()
-        assert error < 4e-3, f"{op} {name}: {error}"  # one rounding to bf16 is 2^-9 at most, 1.1e-3 in the mean
-
-
-@pytest.mark.parametrize("op", sorted(OPERANDS))
-def test_kernel_waits_for_nothing(op: str) -> None:
-    run = getattr(torch.ops.moefx, op)
-    _, operands = next(iter(cases(op, "skewed")))
+@pytest.mark.parametrize(("name", "provider"), CALLS)
+def test_kernel_waits_for_nothing(name: str, provider: str) -> None:
+    _, operands = next(iter(cases(name, "skewed")))
     args = operands()
-    run(*args)  # compiled before
+    run(name, args, provider)  # compiled before
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run(*args)
+        run(name, args, provider)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -49,6 +49,17 @@ def test_shapes(shape: tuple[int, ...], rule: str, monkeypatch: pytest.MonkeyPat
     check(monkeypatch, lambda: kernel.transpose_scaled(*q, None, ROW, COLUMN, rule), want)
 
 
+@pytest.mark.parametrize("offset", [1, 2, 4])
+def test_codes_that_begin_anywhere_in_memory(offset: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes, scales = coded(ROW, (150, 256), spread=30.0)
+    memory = torch.zeros(offset + codes.numel(), dtype=torch.uint8)
+    shifted = memory[offset:].view(codes.dtype).view(codes.shape).copy_(codes)
+    assert shifted.is_contiguous()
+    assert shifted.storage_offset() == offset
+    want = transpose_scaled(codes, scales, ROW, COLUMN, rule="tile_max")
+    check(monkeypatch, lambda: kernel.transpose_scaled(shifted, scales, None, ROW, COLUMN, "tile_max"), want)
+
+
 @pytest.mark.parametrize("to_spec", [COLUMN, f"{COLUMN} zero=one", f"{COLUMN} eps=0.5"])
 def test_scales_at_the_ends_of_their_range(to_spec: str) -> None:
     codes = coded(ROW, (128, 256))[0]

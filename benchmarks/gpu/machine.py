@@ -1,4 +1,4 @@
-"""The device that `gpu.py` measures on: who it is, what it can do, and how time and memory are taken there."""
+"""The device that is measured on: who it is, what it can do, and how time and memory are taken there."""
 
 from __future__ import annotations
 

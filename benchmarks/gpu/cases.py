@@ -1,4 +1,4 @@
-"""One measurement of `gpu.py`, whatever its part."""
+"""One measurement of the benchmark, whatever its part."""
 
 from __future__ import annotations
 

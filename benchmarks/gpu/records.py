@@ -1,4 +1,4 @@
-"""The rows that `gpu.py` writes: results/gpu.csv, the tables of docs/performance.md, and kernels/decisions.csv."""
+"""The rows that are written: results/gpu.csv, the tables of docs/performance.md, and kernels/decisions.csv."""
 
 from __future__ import annotations
 

@@ -452,7 +452,7 @@ class OptimizedModule(nn.Module):
     def _key(self, leaves: list[Any], spec: Any, *, exact: bool) -> Signature:
         """The signature of a call; not `exact` leaves sizes out, for variants with symbolic sizes."""
         inputs = tuple([leaf_key(v, exact=exact) for v in leaves])
-        return Signature(spec, inputs, self._structure.mode(), context_key())
+        return Signature(spec, inputs, self._structure.mode(), context_key(self._options.over_ranks))
 
     def _find_dynamic(self, leaves: list[Any], spec: Any) -> Variant | None:
         dynamic = {id(v): v for v in self._variants.values() if v.guard is not None}

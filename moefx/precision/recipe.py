@@ -253,6 +253,12 @@ class Recipe:
         for f in ("name", "about"):
             if not isinstance(getattr(self, f), str):
                 raise RecipeError(f"recipe {self.name!r}: {f} is {getattr(self, f)!r}", todo="give text")
+        if not self.name.strip() or not self.name.isprintable():
+            raise RecipeError(
+                f"recipe {self.name!r}: name is {self.name!r}",
+                why="it is chosen by its name, and listed with it on one line",
+                todo="give a name of one line that is not empty, such as 'mine'",
+            )
         for p in self.passes:
             if not isinstance(p, str):
                 raise RecipeError(
@@ -359,7 +365,13 @@ _RECIPES: dict[str, Recipe] = {}
 
 
 def register_recipe(recipe: Recipe) -> Recipe:
-    """Make a recipe known by its name. Raises `RecipeError` when the name is taken by another one."""
+    """Make a recipe known by its name. Raises `RecipeError` for a taken name, and for what is no `Recipe`."""
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(
+            f"{recipe!r} is a {type(recipe).__name__}, not a recipe",
+            why="what is registered is known by the name that it carries",
+            todo="give a moefx.Recipe, such as Recipe('mine', specs={...})",
+        )
     if _RECIPES.get(recipe.name, recipe) != recipe:
         raise RecipeError(f"a recipe named {recipe.name!r} is registered already", todo="choose another name")
     _RECIPES[recipe.name] = recipe

@@ -407,7 +407,7 @@ class OptimizedModule(nn.Module):
         self._check_ids(args, kwargs)
         if self._structure is None or not self._structure.holds():
             self.__dict__["_structure"] = self._present_structure()
-            self.__dict__["_refs"], self.__dict__["_variants"] = {}, {}
+            self.__dict__.update(_variants={}, _refs={}, _indices={})  # by the ids of programs, which may come again
         variant = self._variants.get(self._key(leaves, spec, exact=True))
         if variant is None:
             with compat.compiling:

@@ -220,8 +220,8 @@ def text(found: Mapping[str, Any]) -> str:
 def tables(found: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
     """Heading, columns and rows of text of each table: layers with their mean, adjacent layers, paths, traffic."""
     known = {n: c for n, c in COLUMNS.items() if n in found["layers"][0]}
-    rows = [[_named(row), *(format(row[n], form) for n, (_, form) in known.items())] for row in found["layers"]]
-    mean = [format(found["mean"][n], ".2f" if n == "dead_experts" else f) if n in found["mean"] else ""
+    rows = [[_named(row), *(_figure(n, row[n], form) for n, (_, form) in known.items())] for row in found["layers"]]
+    mean = [_figure(n, found["mean"][n], ".2f" if n == "dead_experts" else f) if n in found["mean"] else ""
             for n, (_, f) in known.items()]  # fmt: skip
     made = [("Layers", ["layer", *(t for t, _ in known.values())], [*rows, ["mean", *mean]])]
     if found["steps"]:
@@ -252,7 +252,13 @@ def write(folder: Path, images: Mapping[str, bytes], page_text: str) -> list[Pat
 
 
 def _named(row: Mapping[str, Any]) -> str:
-    return f"{row['layer']} {row['path']}".strip()
+    path = "".join(c if c.isprintable() else repr(c)[1:-1] for c in row["path"])  # a line break would end the row
+    return f"{row['layer']} {path}".strip()
+
+
+def _figure(name: str, value: float, form: str) -> str:
+    """Without a choice there is no MaxVio; any other NaN is one of the router's, and is shown."""
+    return "none" if name == "max_violation" and math.isnan(value) else format(value, form)
 
 
 def _embedded(name: str, image: bytes) -> str:

@@ -157,7 +157,8 @@ class Recipe:
     def replace(self, name: str, about: str = "", **fields: Any) -> Recipe:
         """A recipe like this one but for the given fields; `specs` given here are added to this one's.
 
-        `passes` that this one was given stay; those that follow from its fields follow from the new ones.
+        `passes` that this one was given stay; those that follow from its fields follow from the new ones, where
+        `dataclasses.replace` would keep the old ones.
         """
         kept: dict[str, Any] = {f: getattr(self, f) for f in _DEFAULTS if self.own_passes or f != "passes"}
         given = fields.pop("specs", {})

@@ -50,7 +50,7 @@ def register_pass(factory: Factory) -> Factory:
     if not callable(factory):
         what = f"the pass {factory.name} is an instance" if isinstance(factory, Pass) else f"{factory!r} makes no pass"
         raise PassError(
-            f"{what}, not a class or function that makes one",
+            f"{what}; register_pass takes a class or function that makes one",
             why="each pipeline gets a pass of its own by this name",
             todo="give the class, or lambda: MyPass(option=...) where it has options without a default",
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 import warnings
 from pathlib import Path
@@ -15,6 +14,7 @@ import typer
 import moefx
 
 from .errors import InputError, MoefxError
+from .files import json_text
 from .grouter.cli import app as grouter_app
 from .passes import get_pass, pass_names
 from .precision.recipe import get_recipe
@@ -86,7 +86,7 @@ def train(
             options = {"codegen": codegen, "losses": losses}
             result = story.run_training(**common, compare=compare, options=options, console=console)
     if as_json:
-        print(json.dumps(result, default=str))
+        print(json_text(result, default=str))
 
 
 @app.command()
@@ -126,7 +126,7 @@ def inspect(
             model, batch=batch, seq=seq, batches=batches, data=data or (), weights=weights, places=places, out=out,
             options={"recipe": recipe, "codegen": codegen, "router": grouter}, router=str(router or ""),
         )  # fmt: skip
-        print(json.dumps(found) if as_json else said)
+        print(json_text(found) if as_json else said)
         return
     if lone := next(
         (n for n, v in {"out": out, "data": data, "weights": weights, "places": places}.items() if v), None
@@ -147,7 +147,7 @@ def inspect(
     if diff is not None:
         graphs["diff"] = moefx.diff(opt.graphs[diff[0]], opt.graphs[diff[1]])
     if as_json:
-        print(json.dumps({**opt.report.to_dict(), "graphs": list(opt.graphs), **graphs}))
+        print(json_text({**opt.report.to_dict(), "graphs": list(opt.graphs), **graphs}))
     else:
         text = str(opt.report)
         if opt.report.casts["rows"]:
@@ -161,7 +161,7 @@ def recipes(as_json: AsJson = False) -> None:
     rows = {name: get_recipe(name) for name in moefx.recipes}
     if as_json:
         every = {name: dataclasses.asdict(r) for name, r in rows.items()}
-        print(json.dumps({name: {f: v for f, v in r.items() if f != "name"} for name, r in every.items()}))
+        print(json_text({name: {f: v for f, v in r.items() if f != "name"} for name, r in every.items()}))
     else:
         for name, r in rows.items():
             print(f"{name}: {r.about}")
@@ -187,7 +187,7 @@ def passes(as_json: AsJson = False) -> None:
             }
         )
     if as_json:
-        print(json.dumps(rows))
+        print(json_text(rows))
     else:
         for r in rows:
             print(f"{r['name']:<20}{r['level']:<10}{r['numerics']:<10}{r['about']}")
@@ -201,7 +201,7 @@ def main() -> None:
     except MoefxError as e:
         if "--json" in sys.argv:
             print(
-                json.dumps(
+                json_text(
                     {
                         "error": {
                             "type": type(e).__name__,

@@ -1,14 +1,20 @@
-"""Results on disk that are whole or absent: written beside their places, flushed to disk, then moved into them."""
+"""Results on disk that are whole or absent: written beside their places, flushed to disk, then moved into them.
+
+And results as JSON that every reader takes: what is no finite number is null.
+"""
 
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from .errors import InputError
 
@@ -54,6 +60,23 @@ def replacing(folder: str | Path, what: str) -> Iterator[Path]:
             why=error.strerror or str(error),
             todo="free disk space or choose another output directory; what was there before is unchanged",
         ) from error
+
+
+def json_text(content: Any, **options: Any) -> str:
+    """`json.dumps`, with null for NaN and infinities, which JSON has no words for and other readers refuse.
+
+    For what people and other programs read. What moefx itself reads back to go on from (checkpoints, fingerprints) is
+    written by `json.dumps` as it is: there an infinite option has to stay one.
+    """
+    return json.dumps(_finite(content), allow_nan=False, **options)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    return [_finite(value) for value in content] if isinstance(content, list | tuple) else content
 
 
 def flush(path: Path) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 
 from . import compat
-from .errors import CaptureError, InputError, MoefxError, PassError, RecipeError, nearest
+from .errors import CaptureError, InputError, MoefxError, PassError, RecipeError, first_line, nearest
 from .graph import edit
 from .graph.effects import is_random, name_of, writers
 from .holder import attribute
@@ -227,7 +227,7 @@ def _run_one(
     except Exception as e:
         raise PassError(
             f"pass {p.name} broke the graph",
-            why=f"{type(e).__name__}: {e}",
+            why=f"{type(e).__name__}: {first_line(e)}",
             todo=f"mend the pass or leave it out (moefx.pipeline(...).remove({p.name!r})); the model is unchanged",
         ) from e
     row.seconds, row.nodes_after = time.perf_counter() - start, len(graph.nodes)
@@ -255,7 +255,14 @@ def _apply(p: Pass, graph: fx.Graph, ctx: Context, *, mark: bool = True) -> list
             why=f"{type(e).__name__}: {e}",
             todo="the model itself is unchanged; mend the pass or leave it out",
         ) from e
-    if (now := graph.output_node()) is not output:  # notes on the outputs hold for the node that a pass made anew
+    if len(outputs := graph.find_nodes(op="output")) != 1:
+        raise PassError(
+            f"it left {len(outputs)} output nodes" if outputs else "it erased the output node",
+            where=_where(outputs[-1] if outputs else output),
+            why="a graph returns through exactly one output node",
+            todo="keep that one, and change what it returns by its arguments (graph.output_node().args = ...)",
+        )
+    if (now := outputs[0]) is not output:  # notes on the outputs hold for the node that a pass made anew
         now.meta = {**output.meta, **now.meta}
     changed = [n for n in graph.nodes if n not in before or _differs((n.target, n.args, n.kwargs), before[n])]
     if mark:
@@ -338,11 +345,11 @@ def _lint(graph: fx.Graph) -> None:
         graph.lint()
     except Exception as e:
         at = {n: i for i, n in enumerate(graph.nodes)}
-        bad = [n for n in at if any(at.get(i, len(at)) > at[n] for i in n.all_input_nodes)]
+        bad = [n for n in at if any(at.get(i, len(at)) >= at[n] for i in n.all_input_nodes)]
         raise PassError(
             "the graph is malformed",
             where=_where(bad[0]) if bad else None,
-            why=str(e),
+            why=first_line(e),  # behind it, torch writes the whole graph
             todo="insert a node before its readers (graph.inserting_before), and erase only what nobody reads",
         ) from e
 

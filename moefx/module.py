@@ -412,7 +412,7 @@ class OptimizedModule(nn.Module):
         self._check_ids(args, kwargs)
         if self._structure is None or not self._structure.holds():
             self.__dict__["_structure"] = self._present_structure()
-            self.__dict__["_refs"], self.__dict__["_variants"] = {}, {}
+            self.__dict__.update(_variants={}, _refs={}, _indices={})  # by the ids of programs, which may come again
         variant = self._variants.get(self._key(leaves, spec, exact=True))
         if variant is None:
             with compat.compiling:
@@ -457,7 +457,7 @@ class OptimizedModule(nn.Module):
     def _key(self, leaves: list[Any], spec: Any, *, exact: bool) -> Signature:
         """The signature of a call; not `exact` leaves sizes out, for variants with symbolic sizes."""
         inputs = tuple([leaf_key(v, exact=exact) for v in leaves])
-        return Signature(spec, inputs, self._structure.mode(), context_key())
+        return Signature(spec, inputs, self._structure.mode(), context_key(self._options.over_ranks))
 
     def _find_dynamic(self, leaves: list[Any], spec: Any) -> Variant | None:
         dynamic = {id(v): v for v in self._variants.values() if v.guard is not None}

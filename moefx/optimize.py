@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from .ledger import ledger
 from .losses import Item, as_losses
 from .manager import Pass, PassManager
 from .module import OptimizedModule, Variant
-from .passes import RouteByToken, as_pipeline, observing, with_losses
+from .passes import AddLosses, RouteByToken, as_pipeline, observing, with_losses
 from .passes.raise_experts import Block, raised, to_observe
 from .precision.recipe import Recipe
 from .precision_metrics import Meter
@@ -52,6 +53,11 @@ class Options:
     strict: bool = False
     losses: tuple[Item, ...] = ()
     routing: Routing | None = None
+
+    @functools.cached_property
+    def over_ranks(self) -> bool:
+        """Whether a loss of the pipeline sums over ranks (losses that were given stand in it, too)."""
+        return any(item.over_ranks for p in self.passes.passes if isinstance(p, AddLosses) for item in p.losses)
 
 
 def optimize(

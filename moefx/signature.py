@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from . import compat
 from .errors import InputError
 from .holder import HOOKS
+from .losses.ranks import process_group
 
 Tensor = torch.Tensor
 # Config entries that no forward depends on: captures run without a cache, and `save_pretrained` notes the other ones.
@@ -187,10 +188,10 @@ def leaf_key(v: Any, *, exact: bool) -> Any:
     )
 
 
-def context_key() -> Any:
-    """What graphs are specialised to of the surroundings: grad mode and autocast."""
+def context_key(over_ranks: bool) -> Any:
+    """What graphs are specialised to of the surroundings: grad mode, autocast, and what they sum over, if they do."""
     casts = tuple((d, torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d))
-    return (torch.is_grad_enabled(), casts)
+    return (torch.is_grad_enabled(), casts, process_group() if over_ranks else None)
 
 
 def _watched(name: str, value: Any) -> bool:

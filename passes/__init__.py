@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
-from moefx.errors import PassError, RecipeError, nearest
+from moefx.errors import PassError, RecipeError, first_line, nearest
 from moefx.losses import Item
 from moefx.manager import Pass, PassManager, check_pass
 from moefx.precision.recipe import BF16, Recipe, get_recipe
@@ -45,9 +45,23 @@ _REGISTRY: dict[str, Callable[[], Pass]] = {}
 def register_pass(factory: Factory) -> Factory:
     """Make a pass known by name, for `passes=[...]` and the command line. Usable as a class decorator.
 
-    Raises `PassError` when the name is taken by another pass.
+    Raises `PassError` when the name is taken by another pass, and for what makes no pass when it is called.
     """
-    p = factory()
+    if not callable(factory):
+        what = f"the pass {factory.name} is an instance" if isinstance(factory, Pass) else f"{factory!r} makes no pass"
+        raise PassError(
+            f"{what}; register_pass takes a class or function that makes one",
+            why="each pipeline gets a pass of its own by this name",
+            todo="give the class, or lambda: MyPass(option=...) where it has options without a default",
+        )
+    try:
+        p = factory()
+    except Exception as e:
+        raise PassError(
+            f"{getattr(factory, '__name__', factory)!r} makes no pass when it is called without arguments",
+            why=f"{type(e).__name__}: {first_line(e)}",
+            todo="give every option a default, or register lambda: MyPass(option=...)",
+        ) from e
     check_pass(p)
     if _REGISTRY.get(p.name, factory) is not factory:
         raise PassError(f"a pass named {p.name!r} is registered already", todo="choose another class name")

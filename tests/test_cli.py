@@ -118,3 +118,13 @@ def test_a_model_of_the_users_own(tmp_path: Path) -> None:
     run = process("inspect", "mine:make", "--json", *FAST, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout)["model"] == "MixtralForCausalLM"
+
+
+def test_routing_that_is_not_finite_is_valid_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"mean": {"token_entropy": float("nan")}, "load": [[0.5, float("inf")]]}
+    monkeypatch.setattr("moefx.train.inspect_routing.inspect_routing", lambda *args, **options: (found, ""))
+    run = cli("inspect", "default", "--routing", "--json")
+    assert json.loads(run.stdout, parse_constant=pytest.fail) == {
+        "mean": {"token_entropy": None},
+        "load": [[0.5, None]],
+    }

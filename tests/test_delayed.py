@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import moefx
+from moefx.module import Variant
 from moefx.precision.recipe import get_recipe
 from tests import reference as ref
 from tests.passes.test_casts import Layer, make_inputs, step
@@ -213,6 +215,23 @@ def test_what_is_no_history_is_refused_and_changes_nothing() -> None:
         assert after["casts"].keys() == before["casts"].keys()
         assert all(torch.equal(after["casts"][k], before["casts"][k]) for k in before["casts"])
     opt(**scaled(1.0)).backward()
+
+
+def test_rows_of_the_history_are_forgotten_with_the_programs_that_read_them() -> None:
+    """They are kept by the ids of programs; those of freed ones come again."""
+    options: Any = SimpleNamespace(recipe=SimpleNamespace(amax_history=4), routing=None, over_ranks=False)
+    program: Any = SimpleNamespace(history_keys=[None])
+    model, x = torch.nn.Linear(2, 2), torch.ones(1, 2)
+    opt = moefx.OptimizedModule(model, lambda *_: Variant(program, {}), options, None)
+    for i in range(3):
+        opt.prepare((x,), {})
+        opt._index(program)
+        opt.prepare((x,), {})
+        assert list(opt._indices) == [id(program)]  # kept as long as the modules are
+        opt._indices[i] = torch.zeros(1)
+        model.register_buffer(f"more{i}", torch.zeros(1))
+    opt.prepare((x,), {})
+    assert not opt._indices
 
 
 def test_a_state_loaded_between_forward_and_backward() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from pathlib import Path
 
 import pytest
 
 from moefx.errors import InputError
-from moefx.files import replacing
+from moefx.files import json_text, replacing
 
 from .disk import full_after
 
@@ -87,3 +89,11 @@ def test_what_is_no_file_is_not_replaced(folder: Path) -> None:
     (folder / "file").write_text("in the way")
     with pytest.raises(InputError, match="exists"), replacing(folder / "file", "the results"):
         pass
+
+
+def test_json_has_null_for_what_is_no_finite_number() -> None:
+    content = {"loss": math.nan, "pairs": [(1, math.inf), (2, 0.5)], "deep": {"x": [-math.inf, "NaN", None, True]}}
+    found = json.loads(json_text(content), parse_constant=pytest.fail)
+    assert found == {"loss": None, "pairs": [[1, None], [2, 0.5]], "deep": {"x": [None, "NaN", None, True]}}
+    assert math.isnan(content["loss"])  # what is written is left as it was
+    assert json_text({"where": Path("runs"), "n": 3}, default=str, indent=1) == '{\n "where": "runs",\n "n": 3\n}'

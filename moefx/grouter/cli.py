@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -13,7 +12,7 @@ import numpy.typing as npt
 import typer
 
 from ..errors import InputError
-from ..files import replacing
+from ..files import json_text, replacing
 from ..train.aside import CHECKPOINTS, make_room
 from .affinity import AffinityResult
 from .affinity import affinity as count_affinity
@@ -346,7 +345,7 @@ def _emit(
     with replacing(out, "the results") as new:
         save(new)
         text = write_report(new, name, title, result, rows)
-    print(json.dumps(result) if as_json else f"{text}\nwritten to {out}")
+    print(json_text(result) if as_json else f"{text}\nwritten to {out}")
 
 
 register(app)

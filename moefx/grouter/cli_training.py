@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +10,7 @@ import torch
 import typer
 
 from ..errors import InputError
-from ..files import replacing
+from ..files import json_text, replacing
 from ..models.grouter import Grouter
 from ..routing import vocab_size_of, vocabulary_of
 from ..train.aside import CHECKPOINTS
@@ -158,7 +157,7 @@ def _finish(student: Grouter, out: Path, found: DistillReport | TuneReport, as_j
         found.write(new)
     if as_json:
         content: dict[str, Any] = {**found.to_dict(), "out": str(out)}
-        print(json.dumps(content))
+        print(json_text(content))
         return
     table = Table(show_header=False)
     for name, text in found.rows():

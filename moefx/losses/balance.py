@@ -46,6 +46,11 @@ class LoadBalance(Loss):
         super().__post_init__()
         one_of(self, "form", FORMS)
 
+    @property
+    def over_ranks(self) -> bool:
+        """Choices are those of all ranks in form "global" alone."""
+        return self.form == "global"
+
     def refuses(self, tap: Taps) -> str | None:
         """There must be something to balance, and form "sequence" must know the sequences."""
         if why := takes_all(tap, "their loads are equal"):

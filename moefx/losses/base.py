@@ -32,6 +32,11 @@ class Item:
     name: ClassVar[str]
     needs_router: ClassVar[bool] = True
 
+    @property
+    def over_ranks(self) -> bool:
+        """Whether it sums over the ranks of the process group: a graph is then one of that group alone."""
+        return False
+
     def refuses(self, tap: Taps) -> str | None:
         """Why this layer cannot have the loss; None when it can."""
         if self.needs_router and tap.logits is None:

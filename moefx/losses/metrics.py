@@ -16,7 +16,7 @@ from .taps import Taps
 SHAPES = {
     "experts": "[L] number E of experts",
     "load": "[L, E] share of all choices that fall on each expert",
-    "max_violation": "[L] largest load divided by the mean one, minus 1 (MaxVio)",
+    "max_violation": "[L] largest load divided by the mean one, minus 1 (MaxVio); NaN where no expert was chosen",
     "dead_experts": "[L] number of experts that no token chose",
     "token_entropy": "[L] mean entropy of a token's scores, divided by ln E",
     "marginal_entropy": "[L] entropy of the mean scores, divided by ln E",
@@ -62,7 +62,7 @@ class RoutingMetrics(Item):
         found = {
             "experts": torch.full_like(tap.counts[0], tap.experts),
             "load": load,
-            "max_violation": load.amax() * tap.experts - 1,
+            "max_violation": tap.counts.amax() / slots * tap.experts - 1,  # of no choice 0 / 0
             "dead_experts": (tap.counts == 0).sum().to(tap.dtype),
             "overlap": _overlap(tap) / pairs.clamp_min(1) if tap.k > 1 else torch.zeros_like(tap.counts[0]),
             "tokens": tap.counted.sum(),

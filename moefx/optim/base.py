@@ -19,7 +19,7 @@ from .options import check_options
 from .polar import largest
 from .resume import HOST_COUNTERS, checked, describe_lite
 from .roles import LITE_ROLES, ROLES
-from .rounding import Noise, check_rounding, follow, noise_of, rounds
+from .rounding import Noise, check_rounding, follow, noise_of, rounds, working_dtype
 from .split import blocks, check_split
 
 Tensor = torch.Tensor
@@ -183,8 +183,8 @@ class GroupedOptimizer(Optimizer):
         Inside of `torch.autocast` the closure runs under it, and the update as it does outside.
 
         Raises:
-            InputError: a sparse gradient, or with `nonfinite="raise"` one that is not finite; nothing was
-                changed then.
+            InputError: a sparse gradient, or with `nonfinite="raise"` one that is not finite; a parameter that was
+                converted from or to float64 since its state was made. Nothing was changed then.
         """
         loss = None
         if closure is not None:
@@ -195,6 +195,7 @@ class GroupedOptimizer(Optimizer):
             for group in self.param_groups:
                 for index, p in enumerate(group["params"]):
                     if p.grad is not None:
+                        self._check_dtype(p, group, index)
                         self._check_gradient(p, group, index)
             for number, group in enumerate(self.param_groups):
                 step = int(group["step"])
@@ -227,6 +228,18 @@ class GroupedOptimizer(Optimizer):
         """Of one of its blocks."""
         state = self.state[p]
         return {k.removesuffix(suffix): v for k, v in state.items() if k.endswith(suffix)} if suffix else dict(state)
+
+    def _check_dtype(self, p: Tensor, group: Group, index: int) -> None:
+        """State is float64 for float64 parameters alone; a mix of the two would fail in some op, or lose digits."""
+        wanted = working_dtype(p)
+        kept = next((v.dtype for v in self.state[p].values() if v.is_floating_point() and v.dtype != wanted), None)
+        if kept is not None:
+            raise InputError(
+                f"a parameter is {p.dtype}, and its optimizer state {kept}",
+                where=self._name(group, index),
+                why=f"it was converted since the optimizer was built; updates of {p.dtype} are computed in {wanted}",
+                todo="build the optimizer after the conversion (model.double(), model.to(dtype)): state begins anew",
+            )
 
     def _check_gradient(self, p: Any, group: Group, index: int) -> None:
         where, grad = self._name(group, index), p.grad

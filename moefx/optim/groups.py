@@ -124,7 +124,8 @@ def _splits(
         if not found:
             raise InputError(
                 f"split={split!r} fits no matrix of {type(module).__name__}",
-                why="no attention's count of heads agrees with the shape of a projection",
+                why="no attention's count of heads agrees with the shape of a projection"
+                + (" of queries, keys and values in one; they may not be fused" if split == "qkv" else ""),
                 todo="say it by path: split={'path.weight': sizes}, or leave it out",
             )
         return found

@@ -157,7 +157,8 @@ class Recipe:
     def replace(self, name: str, about: str = "", **fields: Any) -> Recipe:
         """A recipe like this one but for the given fields; `specs` given here are added to this one's.
 
-        `passes` that this one was given stay; those that follow from its fields follow from the new ones.
+        `passes` that this one was given stay; those that follow from its fields follow from the new ones, where
+        `dataclasses.replace` would keep the old ones.
         """
         kept: dict[str, Any] = {f: getattr(self, f) for f in _DEFAULTS if self.own_passes or f != "passes"}
         given = fields.pop("specs", {})
@@ -258,6 +259,12 @@ class Recipe:
         for f in ("name", "about"):
             if not isinstance(getattr(self, f), str):
                 raise RecipeError(f"recipe {self.name!r}: {f} is {getattr(self, f)!r}", todo="give text")
+        if not self.name.strip() or not self.name.isprintable():
+            raise RecipeError(
+                f"recipe {self.name!r}: name is {self.name!r}",
+                why="it is chosen by its name, and listed with it on one line",
+                todo="give a name of one line that is not empty, such as 'mine'",
+            )
         for p in self.passes:
             if not isinstance(p, str):
                 raise RecipeError(
@@ -364,7 +371,13 @@ _RECIPES: dict[str, Recipe] = {}
 
 
 def register_recipe(recipe: Recipe) -> Recipe:
-    """Make a recipe known by its name. Raises `RecipeError` when the name is taken by another one."""
+    """Make a recipe known by its name. Raises `RecipeError` for a taken name, and for what is no `Recipe`."""
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(
+            f"{recipe!r} is a {type(recipe).__name__}, not a recipe",
+            why="what is registered is known by the name that it carries",
+            todo="give a moefx.Recipe, such as Recipe('mine', specs={...})",
+        )
     if _RECIPES.get(recipe.name, recipe) != recipe:
         raise RecipeError(f"a recipe named {recipe.name!r} is registered already", todo="choose another name")
     _RECIPES[recipe.name] = recipe

@@ -14,6 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from ..errors import InputError
+from ..files import json_text
 
 FILE = "metrics.jsonl"
 _told = False
@@ -21,6 +22,8 @@ _told = False
 
 class Metrics:
     """Appends one JSON object per line: {"kind": "train" | "val", "step": completed steps, "loss": nats, ...}.
+
+    A figure that is no finite number (a loss that diverged) is null.
 
     "train" has the losses of routing, too, as `loss_sp`, and "val" has `loss_prefix` for a router of later tokens. Kind
     "routing" holds `moefx.view.routing_numbers.scalars`, measured in validation, and kind "precision" the figures of
@@ -56,7 +59,7 @@ class Metrics:
         Where the disk refuses, it is said, once, and the record is lost: the weights are worth more than their curves.
         """
         with self._forgiving():
-            self._append(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self._append(json_text({"kind": kind, "step": step, **values}) + "\n")
         if self._board is not None:
             with self._forgiving():
                 for name, value in values.items():
@@ -116,7 +119,7 @@ def unwritable(directory: Path, error: OSError) -> InputError:
 
 
 def _truncate(path: Path, step: int) -> None:
-    kept = [json.dumps(r) + "\n" for r in read_metrics(path.parent) if r["step"] <= step]
+    kept = [json_text(r) + "\n" for r in read_metrics(path.parent) if r["step"] <= step]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from ..files import json_text
 from ..losses import Item
 from ..routing import Routing, fit_vocabulary, vocab_size_of, vocabulary_of
 from .aside import CHECKPOINTS, RESULTS, make_room, say
@@ -140,13 +142,13 @@ def table(content: Mapping[str, Any]) -> Table:
         d, t = content["grouter"]["distill"], content["grouter"]["tune"]
         view.add_section()
         view.add_row("[bold]the Grouter")
-        for title, text in (  # in the column of the arm that it routes
-            ("KL to the teacher's router, nats per token", f"{d['kl']:.4f}"),
-            (f"exact top-{d['k']} set", f"{d['exact']:.1%}"),
-            ("MaxVio before tuning", f"{t['maxvio_before']:.2f}"),
-            ("MaxVio after tuning", f"{t['maxvio_after']:.2f}"),
+        for title, value, form in (  # in the column of the arm that it routes
+            ("KL to the teacher's router, nats per token", d["kl"], ".4f"),
+            (f"exact top-{d['k']} set", d["exact"], ".1%"),
+            ("MaxVio before tuning", t["maxvio_before"], ".2f"),
+            ("MaxVio after tuning", t["maxvio_after"], ".2f"),
         ):
-            view.add_row(title, "", text)
+            view.add_row(title, "", format(math.nan if value is None else value, form))  # null in a report read again
     return view
 
 
@@ -173,7 +175,9 @@ def _distilled(
     if resume and (folder / "config.json").exists():
         made = _read(folder)
         stored = made.get("distill", {}).get("settings", {}).get("identity")
-        if not compare(folder, {} if stored is None else {"identity": stored}, {"identity": origin}):
+        # A report has null for an infinite option, and those of earlier versions had Infinity.
+        was, now = ({"identity": json.loads(json_text(side))} for side in (stored, origin))
+        if not compare(folder, {} if stored is None else was, now):
             say(console, f"{folder} does not say how it was made (an earlier version of moefx wrote it); it is used")
         return Grouter.from_pretrained(folder), made
     teacher = _target(model, seed, tokens.vocab_size)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -16,7 +15,7 @@ from rich.table import Table
 from torch import nn
 
 from ..errors import InputError
-from ..files import replacing
+from ..files import json_text, replacing
 from ..losses import LoadBalance
 from ..routing import vocab_size_of
 from .aside import CHECKPOINTS, RESULTS, make_room, say
@@ -220,7 +219,7 @@ def table(content: Mapping[str, Any]) -> Table:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON so that the file is either the old or the new one, never a part. Raises InputError when it cannot."""
     with replacing(path.parent, "the report") as new:
-        (new / path.name).write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+        (new / path.name).write_text(json_text(content, indent=1, default=str) + "\n", encoding="utf-8")
 
 
 def optimized(

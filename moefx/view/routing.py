@@ -23,6 +23,8 @@ from moefx.packages import optional
 Matrix = npt.NDArray[np.float64]
 WRITTEN_UP_TO = 16  # experts; with more, cells are too small for numbers
 ABSENT = "#d9d9d9"
+DPI = 110
+WIDEST = 16.0  # inches that the panels of a picture take side by side
 
 # What a column of the tables is called, and how its numbers are written.
 COLUMNS = {
@@ -38,7 +40,10 @@ STEPS = {
 TRAFFIC = {
     "remote": ("sends per token", ".3f"), "uniform": ("if uniform", ".3f"), "max_over_mean": ("max/mean rows", ".2f"),
 }  # fmt: skip
-GREY = " Grey rows are experts without such tokens."
+GREY = (
+    " Grey rows are experts without such tokens. Where a panel has fewer pixels than cells, the title says how many "
+    "cells a spot is the largest of."
+)
 CAPTIONS = {
     "load": "Each expert's share of the choices of its layer, divided by the mean share: 1 is perfect balance, 2 is "
     "twice the tokens. A cross is an expert that no token chose.",
@@ -103,17 +108,20 @@ def matrices_figure(matrices: Sequence[Matrix], titles: Sequence[str], across: s
     plt, colors = matplotlib(), importlib.import_module("matplotlib.colors")
     columns = min(len(matrices), max(4, math.ceil(math.sqrt(len(matrices)))))
     rows = math.ceil(len(matrices) / columns)
+    cells = max(max(m.shape) for m in matrices)
     side = 2.4 if len(matrices) <= 12 else 1.7
+    side = max(side, min(cells / DPI + 0.6, WIDEST / columns))  # a pixel for every cell, beside the labels
     size = (max(columns * side + 1.2, 5.0), rows * (side + 0.15) + 0.9)
     figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     shades = plt.get_cmap("YlGnBu").with_extremes(bad=ABSENT)
     shares = np.concatenate([m[~np.isnan(m)] for m in matrices])
     top = float(np.quantile(shares, 0.999)) if shares.any() else 1.0
     norm = colors.PowerNorm(0.5, 0.0, top or float(shares.max()), clip=True)
+    images: dict[Any, Any] = {}
     for axes in grid.flat[len(matrices) :]:
         axes.set_axis_off()
     for axes, matrix, name in zip(grid.flat, matrices, titles, strict=False):
-        image = axes.imshow(matrix, cmap=shades, norm=norm, interpolation="nearest")
+        image = images[axes] = axes.imshow(matrix, cmap=shades, norm=norm, interpolation="nearest")
         axes.set_title(name, fontsize=9)
         _ticks(axes.yaxis, matrix.shape[0], most=8)
         _ticks(axes.xaxis, matrix.shape[1], most=8)
@@ -121,8 +129,38 @@ def matrices_figure(matrices: Sequence[Matrix], titles: Sequence[str], across: s
     figure.supylabel(down, fontsize=10)
     above = "max" if shares.max() > norm.vmax else "neither"
     figure.colorbar(image, ax=grid, label="share of the row", pad=0.02, aspect=20 * rows, extend=above)
-    figure.suptitle(title)
+    heading = figure.suptitle(title)
+    if cells > side * DPI / 2:
+        figure.draw_without_rendering()  # only the layout knows how many pixels are left for a panel; it stays
+        figure.set_layout_engine("none")
+        if (block := _pool(images, DPI / figure.dpi)) > 1:
+            heading.set_text(f"{title} (each spot is the largest of {block} x {block} cells)")
     return _png(figure)
+
+
+def _pool(images: Mapping[Any, Any], scale: float) -> int:
+    """Draw no cell smaller than a pixel: the largest of a block of them takes their place, or most would be missing.
+
+    Args:
+        images: by the axes that they are in; their layout is known.
+        scale: pixels of the file per pixel of the layout.
+
+    Returns:
+        Cells along a side of a block; 1 where there is room for all.
+    """
+    block = 1
+    for axes, image in images.items():
+        box = axes.get_window_extent()
+        rows, columns = image.get_array().shape
+        block = max(block, *(math.ceil(n / (p * scale - 2)) for n, p in ((rows, box.height), (columns, box.width))))
+    for image in images.values() if block > 1 else ():
+        pooled = np.asarray(image.get_array().filled(np.nan))
+        for axis in (0, 1):  # fmax: a block is absent where all of it is
+            pooled = np.fmax.reduceat(pooled, range(0, pooled.shape[axis], block), axis)
+        image.set_data(pooled)
+        rows, columns = (n * block - 0.5 for n in pooled.shape)
+        image.set_extent((-0.5, columns, rows, -0.5))
+    return block
 
 
 def pictures(
@@ -182,8 +220,8 @@ def text(found: Mapping[str, Any]) -> str:
 def tables(found: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
     """Heading, columns and rows of text of each table: layers with their mean, adjacent layers, paths, traffic."""
     known = {n: c for n, c in COLUMNS.items() if n in found["layers"][0]}
-    rows = [[_named(row), *(format(row[n], form) for n, (_, form) in known.items())] for row in found["layers"]]
-    mean = [format(found["mean"][n], ".2f" if n == "dead_experts" else f) if n in found["mean"] else ""
+    rows = [[_named(row), *(_figure(n, row[n], form) for n, (_, form) in known.items())] for row in found["layers"]]
+    mean = [_figure(n, found["mean"][n], ".2f" if n == "dead_experts" else f) if n in found["mean"] else ""
             for n, (_, f) in known.items()]  # fmt: skip
     made = [("Layers", ["layer", *(t for t, _ in known.values())], [*rows, ["mean", *mean]])]
     if found["steps"]:
@@ -214,13 +252,20 @@ def write(folder: Path, images: Mapping[str, bytes], page_text: str) -> list[Pat
 
 
 def _named(row: Mapping[str, Any]) -> str:
-    return f"{row['layer']} {row['path']}".strip()
+    path = "".join(c if c.isprintable() else repr(c)[1:-1] for c in row["path"])  # a line break would end the row
+    return f"{row['layer']} {path}".strip()
+
+
+def _figure(name: str, value: float, form: str) -> str:
+    """Without a choice there is no MaxVio; any other NaN is one of the router's, and is shown."""
+    return "none" if name == "max_violation" and math.isnan(value) else format(value, form)
 
 
 def _embedded(name: str, image: bytes) -> str:
     data = base64.b64encode(image).decode()
     alt = html.escape(f"{TITLES[name]}: {CAPTIONS[name]}")
-    return f'<h2>{TITLES[name]}</h2><p>{CAPTIONS[name]}</p><img alt="{alt}" src="data:image/png;base64,{data}">'
+    shown = f'<figure><img alt="{alt}" src="data:image/png;base64,{data}"></figure>'
+    return f"<h2>{TITLES[name]}</h2><p>{CAPTIONS[name]}</p>{shown}"
 
 
 def _ticks(axis: Any, count: int, names: Sequence[str] | None = None, most: int = 16) -> None:
@@ -238,7 +283,7 @@ def matplotlib() -> Any:
 
 def _png(figure: Any) -> bytes:
     out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110)
+    figure.savefig(out, format="png", dpi=DPI)
     matplotlib().close(figure)
     return out.getvalue()
 
@@ -248,5 +293,5 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block; overflow-x: auto }
 th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
 th:first-child, td:first-child { text-align: left }
-img { max-width: 100%; height: auto }
+figure { margin: 0; overflow-x: auto } /* as large as drawn: a scaled picture loses single cells */
 </style>"""

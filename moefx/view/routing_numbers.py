@@ -61,7 +61,8 @@ class RoutingSum:
         for name in MEANS.keys() & found.keys():
             weight = found[MEANS[name]].clamp_min(1)
             found[name] = found[name] / (weight.unsqueeze(1) if found[name].dim() == 2 else weight)
-        found["max_violation"] = found["load"].amax(1) * E - 1
+        # Where every choice was dropped there is no load to be uneven, whatever its zeros would say.
+        found["max_violation"] = (found["load"].amax(1) * E - 1).where(found["slots"] > 0, math.nan)
         zero = (found["load"] == 0).sum(1)  # with the columns that a layer with fewer experts does not have
         found["dead_experts"] = (zero - (found["load"].shape[1] - E)).to(torch.float64)
         if "mean_scores" in found:
@@ -81,20 +82,27 @@ def numbers(routing: Mapping[str, Tensor], paths: Sequence[str] = ()) -> dict[st
     Returns:
         `layers`: a row per layer, {layer, path, experts, and those of `PER_LAYER` that were measured}; `mean` of each
         over layers; `load` [L][E]; `steps`: see `step_numbers`, a row per pair of adjacent layers; with `choices`,
-        `distinct_paths` and `seen_paths` (see `path_counts`). Empty when nothing was measured.
+        `distinct_paths` and `seen_paths` (see `path_counts`). Where no expert was chosen MaxVio is NaN, and in no mean.
+        Empty when nothing was measured.
     """
     if not routing:
         return {}
     experts = [round(e) for e in routing["experts"].tolist()]
     measured = {name: routing[name].tolist() for name in PER_LAYER if name in routing}
+    load = [row[:E] for row, E in zip(routing["load"].tolist(), experts, strict=True)]
+    over = dict(measured)
+    if "max_violation" in measured:
+        pairs = list(zip(measured["max_violation"], map(any, load), strict=True))
+        measured["max_violation"] = [v if chosen else math.nan for v, chosen in pairs]
+        over["max_violation"] = [v for v, chosen in pairs if chosen]
     layers = [
         {"layer": i, "path": path, "experts": E, **{n: v[i] for n, v in measured.items()}}
         for i, (E, path) in enumerate(zip(experts, paths or [""] * len(experts), strict=True))
     ]
     found = {
         "layers": layers,
-        "mean": {n: math.fsum(v) / len(v) for n, v in measured.items()},
-        "load": [row[:E] for row, E in zip(routing["load"].tolist(), experts, strict=True)],
+        "mean": {n: math.fsum(v) / len(v) if v else math.nan for n, v in over.items()},
+        "load": load,
         "steps": [
             {"from": i, "to": i + 1, **step_numbers(counts[: experts[i], : experts[i + 1]])}
             for i, counts in enumerate(routing.get("transitions", ()))
@@ -133,10 +141,12 @@ def step_numbers(counts_EE: Tensor) -> dict[str, float]:
 
 def path_counts(choices_LTk: Tensor) -> dict[str, int]:
     """Paths are tuples of first choices over all layers: `seen_paths` different ones, and `distinct_paths`, the number
-    of most frequent ones that 90 % of the tokens take.
+    of most frequent ones that 90 % of the tokens take. Both are 0 where no token has a first choice in every layer.
     """
     first_TL = choices_LTk[:, :, 0].T
     counted = first_TL[(first_TL >= 0).all(1)]
+    if not len(counted):
+        return {"distinct_paths": 0, "seen_paths": 0}
     counts = torch.unique(counted, dim=0, return_counts=True)[1].sort(descending=True).values
     covered = counts.cumsum(0) >= math.ceil(COVERED * len(counted))
     return {"distinct_paths": int((~covered).sum()) + 1, "seen_paths": len(counts)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,6 +44,14 @@ def layer(seed: int, masked: bool, scored: bool = True) -> tuple[L.Taps, loops.L
     chosen = [[e for e in row if 0 <= e < E] for row in idx.tolist()]
     rows = [[z[t * K + j] for j in range(K) if 0 <= int(idx[t, j]) < E] for t in range(T)]
     return tap, loops.Layer(logits, chosen, z=rows, counted=[] if mask is None else mask.tolist()), w
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def test_a_layer_that_dropped_everything_has_no_imbalance() -> None:
+    tap = layer(0, False, True)[0]
+    found = L.RoutingMetrics().local(replace(tap, idx=torch.full_like(tap.idx, -1)))
+    assert found["load"].tolist() == [0] * E
+    assert found["max_violation"].isnan()
 
 
 @pytest.mark.parametrize("masked", [False, True])

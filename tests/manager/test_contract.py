@@ -31,6 +31,19 @@ def malformed(graph: fx.Graph, ctx: Context) -> None:
     first(graph, "linear").args = (first(graph, "softmax"), first(graph, "linear").args[1])
 
 
+def circular(graph: fx.Graph, ctx: Context) -> None:
+    node = first(graph, "linear")
+    node.args = (node, node.args[1])
+
+
+def output_erased(graph: fx.Graph, ctx: Context) -> None:
+    graph.erase_node(graph.output_node())
+
+
+def output_twice(graph: fx.Graph, ctx: Context) -> None:
+    graph.output(graph.output_node().args[0])
+
+
 def moved(graph: fx.Graph, ctx: Context) -> None:
     first(graph, "softmax").append(first(graph, "linear"))
 
@@ -101,6 +114,9 @@ def draw_added(graph: fx.Graph, ctx: Context) -> None:
 BROKEN = [
     (raises, "its code failed", "ValueError: no such pattern", "linear"),
     (malformed, "the graph is malformed", "used before", "linear"),
+    (circular, "the graph is malformed", "used before", "linear"),
+    (output_erased, "it erased the output node", "exactly one output", None),
+    (output_twice, "it left 2 output nodes", "exactly one output", None),
     (moved, "the graph is malformed", "used before", "dropout"),
     (erased, "its code failed", "erase", None),
     (mismatch, "cannot be computed from its inputs", "torch.float32 (10, 8), ", "linear"),
@@ -124,6 +140,7 @@ def test_broken_passes_are_caught(graph: Subject, edit: Any, what: str, why: str
     assert e.what.startswith("pass edit: ")
     assert what in e.what
     assert why is None or why in str(e.why)
+    assert "\n" not in str(e.why)  # not the text of the graph
     assert e.todo
     if node is not None:
         name, *rest = str(e.where).split(", ")

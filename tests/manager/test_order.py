@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import networkx as nx
@@ -213,6 +214,30 @@ def test_registry() -> None:
     with pytest.raises(PassError, match="registered already"):
         register_pass(lambda: ExpandExperts())
     assert register_pass(ExpandExperts) is ExpandExperts  # the same one again
+
+
+@dataclass(frozen=True)
+class Asking(Nothing):
+    """A pass that is not made without arguments."""
+
+    option: int
+
+
+@pytest.mark.parametrize(
+    ("given", "what", "todo"),
+    [
+        (DeadCode(), "the pass dead_code is an instance", "give the class"),
+        (None, "None makes no pass", "give the class"),
+        ("dead_code", "'dead_code' makes no pass", "give the class"),
+        (Asking, "'Asking' makes no pass when it is called without arguments", "give every option a default"),
+        (dict, "not a moefx.Pass", "frozen dataclasses"),
+    ],
+)
+def test_what_makes_no_pass_is_not_registered(given: Any, what: str, todo: str) -> None:
+    with pytest.raises(PassError) as e:
+        register_pass(given)
+    assert what in e.value.what
+    assert todo in str(e.value.todo)
 
 
 def test_passes_argument() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from moefx.errors import InputError
 from moefx.optim import AdamW, LiteConfig, Muon, MuonLITE
 
 from .test_state import MADE, RAMPED, problem, train
@@ -51,6 +52,35 @@ def test_halved_products_are_not_for_autocast_either() -> None:
             Muon([p], lr=0.02, polar_steps=1).step()
         results.append(p.detach())
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("kind", [*MADE, "adamw"])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_a_conversion_from_or_to_float64_is_refused_before_anything_moves(
+    kind: str, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    model = nn.ParameterDict({"w": nn.Parameter(torch.eye(6, 8)), "b": nn.Parameter(torch.ones(4, 3))}).to(dtypes[0])
+    optimizer = (AdamW if kind == "adamw" else MADE[kind])([{"params": [*model.values()], "names": ["w", "b"]}])  # type: ignore[operator]
+    for p in model.to(dtypes[1]).parameters():
+        p.grad = torch.ones_like(p)
+    before = {n: p.detach().clone() for n, p in model.items()}
+    with pytest.raises(InputError) as e:
+        optimizer.step()
+    assert e.value.what == f"a parameter is {dtypes[1]}, and its optimizer state {dtypes[0]}"
+    assert e.value.where == "w"
+    assert "build the optimizer after the conversion" in str(e.value.todo)
+    assert all(torch.equal(p, before[n]) for n, p in model.items())
+    assert int(optimizer.param_groups[0]["step"]) == 0
+
+
+def test_halving_keeps_float32_state_and_goes_on() -> None:
+    model = nn.Linear(6, 8, bias=False)
+    optimizer = Muon([model.weight])
+    for p in (model.weight, model.to(torch.bfloat16).weight):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert model.weight.dtype == torch.bfloat16
+    assert optimizer.state[model.weight]["momentum_buffer"].dtype == torch.float32
 
 
 def test_a_closure_keeps_the_autocast() -> None:

@@ -135,6 +135,22 @@ def test_names_are_text() -> None:
             get_format(other)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", ["", "  ", "two\nlines", "tab\tbed"])
+def test_a_name_is_one_line_of_text(name: str) -> None:
+    for make in (lambda: Recipe(name), lambda: Recipe("a", specs=GOOD).replace(name)):
+        with pytest.raises(RecipeError, match="name is") as caught:
+            make()
+        assert caught.value.why
+        assert caught.value.todo
+
+
+@pytest.mark.parametrize("given", [{"input.fprop": ROW}, None, "bf16", Recipe])
+def test_what_is_no_recipe_is_not_registered(given: Any) -> None:
+    with pytest.raises(RecipeError, match="not a recipe") as caught:
+        register_recipe(given)
+    assert "Recipe('mine'" in str(caught.value.todo)
+
+
 def test_the_first_rule_that_matches_decides() -> None:
     r = Recipe(
         "ruled",

@@ -311,6 +311,15 @@ def test_metrics_file(tmp_path: Path) -> None:
         json.loads(line)
 
 
+def test_every_line_of_the_metrics_is_valid_json(tmp_path: Path) -> None:
+    (tmp_path / metrics.FILE).write_text('{"kind": "train", "step": 1, "loss": NaN}\n')  # of an earlier version
+    written = metrics.Metrics(tmp_path, 1, quiet())
+    written.write("routing", 2, entropy=float("nan"), load=float("inf"))
+    written.close()
+    lines = (tmp_path / metrics.FILE).read_text().splitlines()
+    assert [list(json.loads(x, parse_constant=pytest.fail).values())[2:] for x in lines] == [[None], [None, None]]
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_metrics_on_a_full_disk_are_lost_and_it_is_said_once(tmp_path: Path) -> None:
     console = quiet()

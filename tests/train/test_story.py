@@ -290,6 +290,8 @@ def test_report_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match="report could not be written"):
         story.write_json(tmp_path / "file" / "report.json", {})
+    story.write_json(tmp_path / "report.json", {"a": float("nan")})
+    assert json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail) == {"a": None}
     story.write_json(tmp_path / "report.json", {"a": 1})
     with pytest.raises(TypeError):
         story.write_json(tmp_path / "report.json", {("no", "key"): 1})  # type: ignore[dict-item]

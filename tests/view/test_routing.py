@@ -52,6 +52,39 @@ def test_pictures(sizes: list[int], k: int, names: set[str]) -> None:
         assert pixels(png).std() > 0.05  # something is drawn
 
 
+@pytest.mark.parametrize(("experts", "panels"), [(96, 1), (300, 1), (1100, 2)])
+def test_no_dark_cell_is_lost_however_many_experts_there_are(experts: int, panels: int) -> None:
+    pytest.importorskip("matplotlib")
+    rng = np.random.default_rng(0)
+    matrices = [np.zeros((experts, experts)) for _ in range(panels)]
+    rows = np.sort(rng.permutation(experts)[::7]) // 7 * 7  # at least a block apart
+    for m in matrices:
+        m[rows, rng.permutation(rows)] = 1.0
+    image = pixels(view.matrices_figure(matrices, ["" for _ in matrices], "a", "b", "t"))
+    dark = np.abs(image[:, :-130, :3] - np.array([8, 29, 88]) / 255).sum(-1) < 0.2  # without the scale's bar
+    cells = sum(int((m > 0).sum()) for m in matrices)
+    assert dark.sum() >= cells
+    assert max(image.shape) < 2000
+
+
+def test_blocks_are_absent_only_as_a_whole_and_keep_the_place_of_their_cells() -> None:
+    plt = pytest.importorskip("matplotlib.pyplot")
+    figure, axes = plt.subplots(figsize=(0.1, 0.1))  # 10 pixels, of which the axes have 8
+    matrix = np.full((30, 20), np.nan)
+    matrix[7, 11], matrix[29, 0] = 0.25, 0.5
+    matrix[6, 11] = 0.125
+    image = axes.imshow(matrix)
+    block = view._pool({axes: image}, 1.0)
+    pooled = image.get_array().filled(np.nan)
+    plt.close(figure)
+    assert pooled.shape == (-(-30 // block), -(-20 // block))
+    assert {(r * block, c * block): pooled[r, c] for r, c in np.argwhere(~np.isnan(pooled))} == {
+        (7 // block * block, 11 // block * block): 0.25,
+        (29 // block * block, 0): 0.5,
+    }
+    assert image.get_extent() == [-0.5, pooled.shape[1] * block - 0.5, pooled.shape[0] * block - 0.5, -0.5]
+
+
 def test_a_dead_layer_looks_different() -> None:
     pytest.importorskip("matplotlib")
     even = view.load_figure([[0.25] * 4], ["0"])

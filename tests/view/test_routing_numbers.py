@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moefx.view import routing as view
 from moefx.view.routing_numbers import RoutingSum, numbers, path_counts, scalars, step_numbers
 
 from .made import choices, metrics
@@ -83,6 +84,30 @@ def test_paths(seed: int, tokens: int, layers: int) -> None:
     assert path_counts(torch.tensor(idx)) == {"seen_paths": len(counts), "distinct_paths": needed}
     masked = torch.cat([torch.tensor(idx), torch.full((layers, 7, 2), -1)], 1)
     assert path_counts(masked) == path_counts(torch.tensor(idx))  # tokens that do not count
+
+
+def test_a_layer_without_a_choice_has_no_load_to_be_uneven_and_no_paths() -> None:
+    """A capacity may drop everything, and -1 would pass for better than balance."""
+    sizes, pooled = [4, 4], RoutingSum()
+    call = metrics(choices(0, sizes, 2, 10), sizes)
+    for name in ("load", "slots", "choices", "max_violation", "transitions"):
+        fill = -1 if name in ("choices", "max_violation") else 0
+        call[name][0] = torch.full_like(call[name][0], fill)
+    pooled.add(call)
+    found = numbers(pooled.result(), ["a", "b\nc"])
+    rows = [row["max_violation"] for row in found["layers"]]
+    assert math.isnan(rows[0])
+    assert found["mean"]["max_violation"] == rows[1] > 0
+    assert (found["seen_paths"], found["distinct_paths"]) == (0, 0)
+    lines = view.text(found).splitlines()
+    assert [line.split()[:4] for line in lines[2:4]] == [["0", "a", "4", "none"], ["1", r"b\nc", "4", f"{rows[1]:.2f}"]]
+    again = numbers(call)  # of one call, whatever it says
+    assert [math.isnan(row["max_violation"]) for row in again["layers"]] == [True, False]
+    assert again["mean"]["max_violation"] == pytest.approx(rows[1])
+    call["load"], call["slots"] = torch.zeros(2, 4), torch.zeros(2)
+    pooled = RoutingSum()
+    pooled.add(call)
+    assert math.isnan(numbers(pooled.result())["mean"]["max_violation"])
 
 
 def test_numbers_name_layers_and_leave_out_what_is_not_there() -> None:

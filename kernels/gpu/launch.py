@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from triton import knobs
+from triton.runtime import driver
 
 Tensor = torch.Tensor
 _WHERE_UNKNOWN = 132  # multiprocessors of an H100 or H200: what programs are counted by where there is no device
@@ -57,6 +58,13 @@ def processors(device: torch.device) -> int:
         count: int = torch.cuda.get_device_properties(device).multi_processor_count
         return count
     return 4 if knobs.runtime.interpret else _WHERE_UNKNOWN  # few, so that an interpreted program meets several tiles
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether a kernel for tensors on a device is compiled for sm_90, as interpreted ones are taken to be."""
+    if device.type == "cuda":
+        return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
+    return bool(knobs.runtime.interpret) or driver.active.get_current_target().arch == 90
 
 
 def cdiv(a: int, b: int) -> int:

@@ -16,8 +16,15 @@ LDGSTS and scatters it to shared memory byte by byte.
 
 Bytes of y: S K + E N K codes, 1/32 of that for scales (1/32 + 1/4096 with square blocks of w), S N out.
 
-A tile of 128 x 128 x 128 holds 64 sums and 64 products in each of 256 threads; 256 x 128, or half as many threads,
-spills. Four stages are 128 KiB of shared memory. What the sizes do on a device is not yet measured.
+Tiles. fp8 products have sums of their own before they are added, so a tile takes twice the registers of its sums: 64
+and 64 in each of 256 threads for 128 x 128, which leaves a processor to one program. Its eight warps meet at every
+barrier, and nothing is multiplied while they scale and add. On sm_90 four warps therefore compute the tile as two
+halves of 64 rows, of which the second's products take the first's registers: 128 sums, 64 products, and 63 for all
+else. That spills unless loads have no masks of rows and columns, and 32-bit addresses within a tile. Three stages of
+128 of the depth are 96 KiB: two programs share a processor, and one multiplies while the other adds, at the traffic of
+128 x 128 (two tiles of 64 x 128 would read half as much again). It takes N and K of whole tiles; others, decoded
+operands, and sm_100, where this spills, keep eight warps, and four stages. What the sizes do on a device is not yet
+measured.
 """
 
 from __future__ import annotations
@@ -34,7 +41,7 @@ from moefx.precision.spec import QuantSpec
 
 from . import codec
 from .codec import as_bytes, encode8, f32_scale, inverse, magnitude_bits, po2_field, scale_value
-from .launch import cdiv, launch, processors
+from .launch import cdiv, is_hopper, launch, processors
 from .sass import Specimen
 from .schedule import in_bands, rows_of, tiles_until
 
@@ -45,11 +52,28 @@ BN = 128
 
 @triton.jit
 def load_scale(at, mask, BYTES: tl.constexpr):
-    """Scales as fp32; `BYTES`: exponents of powers of two."""
+    """Scales as fp32; `BYTES`: exponents of powers of two. Without a mask, all are there."""
     if BYTES:
-        return scale_value(tl.load(at, mask=mask, other=0).to(tl.int32))
+        return scale_value(tl.load(at, mask, None if mask is None else 0).to(tl.int32))
     else:
-        return tl.load(at, mask=mask, other=0.0)
+        return tl.load(at, mask, None if mask is None else 0.0)
+
+
+@triton.jit
+def load_column_scale(at, mask, BYTES: tl.constexpr, AGAIN: tl.constexpr):
+    """Scales of columns, of which each thread of a product needs a quarter: 32 in four warps.
+
+    Those load one each, decode it, and exchange them through shared memory. Bytes would be exchanged before they are
+    decoded, 32 in each thread, but for a maximum of equals, behind which the compiler does not look. `AGAIN`: as they
+    were loaded before; .ca is the default and yet another instruction, lest all be kept in registers.
+    """
+    CACHE: tl.constexpr = ".ca" if AGAIN else ""
+    if BYTES:
+        s = scale_value(tl.load(at, mask, None if mask is None else 0, cache_modifier=CACHE).to(tl.int32))
+        bits = s.to(tl.int32, bitcast=True)
+        return tl.max(tl.join(bits, bits), 1).to(tl.float32, bitcast=True)
+    else:
+        return tl.load(at, mask, None if mask is None else 0.0, cache_modifier=CACHE)
 
 
 @triton.jit
@@ -62,76 +86,151 @@ def at_block(index, SIZE: tl.constexpr):
 
 
 @triton.jit
+def _codes(at, inside, WHOLE: tl.constexpr):
+    """A tile of codes; zero outside, if there is an outside."""
+    if WHOLE:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=inside, other=0.0)
+
+
+@triton.jit
+def _weights(at, inside, held, WHOLE_K: tl.constexpr, WHOLE_N: tl.constexpr):
+    """The same of a side that may end in two directions. Where columns are contiguous, none may stand for another."""
+    if WHOLE_K:
+        return _codes(at, held, WHOLE_N)
+    elif WHOLE_N:
+        return _codes(at, inside, False)
+    else:
+        return _codes(at, inside & held, False)
+
+
+@triton.jit
+def _promoted(
+    acc, a, b, sx, sw, held,
+    XC: tl.constexpr, WC: tl.constexpr, ONE: tl.constexpr, XS_BYTES: tl.constexpr, WS_BYTES: tl.constexpr,
+    WIDEN: tl.constexpr, AGAIN: tl.constexpr,
+):  # fmt: skip
+    """Sums and one block of the depth: its product from zero, times the scales at `sx` and `sw`."""
+    if WIDEN:
+        p = tl.dot(a.to(tl.float16), b.to(tl.float16))
+    else:
+        p = tl.dot(a, b)
+    if XC > 0 and WC > 0 and ONE:
+        p = p * (load_scale(sx, None, XS_BYTES) * load_scale(sw, None, WS_BYTES))[:, None]
+    else:
+        if XC > 0:
+            p = p * load_scale(sx, None, XS_BYTES)[:, None]
+        if WC > 0:
+            if ONE:
+                p = p * load_scale(sw, None, WS_BYTES)
+            else:
+                p = p * load_column_scale(sw, held, WS_BYTES, AGAIN)[None, :]
+    return acc + p
+
+
+@triton.jit
+def _finish(
+    acc, top, first, end, held, cols, n, n_tiles, N, sx, sw, y, codes, scales, least,
+    BM: tl.constexpr, XC: tl.constexpr, WC: tl.constexpr, XS_BYTES: tl.constexpr, WS_BYTES: tl.constexpr,
+    ELEM: tl.constexpr, EMAX: tl.constexpr, BOUND: tl.constexpr, LEAST: tl.constexpr, MAX: tl.constexpr,
+    EPS: tl.constexpr, ZERO_ONE: tl.constexpr, PO2: tl.constexpr, BYTES: tl.constexpr,
+):  # fmt: skip
+    """Write those of BM rows from `top` on that are of this tile, and their codes; `held`: an expert has them."""
+    rows = top + tl.arange(0, BM)
+    live = (rows >= first) & (rows < end)
+    if XC == 0:
+        acc = acc * load_scale(sx, live & held, XS_BYTES)[:, None]
+    if WC == 0:
+        acc = acc * load_scale(sw, (cols < N) & held, WS_BYTES)[None, :]
+    kept = live[:, None] & (cols < N)[None, :]
+    at = rows.to(tl.int64)[:, None] * N + cols[None, :]
+    out = acc.to(y.dtype.element_ty)
+    tl.store(y + at, out, mask=kept)
+    if codes is not None:  # of the result as it is stored, a tile wide being a block wide
+        v = out.to(tl.float32)
+        top = tl.max(magnitude_bits(v), 1).to(tl.float32, bitcast=True)
+        if PO2:
+            field = po2_field(top, EMAX, BOUND, LEAST, EPS, ZERO_ONE)
+            code, s = encode8(v * inverse(field)[:, None], ELEM), scale_value(field)
+        else:
+            s = f32_scale(top, MAX, EPS, ZERO_ONE)
+            code = encode8(tl.math.div_rn(v, tl.broadcast_to(s[:, None], v.shape)), ELEM)
+        tl.store(codes + at, code, mask=kept)
+        s_at = scales + rows.to(tl.int64) * n_tiles + n
+        if BYTES:
+            tl.store(s_at, tl.where(held, field, 0).to(tl.uint8), mask=live)
+        else:
+            tl.store(s_at, tl.where(held, s, least), mask=live)
+
+
+@triton.jit
 def _scaled_grouped_mm(
     x, xs, w, ws, offsets, y, codes, scales, S, N, K, E, x_row, w_expert, w_n, w_k, xs_row, xs_k, ws_expert, ws_n,
     ws_k, least,
-    BE: tl.constexpr, BAND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, XR: tl.constexpr,
-    XC: tl.constexpr, WR: tl.constexpr, WC: tl.constexpr, XS_BYTES: tl.constexpr, WS_BYTES: tl.constexpr,
-    WIDEN: tl.constexpr, WHOLE_K: tl.constexpr, ELEM: tl.constexpr, EMAX: tl.constexpr, BOUND: tl.constexpr,
-    LEAST: tl.constexpr, MAX: tl.constexpr, EPS: tl.constexpr, ZERO_ONE: tl.constexpr, PO2: tl.constexpr,
-    BYTES: tl.constexpr,
+    BE: tl.constexpr, BAND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TWICE: tl.constexpr,
+    XR: tl.constexpr, XC: tl.constexpr, WR: tl.constexpr, WC: tl.constexpr, XS_BYTES: tl.constexpr,
+    WS_BYTES: tl.constexpr, WIDEN: tl.constexpr, WHOLE_K: tl.constexpr, WHOLE_N: tl.constexpr,
+    ELEM: tl.constexpr, EMAX: tl.constexpr, BOUND: tl.constexpr, LEAST: tl.constexpr, MAX: tl.constexpr,
+    EPS: tl.constexpr, ZERO_ONE: tl.constexpr, PO2: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
     """XR x XC and WR x WC are the blocks of the operands, 0 for all of an axis; the rest is `codec.constants`."""
-    until = tiles_until(offsets, S, E, BE, BM)
+    TALL: tl.constexpr = 2 * BM if TWICE else BM
+    until = tiles_until(offsets, S, E, BE, TALL)
     m_tiles, n_tiles = tl.max(until, 0), tl.cdiv(N, BN)
+    depth = tl.arange(0, BK)
     for tile in range(tl.program_id(0), m_tiles * n_tiles, tl.num_programs(0)):
         m, n = in_bands(tile, m_tiles, n_tiles, BAND)
-        expert, first, end = rows_of(m, until, offsets, S, E, BM)
-        rows, cols = first + tl.arange(0, BM), n * BN + tl.arange(0, BN)
-        live, w_cut = rows < end, cols < N
-        x_cut = live & (expert < E)  # what rows of nobody hold is not looked at
-        x_rows, w_cols = x + rows.to(tl.int64) * x_row, w + expert.to(tl.int64) * w_expert + cols.to(tl.int64) * w_n
-        xs_rows = xs + (rows.to(tl.int64) if XR == 1 else expert + rows * 0) * xs_row
-        ws_cols, ws_cut = ws + expert.to(tl.int64) * ws_expert, expert < E
-        if WR == BN:  # one scale for the tile
-            ws_cols += n * ws_n
+        expert, first, end = rows_of(m, until, offsets, S, E, TALL)
+        # Rows of others are multiplied and not stored, so that loads need no mask; in tiles that might reach behind the
+        # last row of all, an expert's last stands for those behind it. 32 bits do within a tile, and take less room.
+        row, col, top = tl.arange(0, BM), tl.arange(0, BN), first
+        if TWICE:
+            top = tl.minimum(first, S - TALL)
         else:
-            ws_cols, ws_cut = ws_cols + at_block(cols, WR) * ws_n, ws_cut & w_cut
+            row = tl.minimum(row, end - first - 1)
+        x_tile, w_tile = x + top.to(tl.int64) * x_row, w + expert.to(tl.int64) * w_expert + n.to(tl.int64) * BN * w_n
+        x_at, w_at = row[:, None] * x_row + depth[None, :], col[None, :] * w_n + depth[:, None] * w_k
+        sx_tile = xs + (top if XR == 1 else expert).to(tl.int64) * xs_row
+        sw_tile = ws + expert.to(tl.int64) * ws_expert
+        sx_at = row * xs_row if XR == 1 else row * 0
+        if WR == BN:  # one scale for the tile
+            sw_at = n * ws_n
+        else:
+            sw_at = at_block(n * BN + col, WR) * ws_n
+        w_held = None if WHOLE_N else n * BN + col < N
         acc = tl.zeros((BM, BN), tl.float32)
-        for k in range(0, tl.where(expert < E, K, 0), BK):
-            ks = k + tl.arange(0, BK)
-            x_use = x_cut[:, None] if WHOLE_K else x_cut[:, None] & (ks < K)[None, :]
-            w_use = w_cut[None, :] if WHOLE_K else w_cut[None, :] & (ks < K)[:, None]
-            a = tl.load(x_rows[:, None] + ks[None, :], mask=x_use, other=0.0)
-            b = tl.load(w_cols[None, :] + (ks * w_k)[:, None], mask=w_use, other=0.0)
-            if WIDEN:
-                p = tl.dot(a.to(tl.float16), b.to(tl.float16))
-            else:
-                p = tl.dot(a, b)
-            if XC > 0 and WC > 0 and WR == BN:
-                sx = load_scale(xs_rows + k // XC * xs_k, x_cut, XS_BYTES)
-                sw = load_scale(ws_cols + k // WC * ws_k, ws_cut, WS_BYTES)
-                p = p * (sx * sw)[:, None]
-            else:
-                if XC > 0:
-                    p = p * load_scale(xs_rows + k // XC * xs_k, x_cut, XS_BYTES)[:, None]
-                if WC > 0:
-                    sw = load_scale(ws_cols + k // WC * ws_k, ws_cut, WS_BYTES)
-                    p = p * (sw if WR == BN else sw[None, :])
-            acc += p
-        if XC == 0:
-            acc = acc * load_scale(xs_rows, x_cut, XS_BYTES)[:, None]
-        if WC == 0:
-            acc = acc * load_scale(ws_cols, ws_cut, WS_BYTES)[None, :]
-        kept = live[:, None] & w_cut[None, :]
-        at = rows.to(tl.int64)[:, None] * N + cols[None, :]
-        out = acc.to(y.dtype.element_ty)
-        tl.store(y + at, out, mask=kept)
-        if codes is not None:  # of the result as it is stored, a tile wide being a block wide
-            v = out.to(tl.float32)
-            top = tl.max(magnitude_bits(v), 1).to(tl.float32, bitcast=True)
-            if PO2:
-                field = po2_field(top, EMAX, BOUND, LEAST, EPS, ZERO_ONE)
-                code, s = encode8(v * inverse(field)[:, None], ELEM), scale_value(field)
-            else:
-                s = f32_scale(top, MAX, EPS, ZERO_ONE)
-                code = encode8(tl.math.div_rn(v, tl.broadcast_to(s[:, None], v.shape)), ELEM)
-            tl.store(codes + at, code, mask=kept)
-            s_at = scales + rows.to(tl.int64) * n_tiles + n
-            if BYTES:
-                tl.store(s_at, tl.where(expert < E, field, 0).to(tl.uint8), mask=live)
-            else:
-                tl.store(s_at, tl.where(expert < E, s, least), mask=live)
+        if TWICE:
+            acc_2, sx_2 = tl.zeros((BM, BN), tl.float32), BM * xs_row if XR == 1 else 0
+        for k in range(0, tl.where(expert < E, K, 0), BK):  # rows of nobody stay zero
+            inside = depth < K - k
+            b = _weights(w_tile + k * w_k + w_at, inside[:, None], col[None, :] < N - n * BN, WHOLE_K, WHOLE_N)
+            a = _codes(x_tile + k + x_at, inside[None, :], WHOLE_K)
+            sx, sw = sx_tile, sw_tile
+            if XC > 0:
+                sx += k // XC * xs_k
+            if WC > 0:
+                sw += k // WC * ws_k
+            at_w = sw + sw_at
+            acc = _promoted(
+                acc, a, b, sx + sx_at, at_w, w_held, XC, WC, WR == BN, XS_BYTES, WS_BYTES, WIDEN, False
+            )  # fmt: skip
+            if TWICE:
+                a = _codes(x_tile + BM * x_row + k + x_at, inside[None, :], WHOLE_K)
+                acc_2 = _promoted(
+                    acc_2, a, b, sx + sx_2 + sx_at, at_w, w_held, XC, WC, WR == BN, XS_BYTES, WS_BYTES, WIDEN, True
+                )  # fmt: skip
+        cols = n * BN + tl.arange(0, BN)
+        _finish(
+            acc, top, first, end, expert < E, cols, n, n_tiles, N, sx_tile + sx_at, sw_tile + sw_at, y, codes, scales,
+            least, BM, XC, WC, XS_BYTES, WS_BYTES, ELEM, EMAX, BOUND, LEAST, MAX, EPS, ZERO_ONE, PO2, BYTES,
+        )  # fmt: skip
+        if TWICE:
+            _finish(
+                acc_2, top + BM, first, end, expert < E, cols, n, n_tiles, N, sx_tile + sx_2 + sx_at, sw_tile + sw_at,
+                y, codes, scales, least,
+                BM, XC, WC, XS_BYTES, WS_BYTES, ELEM, EMAX, BOUND, LEAST, MAX, EPS, ZERO_ONE, PO2, BYTES,
+            )  # fmt: skip
 
 
 def blocks_of(spec: str) -> tuple[int, int]:
@@ -177,18 +276,22 @@ def _mm(
         out, least, constants = (as_bytes(made[1]), as_bytes(made[2])), least_scale(s), codec.constants(spec)
     (XR, XC), (WR, WC) = blocks_of(x_spec), blocks_of(w_spec)
     BK, widen, few = depth_of(XC, WC), w.stride(2) != 1, S < 192 * E
-    # A tile of 128 rows wastes 64 per expert, which hurts where experts have few. Scales for every 32 of the depth take
-    # registers, which half a tile leaves. Programs per processor: as many as shared memory and registers hold.
-    BM = 64 if few or BK < 128 else 128
-    warps, stages = 4 if few and BK == 128 else 8, 3 if widen else 4
+    # A tile of 128 rows wastes 64 per expert, which hurts where experts have few. Scales of columns, and those for
+    # every 32 of the depth, take registers, which half a tile leaves. Two programs of four warps share a processor.
+    hopper = is_hopper(x.device)
+    twice = hopper and not widen and not few and K % BK == 0 and N % BN == 0
+    BM = 64 if twice or few or BK < 128 or (WC > 0 and WR != BN) else 128
+    warps = 4 if BM == 64 and ((few and BK == 128) or (hopper and not widen)) else 8
+    stages = 3 if widen or (twice and BK == 128) else 4
     programs = processors(x.device) * (2 if warps == 4 else 1)
+    tall = 2 * BM if twice else BM
     xs, ws = as_bytes(x_scales), as_bytes(w_scales)
     launch(
-        _scaled_grouped_mm, (min(programs, (cdiv(S, BM) + E) * cdiv(N, BN)) if S else 0,), x, xs, w, ws, offsets, y,
+        _scaled_grouped_mm, (min(programs, (cdiv(S, tall) + E) * cdiv(N, BN)) if S else 0,), x, xs, w, ws, offsets, y,
         *out, S, N, K, E, x.stride(0), *w.stride(), *xs.stride(), *ws.stride(), least,
         BE=triton.next_power_of_2(E + 1), BAND=BAND, BM=BM, BN=BN, BK=BK, XR=XR, XC=XC, WR=WR, WC=WC,
         XS_BYTES=xs.dtype == torch.uint8, WS_BYTES=ws.dtype == torch.uint8, WIDEN=widen,
-        WHOLE_K=K % BK == 0, **constants, num_warps=warps, num_stages=stages,
+        WHOLE_K=K % BK == 0, WHOLE_N=N % BN == 0, TWICE=twice, **constants, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return made
 
@@ -238,11 +341,12 @@ def _specimens(name: str, S: int, H: int, I: int, E: int) -> list[Specimen]:
         tensor, row = (f"e4m3 {block} f32/exact" for block in ("tensor", "row"))
         wide = "e5m2 tensor f32/exact"
         made += [
-            ("fprop mx", lambda: fprop(_MX, _MX), "QGMMA", 216),
-            ("dgrad mx", lambda: dgrad(_MX, _MX), "QGMMA", 216),
+            ("fprop mx", lambda: fprop(_MX, _MX), "QGMMA", 255),
+            ("dgrad mx", lambda: dgrad(_MX, _MX), "QGMMA", 255),
             ("dgrad mx, decoded", lambda: dgrad(_MX, _MX, False), "HGMMA", 255),
-            ("fprop rows", lambda: fprop(row, row), "QGMMA", 220),
-            ("dgrad rows", lambda: dgrad(row, row), "QGMMA", 220),
+            ("fprop of columns", lambda: fprop(_ROW, "e4m3 1x128 po2/rceil"), "QGMMA", 255),
+            ("fprop rows", lambda: fprop(row, row), "QGMMA", 255),
+            ("dgrad rows", lambda: dgrad(row, row), "QGMMA", 255),
             ("dgrad tensor e5m2", lambda: dgrad(wide, tensor), "QGMMA", 255),
             ("dgrad tensor e5m2, decoded", lambda: dgrad(wide, tensor, False), "HGMMA", 250),
         ]

@@ -13,8 +13,12 @@ The depth is rows, and the fp8 tensor cores (QGMMA) read both operands with the 
 
 Bytes: S (M + N) codes, 1/32 of that for scales, and the gradients.
 
-A tile of 128 x 128 holds 64 sums and 64 products in each of 256 threads; 256 x 128, or half as many threads, spills.
-Four stages of 128 of the depth are 128 KiB of shared memory. What the sizes do on a device is not yet measured.
+A tile of 128 x 128 is computed by four warps in two halves of 64 rows where both operands are by columns, of whole
+tiles and on sm_90, for the reasons that `scaled_grouped_mm` gives: two programs share a processor. Scales differ from
+column to column, so that a product is multiplied twice (row, then column: the order in which nothing spills), and each
+thread needs 32 of them: they are loaded coalesced, one by a thread, and exchanged through shared memory, for each half
+anew. Elsewhere eight warps and four stages; 256 x 128, or half as many threads, spills there. What the sizes do on a
+device is not yet measured.
 """
 
 from __future__ import annotations
@@ -29,9 +33,9 @@ from moefx.kernels.layout import ALIGN, empty_codes, lies_by_columns
 from moefx.precision.spec import QuantSpec
 
 from .codec import as_bytes
-from .launch import cdiv, launch
+from .launch import cdiv, is_hopper, launch
 from .sass import Specimen
-from .scaled_grouped_mm import BAND, BN, at_block, blocks_of, depth_of, load_scale
+from .scaled_grouped_mm import BAND, BN, at_block, blocks_of, depth_of, load_column_scale, load_scale
 from .schedule import blocks_before, in_bands
 
 Tensor = torch.Tensor
@@ -57,12 +61,13 @@ def _scales_at(scales, offsets, expert, columns, row, BE: tl.constexpr, R: tl.co
 
 @triton.jit
 def _scaled(p, as_at, bs_at, r, as_row, bs_row, m_cut, n_cut,
-            AR: tl.constexpr, BR: tl.constexpr, AS_BYTES: tl.constexpr, BS_BYTES: tl.constexpr):  # fmt: skip
+            AR: tl.constexpr, BR: tl.constexpr, AS_BYTES: tl.constexpr, BS_BYTES: tl.constexpr,
+            AGAIN: tl.constexpr = False):  # fmt: skip
     """The product of a step that begins `r` rows into the expert, times the scales of its blocks."""
     if AR > 0:
         p = p * load_scale(as_at + r // AR * as_row, m_cut, AS_BYTES)[:, None]
     if BR > 0:
-        p = p * load_scale(bs_at + r // BR * bs_row, n_cut, BS_BYTES)[None, :]
+        p = p * load_column_scale(bs_at + r // BR * bs_row, n_cut, BS_BYTES, AGAIN)[None, :]
     return p
 
 
@@ -83,28 +88,42 @@ def _turned_wgrad(
     a, as_, b, bs, offsets, g, M, N, a_column, b_column, as_row, bs_row,
     BE: tl.constexpr, BAND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, AR: tl.constexpr,
     AC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, AS_BYTES: tl.constexpr, BS_BYTES: tl.constexpr,
+    WHOLE: tl.constexpr, TWICE: tl.constexpr,
 ):  # fmt: skip
-    expert, start, end, m0, n0 = _tile_of(offsets, M, N, BAND, BM, BN)
-    ms, ns = m0 + tl.arange(0, BM), n0 + tl.arange(0, BN)
-    m_cut, n_cut = ms < M, ns < N
-    as_at = _scales_at(as_, offsets, expert, ms, as_row, BE, AR, AC)
-    bs_at = _scales_at(bs, offsets, expert, ns, bs_row, BE, BR, BC)
-    acc, row = tl.zeros((BM, BN), tl.float32), tl.arange(0, BK)
+    TALL: tl.constexpr = 2 * BM if TWICE else BM
+    expert, start, end, m0, n0 = _tile_of(offsets, M, N, BAND, TALL, BN)
+    m, n, row = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
+    as_at = _scales_at(as_, offsets, expert, m0 + m, as_row, BE, AR, AC)
+    bs_at = _scales_at(bs, offsets, expert, n0 + n, bs_row, BE, BR, BC)
+    m_cut, n_cut = None, None
+    if not WHOLE:  # the last column stands for those behind it, which are not stored
+        m_cut, n_cut = m0 + m < M, n0 + n < N
+        m, n = tl.minimum(m, M - m0 - 1), tl.minimum(n, N - n0 - 1)
     # By dividing, the compiler is told that columns of the expert begin and end at multiples of 16 bytes. 32 bits do
     # within a tile, and take fewer registers.
     first = start // 16 * 16
     count = end // 16 * 16 - first
     a += m0.to(tl.int64) * a_column + first
     b += n0.to(tl.int64) * b_column + first
-    a_at = tl.arange(0, BM)[:, None] * a_column + row[None, :]
-    b_at = tl.arange(0, BN)[None, :] * b_column + row[:, None]
+    a_at, b_at = m[:, None] * a_column + row[None, :], n[None, :] * b_column + row[:, None]
+    acc = tl.zeros((BM, BN), tl.float32)
+    if TWICE:
+        acc_2 = tl.zeros((BM, BN), tl.float32)
     for r in range(0, count, BK):
         use = row < count - r
-        a_tile = tl.load(a + r + a_at, mask=m_cut[:, None] & use[None, :], other=0.0)
-        b_tile = tl.load(b + r + b_at, mask=use[:, None] & n_cut[None, :], other=0.0)
+        b_tile = tl.load(b + r + b_at, mask=use[:, None], other=0.0)
+        a_tile = tl.load(a + r + a_at, mask=use[None, :], other=0.0)
         p = tl.dot(a_tile, b_tile)
         acc += _scaled(p, as_at, bs_at, r, as_row, bs_row, m_cut, n_cut, AR, BR, AS_BYTES, BS_BYTES)
+        if TWICE:
+            a_tile = tl.load(a + BM * a_column + r + a_at, mask=use[None, :], other=0.0)
+            p = tl.dot(a_tile, b_tile)
+            # Scales of b anew, and by another instruction, lest the compiler keep 32 of them in each thread and spill.
+            acc_2 += _scaled(p, as_at + BM, bs_at, r, as_row, bs_row, m_cut, n_cut, AR, BR, AS_BYTES, BS_BYTES, True)
+    ms, ns = m0 + tl.arange(0, BM), n0 + tl.arange(0, BN)
     _store(acc, as_at, bs_at, expert, ms, ns, g, M, N, AR, BR, AS_BYTES, BS_BYTES)
+    if TWICE:
+        _store(acc_2, as_at + BM, bs_at, expert, ms + BM, ns, g, M, N, AR, BR, AS_BYTES, BS_BYTES)
 
 
 @triton.jit
@@ -145,16 +164,23 @@ def scaled_grouped_wgrad(
     g = a.new_empty(E, M, N, dtype=dtype)
     (AR, AC), (BR, BC) = blocks_of(a_spec), blocks_of(b_spec)
     as_, bs = as_bytes(a_scales).contiguous(), as_bytes(b_scales).contiguous()
-    turned = align % ALIGN == 0 and lies_by_columns(a) and lies_by_columns(b)
-    if not turned:
+    BK = depth_of(AR, BR)
+    kernel, axis, rows, warps, stages = _scaled_grouped_wgrad, 0, BM, 8, 4
+    more: dict[str, bool] = {}
+    if align % ALIGN == 0 and lies_by_columns(a) and lies_by_columns(b):
+        whole = M % BM == 0 and N % BN == 0
+        twice = whole and AC in (0, 1) and is_hopper(g.device)
+        kernel, axis, more = _turned_wgrad, 1, {"WHOLE": whole, "TWICE": twice}
+        if twice:
+            rows, warps, stages = BM // 2, 4, 3 if BK == 128 else 4
+    else:
         a, b = a.contiguous(), b.contiguous()
-    kernel, axis = (_turned_wgrad, 1) if turned else (_scaled_grouped_wgrad, 0)
     # One program per tile, not a loop over tiles: experts differ in depth, and the device's scheduler evens that out.
     launch(
         kernel, (E * cdiv(M, BM) * cdiv(N, BN),), a, as_, b, bs, offsets, g, M, N,
         a.stride(axis), b.stride(axis), as_.stride(0), bs.stride(0), BE=triton.next_power_of_2(E + 1), BAND=BAND,
-        BM=BM, BN=BN, BK=depth_of(AR, BR), AR=AR, AC=AC, BR=BR, BC=BC, AS_BYTES=as_.dtype == torch.uint8,
-        BS_BYTES=bs.dtype == torch.uint8, num_warps=8, num_stages=4,
+        BM=rows, BN=BN, BK=BK, AR=AR, AC=AC, BR=BR, BC=BC, AS_BYTES=as_.dtype == torch.uint8,
+        BS_BYTES=bs.dtype == torch.uint8, **more, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return g
 
@@ -172,7 +198,7 @@ def specimens() -> list[Specimen]:
         ("Qwen3 columns", qwen, column, column, True, 255),
         ("Qwen3, decoded", qwen, block, block, False, 255),
         ("odd, decoded", odd, block, block, False, 255),
-        ("Qwen3 mx, decoded", qwen, mx, mx, False, 216),
+        ("Qwen3 mx, decoded", qwen, mx, mx, False, 224),
         ("Qwen3 columns, decoded", qwen, column, column, False, 200),
         ("Qwen3 tensor e5m2, decoded", qwen, wide, tensor, False, 255),
     )

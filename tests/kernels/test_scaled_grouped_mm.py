@@ -99,6 +99,88 @@ def test_many_rows_take_the_large_tile_and_programs_several_tiles() -> None:
     assert_close(kernels.scaled_grouped_mm(*args, torch.float32), *exact(args), depth=128)
 
 
+def in_halves(counts: tuple[int, ...], S: int, K: int = 256, N: int = 256) -> tuple[Any, ...]:
+    """Exact operands of sizes that are multiplied in two halves of 64 rows; what rows of nobody hold is NaN."""
+    offsets = offsets_of(*counts)
+    E, held = len(counts), sum(counts)
+    x, xs = integers(S, K, seed=0), powers(S, K // 128, seed=1)
+    x.view(torch.uint8)[held:], xs[held:] = 0x7F, torch.nan
+    w, ws = integers(E, N, K, seed=2), powers(E, N // 128, K // 128, seed=3)
+    return x, xs, w, ws, offsets, ROW, TILE
+
+
+@pytest.fixture
+def halves(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each launch, whether its tiles were computed in two halves."""
+    seen: list[bool] = []
+    launch = kernels.launch
+
+    def spy(*args: Any, **kw: Any) -> None:
+        seen.append(kw["TWICE"])
+        launch(*args, **kw)
+
+    monkeypatch.setattr(kernels, "launch", spy)
+    return seen
+
+
+@pytest.mark.usefixtures("poisoned_bytes")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("counts", "S"), [((300,), 300), ((60, 310), 386), ((129,), 200), ((0, 384), 384)])
+def test_halves_of_a_tile_are_the_references_bits(
+    counts: tuple[int, ...], S: int, dtype: torch.dtype, halves: list[bool]
+) -> None:
+    """The last tile begins less than 128 rows before the end, and is moved up."""
+    args = in_halves(counts, S)
+    want = _mm(*args, dtype)
+    assert_same_bits(kernels.scaled_grouped_mm(*args, dtype), want)
+    y, codes, scales = kernels.scaled_grouped_mm_quantize(*args, dtype, [ROW])
+    assert_same_bits(y, want)
+    for got, known in zip((codes, scales), _mm_quantize(*args, dtype, [ROW])[1:], strict=True):
+        assert_same_bits(got, known)
+    assert halves == [True, True]
+
+
+def test_rows_of_a_tile_that_is_moved_up_are_compared() -> None:
+    args = in_halves((300,), 300)
+    got = kernels.scaled_grouped_mm(*args, torch.float32)
+    for row in (255, 256, 299):
+        args[1][row] *= 2
+        with pytest.raises(AssertionError, match=rf"first at \({row}"):
+            assert_same_bits(got, _mm(*args, torch.float32))
+        args[1][row] /= 2
+    assert_same_bits(got, _mm(*args, torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("x_spec", "w_spec"),
+    [
+        ("e5m2 row f32/exact", "e4m3 row f32/exact"),
+        ("e4m3 tensor f32/exact", "e4m3 tensor f32/exact"),
+        (ROW, "e4m3 1x128 po2/rceil"),
+        ("e4m3 1x256 po2/rceil", "e4m3 row f32/exact"),
+        ("e4m3 1x32 e8m0/rceil", "e4m3 1x32 e8m0/rceil"),
+        ("e4m3 1x32 e8m0/rceil", "e4m3 32x32 e8m0/rceil"),
+    ],
+)
+def test_halves_under_other_scales(x_spec: str, w_spec: str, halves: list[bool]) -> None:
+    args = operands(280, 256, 128, offsets_of(270), x_spec, w_spec)
+    assert_close(kernels.scaled_grouped_mm(*args, torch.float32), *exact(args), depth=256)
+    assert halves == [True]
+
+
+def test_nan_among_scales_of_columns() -> None:
+    """Scales that four warps decode and exchange keep NaN, and the smallest power."""
+    spec = "e4m3 1x32 e8m0/rceil"
+    args = operands(280, 64, 128, offsets_of(280), spec, spec)
+    scales = args[3].view(torch.uint8)
+    scales[0, 5, 1], scales[0, 77] = 255, 0
+    y = kernels.scaled_grouped_mm(*args, torch.float32)
+    assert y[:, 5].isnan().all()
+    args[2].view(torch.uint8)[0, 5] = scales[0, 5] = 0  # the rest is compared
+    y[:, 5] = 0
+    assert_close(y, *exact(args), depth=64)
+
+
 @pytest.mark.parametrize("flipped", [False, True])
 def test_exact_sums_are_the_references_bits(flipped: bool) -> None:
     w, ws = integers(2, 144, 256, seed=2), powers(2, 2, 2, seed=3)

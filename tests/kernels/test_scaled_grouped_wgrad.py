@@ -86,6 +86,29 @@ def test_the_same_by_columns(a_spec: str, b_spec: str, ran: list[str]) -> None:
     assert ran == [BY_COLUMNS]
 
 
+@pytest.mark.usefixtures("poisoned_bytes")
+@pytest.mark.parametrize(
+    ("a_spec", "b_spec"),
+    [*TURNABLE[:2], *TURNABLE[4:], ("e4m3 128x1 e8m0/rceil", "e4m3 256x1 po2/rceil"), ("e4m3 32x1 e8m0/rceil",) * 2],
+)
+def test_widths_of_whole_tiles(a_spec: str, b_spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of whole blocks of 128 rows are multiplied in two halves."""
+    twice: list[bool] = []
+    launch = kernels.launch
+    monkeypatch.setattr(kernels, "launch", lambda *args, **kw: twice.append(kw["TWICE"]) or launch(*args, **kw))
+    args = operands(355, 256, 128, offsets_of(16, 0, 272, 48), a_spec, b_spec)
+    assert_near(kernels.scaled_grouped_wgrad(*turned(args), torch.float32, 16), args, depth=355)
+    assert twice == [True]
+    if a_spec == b_spec == COLUMN:
+        exact = exact_operands((16, 0, 144, 256), 419, 128, 256)
+        for dtype in (torch.float32, torch.bfloat16):
+            got = kernels.scaled_grouped_wgrad(*turned(exact), dtype, 16)
+            assert_same_bits(got, _wgrad(*exact, dtype, 16))
+        exact[1][1] *= 2  # scales of a block of the third expert
+        with pytest.raises(AssertionError):
+            assert_same_bits(got, _wgrad(*exact, dtype, 16))
+
+
 def test_what_lies_otherwise_is_decoded(ran: list[str]) -> None:
     rows = operands(64, 32, 16, offsets_of(16, 48), COLUMN, COLUMN)
     columns = turned(rows)
@@ -96,12 +119,12 @@ def test_what_lies_otherwise_is_decoded(ran: list[str]) -> None:
     assert set(ran) == {BY_ROWS}
 
 
-def exact_operands(counts: tuple[int, ...], S: int) -> tuple[Any, ...]:
+def exact_operands(counts: tuple[int, ...], S: int, M: int = 48, N: int = 16) -> tuple[Any, ...]:
     offsets = offsets_of(*counts)
     blocks = S // 128 + len(counts)
-    a, b = integers(S, 48, seed=0), integers(S, 16, seed=1)
+    a, b = integers(S, M, seed=0), integers(S, N, seed=1)
     a.view(torch.uint8)[int(offsets[-1]) :] = 0x7F  # rows of nobody
-    return a, powers(blocks, 48, seed=2), b, powers(blocks, 16, seed=3), offsets, COLUMN, COLUMN
+    return a, powers(blocks, M, seed=2), b, powers(blocks, N, seed=3), offsets, COLUMN, COLUMN
 
 
 @pytest.mark.usefixtures("poisoned_bytes")

@@ -24,7 +24,7 @@ from moefx.precision.scaling import scale_exponents
 from moefx.precision.spec import QuantSpec
 
 from . import codec
-from .codec import f32_scale, inverse, pack4, po2_field, scale_value, unpack4
+from .codec import f32_scale, inverse, normal_scale, pack4, po2_field, scale_value, unpack4
 from .launch import cdiv
 
 Tensor = torch.Tensor
@@ -84,7 +84,7 @@ def grouping(offsets: Tensor | None, layouts: Sequence[Layout]) -> dict[str, Any
 
 
 def tile_size(layouts: Sequence[Layout]) -> tuple[int, int]:
-    """Rows and columns of a tile; each thread gets 32 of its elements, four 16-byte loads of bf16.
+    """Rows and columns of a tile; each thread gets 32 of its elements, four 16-byte loads of bf16, or 64.
 
     128 columns of bf16 are two full cache lines of a row. 32 rows suffice where no block is higher: more programs, and
     less left over at the end of an expert. Higher blocks of at most 64 columns take tiles of 64, for the same reason.
@@ -264,7 +264,7 @@ def stored(field, SPEC: tl.constexpr):
     if SPEC.BYTES:
         return field.to(tl.uint8)
     else:
-        return scale_value(field)
+        return normal_scale(field)
 
 
 @triton.jit

@@ -2,8 +2,8 @@
 
 A tile is TILE = 128 rows of one expert. Blocks of 1, 32 or 128 rows begin anew at each expert, as
 `moefx.precision.blocks` has it, so that tiles, unlike fixed rows, hold whole blocks. Which rows a tile has is found on
-the device from the experts' offsets; the grid (`tiles`) has room for any routing. Tiles behind the experts' take the
-rows of nobody, which get code 0 and the smallest scale, and the rows of scales that no expert uses.
+the device from the experts' offsets, as in `tiles`; the grid has room for any routing. Rows of nobody get code 0 and
+the smallest scale, and so do rows of scales that no expert uses.
 
 Elements are E4M3 or E5M2, scales powers of two (fp32 or E8M0): the product with the inverse scale is exact, and the
 hardware's conversion rounds.
@@ -22,9 +22,9 @@ import triton.language as tl
 from moefx.kernels.layout import by_columns
 from moefx.precision.spec import QuantSpec
 
-from .codec import as_bytes, constants, encode8, inverse, magnitude_bits, po2_field, scale_value
+from .codec import as_bytes, constants, encode8, inverse, magnitude_bits, normal_scale, po2_field
 from .launch import cdiv
-from .tiles import empty, store_columns
+from .tiles import count_blocks, empty, find_segment, may_have_unused_block_rows, store_columns
 
 Tensor = torch.Tensor
 ROWS = 128
@@ -81,51 +81,38 @@ def tiles(S: int, offsets: Tensor | None) -> int:
     return cdiv(S, ROWS) if offsets is None else S // ROWS + offsets.shape[0] + 1
 
 
-def group_size(offsets: Tensor | None) -> int:
-    """The constexpr GROUPS: a power of two that holds the experts."""
-    size: int = 1 if offsets is None else triton.next_power_of_2(offsets.shape[0] - 1)
-    return size
-
-
 @triton.jit
-def find_tile(t, offsets, S, E, GROUPS: tl.constexpr):
-    """The rows of tile t: first, end, whether an expert's, the tile's number within its expert, sizes of those before.
+def find_tile(t, offsets, S, E, SEGMENTS: tl.constexpr):
+    """The rows of tile t, first and end, whether they are an expert's, its segment and its number within that.
 
-    `end` is that of the expert; it may lie more than a tile behind `first`, or before it in a tile without rows. The
-    last result, int32 [GROUPS], has the rows of the experts whose tiles come before t and 0 for the others.
+    `end` is that of the segment; it may lie more than a tile behind `first`, or before it in a tile without rows.
     """
     if offsets is None:
-        return t * TILE, S, t * 0 == 0, t, tl.zeros((GROUPS,), tl.int32)
+        return t * TILE, S, t * 0 == 0, t * 0, t
     else:
-        e = tl.arange(0, GROUPS)
-        low = tl.load(offsets + e, mask=e < E, other=0).to(tl.int32)
-        high = tl.load(offsets + e + 1, mask=e < E, other=0).to(tl.int32)
-        count = (high - low + TILE - 1) // TILE
-        behind = tl.cumsum(count, 0)
-        before = behind - count
-        mine = (before <= t) & (t < behind)
-        sizes = tl.where(behind <= t, high - low, 0)
-        k = t - tl.sum(tl.where(behind <= t, count, 0), 0)
-        live = t < tl.sum(count, 0)
-        begin, stop = tl.load(offsets).to(tl.int32), tl.load(offsets + E).to(tl.int32)
-        # Behind the experts' tiles: the rows behind the last expert, then those before the first.
-        spare = (S - stop + TILE - 1) // TILE
-        first = tl.where(k < spare, stop + k * TILE, (k - spare) * TILE)
-        end = tl.where(k < spare, S, begin)
-        first = tl.where(live, tl.sum(tl.where(mine, low, 0), 0) + k * TILE, first)
-        end = tl.where(live, tl.sum(tl.where(mine, high, 0), 0), end)
-        return first, end, live, k, sizes
+        segment = find_segment(offsets, t, E, SEGMENTS, TILE)
+        begin = tl.load(offsets + segment - 1, mask=segment > 0, other=0).to(tl.int32)
+        end = tl.load(offsets + segment, mask=segment <= E, other=S).to(tl.int32)
+        k = t - segment - begin // TILE
+        return begin + k * TILE, end, (segment >= 1) & (segment <= E), segment, k
 
 
 @triton.jit
-def scale_rows(first, end, live, k, sizes, R, BLOCK: tl.constexpr):
-    """Rows of scales, for blocks of BLOCK rows, that belong to a tile [TILE // BLOCK], and which of them exist.
+def first_scale_row(offsets, segment, k, E, SEGMENTS: tl.constexpr, CAST: tl.constexpr):
+    """The first row of scales that belongs to tile k of a segment, if CAST has blocks within columns."""
+    if CAST is None:
+        return 0
+    elif offsets is None:
+        return k * (TILE // CAST.block)
+    else:
+        return count_blocks(offsets, segment, E, SEGMENTS, CAST.block) + k * (TILE // CAST.block)
 
-    A tile behind the experts' gets as many of those that nobody uses: all tiles together cover all R.
-    """
+
+@triton.jit
+def scale_rows(first, end, live, at, BLOCK: tl.constexpr):
+    """Rows of scales, for blocks of BLOCK rows, from `at` on, that belong to a tile, and which of them exist."""
     j = tl.arange(0, TILE // BLOCK)
-    row = tl.sum((sizes + BLOCK - 1) // BLOCK, 0) + k * (TILE // BLOCK) + j
-    return row.to(tl.int64), tl.where(live, j * BLOCK < end - first, row < R)
+    return (at + j).to(tl.int64), live & (j * BLOCK < end - first)
 
 
 @triton.jit
@@ -137,7 +124,7 @@ def _fields(bits, live, CAST: tl.constexpr):
 
 @triton.jit
 def _stored(field, CAST: tl.constexpr):
-    return field.to(tl.uint8) if CAST.bytes else scale_value(field)
+    return field.to(tl.uint8) if CAST.bytes else normal_scale(field)
 
 
 @triton.jit
@@ -196,7 +183,7 @@ def _column_codes(x, live, CAST: tl.constexpr):
 
 @triton.jit
 def cast_columns(
-    x, y, codes, scales, first, end, live, column, end_column, S, N, scale_row, used, CAST: tl.constexpr
+    x, y, codes, scales, first, end, live, column, end_column, S, N, scale_row, CAST: tl.constexpr
 ):  # fmt: skip
     """As `cast_rows`, in blocks within columns; rows to be stored end before `end`, and all before S; `scale_row` and
     `used` are those of `scale_rows`."""
@@ -208,17 +195,24 @@ def cast_columns(
     if not CAST.columns:
         _store_codes(codes, out, first, tl.arange(0, TILE) < end - first, column, end_column, N)
     at = column + tl.arange(0, WIDE)
+    scale_at, used = scale_rows(first, end, live, scale_row, CAST.block)
     mask = used[:, None] & (at < end_column)[None, :]
-    tl.store(scales + scale_row[:, None] * N + at[None, :], _stored(field, CAST), mask=mask)
+    tl.store(scales + scale_at[:, None] * N + at[None, :], _stored(field, CAST), mask=mask)
     if CAST.columns:  # behind the scales, or the backward of h as codes spills on sm_90
         store_columns(out, codes, first, end, column, end_column, (S + 15) // 16 * 16, TILE, WIDE)
 
 
 @triton.jit
-def least_scales(scales, live, k, sizes, R, column, N, WIDE: tl.constexpr, CAST: tl.constexpr):
-    """What a tile without rows stores: the smallest scale where nobody uses one, in WIDE columns from `column` on."""
-    row, unused = scale_rows(0, 0, live, k, sizes, R, CAST.block)
-    at = column + tl.arange(0, WIDE)
-    field = tl.full((TILE // CAST.block, WIDE), CAST.least + 127, tl.int32)
-    mask = unused[:, None] & (at < N)[None, :]
-    tl.store(scales + row[:, None] * N + at[None, :], _stored(field, CAST), mask=mask)
+def least_scales(
+    scales, offsets, t, R, column, N, E, WIDE: tl.constexpr, SEGMENTS: tl.constexpr, CAST: tl.constexpr
+):  # fmt: skip
+    """Store the smallest scale in rows that nobody uses, in WIDE columns from `column` on: tile t looks after a share
+    of all R rows, whatever it holds itself."""
+    BLOCK: tl.constexpr = CAST.block
+    if may_have_unused_block_rows(offsets, t, E, TILE, BLOCK):
+        used = count_blocks(offsets, E + 1, E, SEGMENTS, BLOCK)
+        row = t * (TILE // BLOCK) + tl.arange(0, TILE // BLOCK)
+        at = column + tl.arange(0, WIDE)
+        field = tl.full((TILE // BLOCK, WIDE), CAST.least + 127, tl.int32)
+        mask = ((row >= used) & (row < R))[:, None] & (at < N)[None, :]
+        tl.store(scales + row.to(tl.int64)[:, None] * N + at[None, :], _stored(field, CAST), mask=mask)

@@ -52,14 +52,11 @@ def po2_field(
     """
     if EPS > 0:
         amax = tl.where(amax < EPS, EPS, amax)
+    # Numbers below the normal ones have scales below the smallest, as EMAX is at least 2: no need to know by how much.
     u = amax.to(tl.int32, bitcast=True)
-    fraction = u & 0x7FFFFF
-    small = fraction.to(tl.float32).to(tl.int32, bitcast=True)  # a subnormal's fraction, as a normal number
-    field = tl.where(u < 0x800000, (small >> 23) - 149, u >> 23)
-    fraction = tl.where(u < 0x800000, small & 0x7FFFFF, fraction)
-    field = field - EMAX + (fraction > BOUND).to(tl.int32)
-    field = tl.minimum(tl.maximum(field, LEAST + 127), 254)
-    field = tl.where(u == 0, 127 if ZERO_ONE else LEAST + 127, field)
+    field = tl.maximum(((u + (0x7FFFFF - BOUND)) >> 23) - EMAX, LEAST + 127)  # a fraction above BOUND carries
+    if ZERO_ONE:
+        field = tl.where(u == 0, 127, field)
     return tl.where(u >= 0x7F800000, 255, field)
 
 
@@ -71,9 +68,8 @@ def magnitude_bits(x):
 
 @triton.jit
 def inverse(field):
-    """2^-T (fp32) of an exponent field T + 127; NaN of 255."""
-    bits = tl.where(field == 255, 0x7FC00000, (254 - field) << 23)
-    return tl.where(field == 254, 0x400000, bits).to(tl.float32, bitcast=True)  # 2^-127 is subnormal
+    """2^-T (fp32) of an exponent field T + 127 that `po2_field` gives, which is below 254; NaN of 255."""
+    return tl.where(field == 255, 0x7FC00000, (254 - field) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -81,6 +77,12 @@ def scale_value(field):
     """2^T (fp32) of an exponent field T + 127; NaN of 255."""
     bits = tl.where(field == 255, 0x7FC00000, tl.where(field == 0, 0x400000, field << 23))
     return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def normal_scale(field):
+    """`scale_value` of a field above 0, as those of scales that are stored in fp32 are."""
+    return tl.where(field == 255, 0x7FC00000, field << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -47,7 +47,7 @@ Tensor = torch.Tensor
 
 
 @triton.jit
-def _tight(bits, counts, field, A: tl.constexpr, B: tl.constexpr):
+def tight(bits, counts, field, A: tl.constexpr, B: tl.constexpr):
     """Exponents by the rule of B from the largest number of each block, whatever its exponent: numbers are compared
     by exponent and, in the last bits, fraction."""
     key = (bits >> (23 - A.MANTISSA)) + ((field - 254) << A.MANTISSA)
@@ -62,6 +62,15 @@ def _largest(counts, field, A: tl.constexpr, B: tl.constexpr, HEADROOM: tl.const
     used = at_elements(block_max(counts.to(tl.int32), A.BR, A.BC), A.BR, A.BC)
     top = block_max(tl.where((used > 0) & (field != 255), field - 127, NONE), B.BR, B.BC)
     return tl.where(top > NONE, top - HEADROOM, NONE)
+
+
+@triton.jit
+def shifted(code, x, special, field, new, FROM: tl.constexpr, TO: tl.constexpr):
+    """Codes of numbers `x`, which `code` means, once the exponent fields of their scales are `new` and not `field`."""
+    k = tl.minimum(tl.maximum(new - field, -126), 126)  # no format spans more binades
+    y = x * ((127 - k) << 23).to(tl.float32, bitcast=True)
+    y = encode(tl.where((field == 255) | (new == 255), float("nan"), y), TO)  # which E2M1 has as code 0
+    return tl.where(special, code, y) if FROM == TO else y
 
 
 @triton.jit
@@ -86,7 +95,7 @@ def _convert(
     bad = special | (field == 255)
     counts = (bits > 0) & (bad == 0)
     if TIGHT:
-        exponent = _tight(bits, counts, field, A, B)
+        exponent = tight(bits, counts, field, A, B)
     else:
         exponent = _largest(counts, field, A, B, HEADROOM)
     if not B.NAN:  # then the scale says it for the block
@@ -96,12 +105,7 @@ def _convert(
         stored(new, B), new_scales, offsets, batch, tile, row0, exists, live, first, segment, col0, M, N, E, R_b,
         GROUPED, LIVE, SEGMENTS, B, BM, BN,
     )  # fmt: skip
-    new = at_elements(new, B.BR, B.BC)
-    k = tl.minimum(tl.maximum(new - field, -126), 126)  # no format spans more binades
-    y = x * ((127 - k) << 23).to(tl.float32, bitcast=True)
-    y = encode(tl.where((field == 255) | (new == 255), float("nan"), y), TO)  # which E2M1 has as code 0
-    if FROM == TO:
-        y = tl.where(special, code, y)
+    y = shifted(code, x, special, field, at_elements(new, B.BR, B.BC), FROM, TO)
     store_codes(y, new_codes, batch, row0, exists, last, col0, M, N, W_b, B, BM, BN)
 
 

@@ -8,7 +8,8 @@ both orientations, without scales (1/32 byte per code): forward (4 + 2) S I, and
 512 threads share a tile, 32 elements each: the largest magnitudes need all of it at once, and 256 threads would spill.
 Widths that 16 does not divide are moved element by element, correctly and slowly. The gradient of a row weight is
 summed over 128 columns by each program, and over programs by `_sum_chunks`, both in a fixed order: no atomics. Bound by
-memory; the speed on a device is not yet measured.
+memory; the speed on a device is not yet measured. With h as codes, dh and the activation's codes by columns are two
+launches: one program of both spills.
 """
 
 from __future__ import annotations
@@ -25,18 +26,19 @@ from .cast_tile import (
     ROWS,
     TILE,
     Cast,
+    Outputs,
     cast_columns,
     cast_rows,
     find_tile,
-    group_size,
+    first_scale_row,
     least_scales,
     outputs,
-    scale_rows,
     tiles,
 )
 from .codec import as_bytes, decode8, scale_value
 from .launch import cdiv, launch
 from .sass import Specimen
+from .tiles import interleaved
 
 Tensor = torch.Tensor
 
@@ -44,51 +46,69 @@ Tensor = torch.Tensor
 @triton.jit
 def _cast(
     x, y, row_codes, row_scales, column_codes, column_scales,
-    first, end, live, k, sizes, R, column, end_column, S, N, ROW: tl.constexpr, COLUMN: tl.constexpr,
+    first, end, live, scale_row, column, end_column, S, N, ROW: tl.constexpr, COLUMN: tl.constexpr,
 ):  # fmt: skip
     """Store what is wanted of `x` (and `y`, its odd columns): codes by ROW, by COLUMN, or both."""
     inside = tl.arange(0, TILE) < end - first
     if ROW is not None:
         cast_rows(x, y, row_codes, row_scales, first, inside, live, column, end_column, N, ROW)
     if COLUMN is not None:
-        at, used = scale_rows(first, end, live, k, sizes, R, COLUMN.block)
-        cast_columns(x, y, column_codes, column_scales, first, end, live, column, end_column, S, N, at, used, COLUMN)
+        cast_columns(x, y, column_codes, column_scales, first, end, live, column, end_column, S, N, scale_row, COLUMN)
 
 
 @triton.jit
 def _cast_pair(
     gate, up, row_codes, row_scales, column_codes, column_scales,
-    first, end, live, k, sizes, R, column, S, I, LAYOUT: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr,
+    first, end, live, scale_row, column, S, I, LAYOUT: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr,
 ):  # fmt: skip
     """`_cast` of a value that lies as h does."""
     if LAYOUT == "interleaved":
         _cast(
             gate, up, row_codes, row_scales, column_codes, column_scales,
-            first, end, live, k, sizes, R, 2 * column, 2 * I, S, 2 * I, ROW, COLUMN,
+            first, end, live, scale_row, 2 * column, 2 * I, S, 2 * I, ROW, COLUMN,
         )  # fmt: skip
     elif LAYOUT == "halves":
         _cast(
             gate, None, row_codes, row_scales, column_codes, column_scales,
-            first, end, live, k, sizes, R, column, I, S, 2 * I, ROW, COLUMN,
+            first, end, live, scale_row, column, I, S, 2 * I, ROW, COLUMN,
         )  # fmt: skip
         _cast(
             up, None, row_codes, row_scales, column_codes, column_scales,
-            first, end, live, k, sizes, R, I + column, 2 * I, S, 2 * I, ROW, COLUMN,
+            first, end, live, scale_row, I + column, 2 * I, S, 2 * I, ROW, COLUMN,
         )  # fmt: skip
     else:
         _cast(
             gate, None, row_codes, row_scales, column_codes, column_scales,
-            first, end, live, k, sizes, R, column, I, S, I, ROW, COLUMN,
+            first, end, live, scale_row, column, I, S, I, ROW, COLUMN,
         )  # fmt: skip
 
 
 @triton.jit
-def _no_rows(scales, live, k, sizes, R, column, I, LAYOUT: tl.constexpr, CAST: tl.constexpr):
-    if CAST is not None:
+def _unused_scales(
+    scales, offsets, t, R, column, I, E, LAYOUT: tl.constexpr, SEGMENTS: tl.constexpr, CAST: tl.constexpr
+):  # fmt: skip
+    if CAST is not None and offsets is not None:
         if LAYOUT == "plain":
-            least_scales(scales, live, k, sizes, R, column, I, TILE, CAST)
+            least_scales(scales, offsets, t, R, column, I, E, TILE, SEGMENTS, CAST)
         else:
-            least_scales(scales, live, k, sizes, R, 2 * column, 2 * I, 2 * TILE, CAST)
+            least_scales(scales, offsets, t, R, 2 * column, 2 * I, E, 2 * TILE, SEGMENTS, CAST)
+
+
+@triton.jit
+def _pair(h, rows, column, I, COLUMNS: tl.constexpr, LAYOUT: tl.constexpr, QUADS: tl.constexpr):
+    """`load_pair` of the first `rows` rows of a tile; with QUADS, each thread has four rows of a column."""
+    if QUADS:
+        row = 4 * tl.arange(0, TILE // 4)
+        gate0, up0 = load_pair(h, row, row < rows, column, I, COLUMNS, LAYOUT)
+        gate1, up1 = load_pair(h, row + 1, row + 1 < rows, column, I, COLUMNS, LAYOUT)
+        gate2, up2 = load_pair(h, row + 2, row + 2 < rows, column, I, COLUMNS, LAYOUT)
+        gate3, up3 = load_pair(h, row + 3, row + 3 < rows, column, I, COLUMNS, LAYOUT)
+        gate = interleaved(gate0, gate1, gate2, gate3)
+        up = gate if LAYOUT == "plain" else interleaved(up0, up1, up2, up3)
+    else:
+        row = tl.arange(0, TILE)
+        gate, up = load_pair(h, row, row < rows, column, I, COLUMNS, LAYOUT)
+    return gate, up
 
 
 @triton.jit
@@ -98,25 +118,29 @@ def _glu_quantize(
     h_row_codes, h_row_scales, h_column_codes, h_column_scales,
     S, I, E, a_R, h_R,
     ACT: tl.constexpr, LAYOUT: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
-    A_ROW: tl.constexpr, A_COLUMN: tl.constexpr, H_ROW: tl.constexpr, H_COLUMN: tl.constexpr, GROUPS: tl.constexpr,
+    A_ROW: tl.constexpr, A_COLUMN: tl.constexpr, H_ROW: tl.constexpr, H_COLUMN: tl.constexpr, SEGMENTS: tl.constexpr,
+    QUADS: tl.constexpr,
 ):  # fmt: skip
     across = (I + TILE - 1) // TILE
     t, column = tl.program_id(0) // across, tl.program_id(0) % across * TILE
-    first, end, live, k, sizes = find_tile(t, offsets, S, E, GROUPS)
+    first, end, live, segment, k = find_tile(t, offsets, S, E, SEGMENTS)
+    _unused_scales(a_column_scales, offsets, t, a_R, column, I, E, "plain", SEGMENTS, A_COLUMN)
+    _unused_scales(h_column_scales, offsets, t, h_R, column, I, E, LAYOUT, SEGMENTS, H_COLUMN)
     if first >= end:
-        _no_rows(a_column_scales, live, k, sizes, a_R, column, I, "plain", A_COLUMN)
-        _no_rows(h_column_scales, live, k, sizes, h_R, column, I, LAYOUT, H_COLUMN)
         return
+    a_at = first_scale_row(offsets, segment, k, E, SEGMENTS, A_COLUMN)
+    h_at = first_scale_row(offsets, segment, k, E, SEGMENTS, H_COLUMN)
     row = tl.arange(0, TILE)
     wanted = (row < end - first) & live
     WIDTH = I if LAYOUT == "plain" else 2 * I
-    narrow_gate, narrow_up = load_pair(h + first.to(tl.int64) * WIDTH, row, wanted, column, I, TILE, LAYOUT)
+    rows = tl.where(live, end - first, 0)
+    narrow_gate, narrow_up = _pair(h + first.to(tl.int64) * WIDTH, rows, column, I, TILE, LAYOUT, QUADS)
     gate = narrow_gate.to(tl.float32)
     up = None if LAYOUT == "plain" else narrow_up.to(tl.float32)
     if H_ROW is not None or H_COLUMN is not None:
         _cast_pair(
             gate, up, h_row_codes, h_row_scales, h_column_codes, h_column_scales,
-            first, end, live, k, sizes, h_R, column, S, I, LAYOUT, H_ROW, H_COLUMN,
+            first, end, live, h_at, column, S, I, LAYOUT, H_ROW, H_COLUMN,
         )  # fmt: skip
     if A_ROW is not None or A_COLUMN is not None:
         a = glu_value(gate, up, ACT, LIMIT, ALPHA)
@@ -124,7 +148,7 @@ def _glu_quantize(
             a *= tl.load(w + first + row, mask=wanted, other=0).to(tl.float32)[:, None]
         _cast(
             a.to(h.dtype.element_ty).to(tl.float32), None, a_row_codes, a_row_scales, a_column_codes, a_column_scales,
-            first, end, live, k, sizes, a_R, column, I, S, I, A_ROW, A_COLUMN,
+            first, end, live, a_at, column, I, S, I, A_ROW, A_COLUMN,
         )  # fmt: skip
 
 
@@ -144,12 +168,14 @@ def _decoded(codes, scales, row, wanted, column, N, DTYPE: tl.constexpr, CAST: t
 
 @triton.jit
 def _load_wide(
-    h, h_scales, row, wanted, column, I, COLUMNS: tl.constexpr,
-    DTYPE: tl.constexpr, LAYOUT: tl.constexpr, CAST: tl.constexpr,
+    h, h_scales, rows, column, I, COLUMNS: tl.constexpr,
+    DTYPE: tl.constexpr, LAYOUT: tl.constexpr, CAST: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
     """Gate and up in DTYPE [TILE, COLUMNS]; codes are read with their scales."""
-    gate, up = load_pair(h, row, wanted, column, I, COLUMNS, LAYOUT)
+    gate, up = _pair(h, rows, column, I, COLUMNS, LAYOUT, QUADS)
     if CAST is not None:
+        row = tl.arange(0, TILE)
+        wanted = row < rows
         tl.static_assert(LAYOUT != "interleaved")
         N = I if LAYOUT == "plain" else 2 * I
         gate = _decoded(gate, h_scales, row, wanted, column, N, DTYPE, CAST)
@@ -159,15 +185,17 @@ def _load_wide(
 
 @triton.jit
 def _gradients(
-    da, h, h_scales, w, row, wanted, column, I, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
+    da, h, h_scales, w, rows, column, I, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
     ACT: tl.constexpr, LAYOUT: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, H: tl.constexpr,
+    QUADS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of gate and up, rounded to DTYPE, in fp32 [TILE, COLUMNS]; zero where not `wanted`."""
-    gate, up = _load_wide(h, h_scales, row, wanted, column, I, COLUMNS, DTYPE, LAYOUT, H)
-    d, _ = load_pair(da, row, wanted, column, I, COLUMNS, "plain")
+    """Gradients of gate and up, rounded to DTYPE, in fp32 [TILE, COLUMNS]; zero behind the first `rows` rows."""
+    gate, up = _load_wide(h, h_scales, rows, column, I, COLUMNS, DTYPE, LAYOUT, H, QUADS)
+    d, _ = _pair(da, rows, column, I, COLUMNS, "plain", QUADS)
+    row = tl.arange(0, TILE)
     gate, d = gate.to(tl.float32), d.to(tl.float32)
     if w is not None:
-        d *= tl.load(w + row, mask=wanted, other=0).to(tl.float32)[:, None]
+        d *= tl.load(w + row, mask=row < rows, other=0).to(tl.float32)[:, None]
     dgate, dup = glu_gradients(d, gate, None if LAYOUT == "plain" else up.to(tl.float32), ACT, LIMIT, ALPHA)
     return dgate.to(DTYPE).to(tl.float32), dup.to(DTYPE).to(tl.float32)
 
@@ -179,16 +207,17 @@ def _glu_backward_quantize(
     a_row_codes, a_row_scales, a_column_codes, a_column_scales,
     S, I, E, d_R, a_R,
     ACT: tl.constexpr, LAYOUT: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, H: tl.constexpr,
-    D_ROW: tl.constexpr, D_COLUMN: tl.constexpr, A_ROW: tl.constexpr, A_COLUMN: tl.constexpr, GROUPS: tl.constexpr,
+    D_ROW: tl.constexpr, D_COLUMN: tl.constexpr, A_ROW: tl.constexpr, A_COLUMN: tl.constexpr, SEGMENTS: tl.constexpr,
+    QUADS: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = da.dtype.element_ty
     across = (I + TILE - 1) // TILE
     t, chunk = tl.program_id(0) // across, tl.program_id(0) % across
     column = chunk * TILE
-    first, end, live, k, sizes = find_tile(t, offsets, S, E, GROUPS)
+    first, end, live, segment, k = find_tile(t, offsets, S, E, SEGMENTS)
+    _unused_scales(d_column_scales, offsets, t, d_R, column, I, E, LAYOUT, SEGMENTS, D_COLUMN)
+    _unused_scales(a_column_scales, offsets, t, a_R, column, I, E, "plain", SEGMENTS, A_COLUMN)
     if first >= end:
-        _no_rows(d_column_scales, live, k, sizes, d_R, column, I, LAYOUT, D_COLUMN)
-        _no_rows(a_column_scales, live, k, sizes, a_R, column, I, "plain", A_COLUMN)
         return
     start = first.to(tl.int64)
     da += start * I
@@ -197,37 +226,41 @@ def _glu_backward_quantize(
         h_scales += start * (((I if LAYOUT == "plain" else 2 * I) + H.block - 1) // H.block)
     if w is not None:
         w += start
+    a_at = first_scale_row(offsets, segment, k, E, SEGMENTS, A_COLUMN)
+    d_at = first_scale_row(offsets, segment, k, E, SEGMENTS, D_COLUMN)
     row = tl.arange(0, TILE)
     inside = row < end - first
-    wanted = inside & live
-    if w is not None or A_ROW is not None or A_COLUMN is not None:
+    rows = tl.where(live, end - first, 0)
+    if chunks is not None or A_ROW is not None or A_COLUMN is not None:
         # Rows of nobody have a gradient of their weight, as in the wide op; codes of nobody's rows read as zero.
-        gate, up = _load_wide(h, h_scales, row, inside if H is None else wanted, column, I, TILE, DTYPE, LAYOUT, H)
+        held = end - first if H is None else rows
+        gate, up = _load_wide(h, h_scales, held, column, I, TILE, DTYPE, LAYOUT, H, QUADS)
         a = glu_value(gate.to(tl.float32), None if LAYOUT == "plain" else up.to(tl.float32), ACT, LIMIT, ALPHA)
-        if w is not None:
-            d, _ = load_pair(da, row, inside, column, I, TILE, "plain")
+        if chunks is not None:
+            d, _ = _pair(da, end - first, column, I, TILE, "plain", QUADS)
             tl.store(chunks + chunk.to(tl.int64) * S + first + row, tl.sum(d.to(tl.float32) * a, 1), mask=inside)
+        if w is not None:
             a *= tl.load(w + row, mask=inside, other=0).to(tl.float32)[:, None]
         if A_ROW is not None or A_COLUMN is not None:
             a = tl.where(live, a.to(DTYPE), 0.0).to(tl.float32)
             _cast(
                 a, None, a_row_codes, a_row_scales, a_column_codes, a_column_scales,
-                first, end, live, k, sizes, a_R, column, I, S, I, A_ROW, A_COLUMN,
+                first, end, live, a_at, column, I, S, I, A_ROW, A_COLUMN,
             )  # fmt: skip
     # The operands are read again, from the cache, for each half of dh: kept in registers, they would spill. The halves
     # are gate and up or, where these alternate, the left and right of both.
     PAIRS: tl.constexpr = LAYOUT == "interleaved"
     WIDTH: tl.constexpr = TILE // 2 if PAIRS else TILE
     N = I if LAYOUT == "plain" else 2 * I
-    for half in tl.static_range(1 if LAYOUT == "plain" else 2):
+    for half in tl.static_range(0 if D_ROW is None and D_COLUMN is None else 1 if LAYOUT == "plain" else 2):
         at = column + half * WIDTH if PAIRS else column
         tl.debug_barrier()  # without it, codes by columns spill on sm_90
         dgate, dup = _gradients(
-            da, h, h_scales, w, row, wanted, at, I, WIDTH, DTYPE, ACT, LAYOUT, LIMIT, ALPHA, H
+            da, h, h_scales, w, rows, at, I, WIDTH, DTYPE, ACT, LAYOUT, LIMIT, ALPHA, H, QUADS
         )  # fmt: skip
         _cast(
             dup if half == 1 and not PAIRS else dgate, dup if PAIRS else None,
-            d_row_codes, d_row_scales, d_column_codes, d_column_scales, first, end, live, k, sizes, d_R,
+            d_row_codes, d_row_scales, d_column_codes, d_column_scales, first, end, live, d_at,
             2 * at if PAIRS else half * I + column, 2 * I if PAIRS else half * I + I, S, N, D_ROW, D_COLUMN,
         )  # fmt: skip
 
@@ -240,6 +273,16 @@ def _sum_chunks(chunks, dw, S, n, BLOCK: tl.constexpr):
         total += tl.load(chunks + row, mask=row < S, other=0)
         chunks += S
     tl.store(dw + row, total.to(dw.dtype.element_ty), mask=row < S)
+
+
+def _options(x: Tensor, layout: str, codes: bool, *written: Outputs) -> dict[str, Any]:
+    """How a tile is read (`_pair`), and Triton's options. Four rows of a column in a thread take registers that pairs
+    that alternate do not leave. Two programs fit on a multiprocessor with 64 registers, which suffice
+    where no block goes across rows; what is between 64 and 128 would only be used for one."""
+    columns = [o.columns[2] for o in written if o.columns[2] is not None]
+    quads = layout != "interleaved" and any(c.columns for c in columns)
+    few = {} if columns or codes or x.element_size() != 2 or layout != "halves" else {"maxnreg": 64}
+    return {"QUADS": quads, "num_warps": 16, **few}
 
 
 def _scale_rows(scales: Tensor | None) -> int:
@@ -264,7 +307,7 @@ def glu_quantize(
         *a.rows[:2], *a.columns[:2], *own.rows[:2], *own.columns[:2],
         S, I, E, _scale_rows(a.columns[1]), _scale_rows(own.columns[1]), **c,
         A_ROW=a.rows[2], A_COLUMN=a.columns[2], H_ROW=own.rows[2], H_COLUMN=own.columns[2],
-        GROUPS=group_size(offsets), num_warps=16, **EXACT,
+        SEGMENTS=0 if offsets is None else offsets.shape[0], **_options(h, c["LAYOUT"], False, a, own), **EXACT,
     )  # fmt: skip
     return a.returned + own.returned
 
@@ -284,15 +327,19 @@ def glu_backward_quantize(
     n, E = cdiv(I, ROWS), 0 if offsets is None else offsets.shape[0] - 1
     dw = da.new_empty(0) if w is None else w.new_empty(w.shape)
     chunks = None if w is None else da.new_empty((n, S), dtype=torch.float32)
-    launch(
-        _glu_backward_quantize, (tiles(S, offsets) * n,), da.contiguous(), as_bytes(h.contiguous()),
-        None if h_scales is None else as_bytes(h_scales.contiguous()), None if w is None else w.contiguous(), offsets,
-        chunks, *d.rows[:2], *d.columns[:2], *a.rows[:2], *a.columns[:2],
-        S, I, E, _scale_rows(d.columns[1]), _scale_rows(a.columns[1]), **c,
-        H=None if h_scales is None else Cast.of(h_spec),
-        D_ROW=d.rows[2], D_COLUMN=d.columns[2], A_ROW=a.rows[2], A_COLUMN=a.columns[2],
-        GROUPS=group_size(offsets), num_warps=16, **EXACT,
-    )  # fmt: skip
+    absent = Outputs([], (None, None, None), (None, None, None))
+    apart = h_scales is not None and a.columns[2] is not None and a.columns[2].columns  # together, they spill
+    for of_h, of_a, sums in ((absent, a, chunks), (d, absent, None)) if apart else ((d, a, chunks),):
+        launch(
+            _glu_backward_quantize, (tiles(S, offsets) * n,), da.contiguous(), as_bytes(h.contiguous()),
+            None if h_scales is None else as_bytes(h_scales.contiguous()), None if w is None else w.contiguous(),
+            offsets, sums, *of_h.rows[:2], *of_h.columns[:2], *of_a.rows[:2], *of_a.columns[:2],
+            S, I, E, _scale_rows(of_h.columns[1]), _scale_rows(of_a.columns[1]), **c,
+            H=None if h_scales is None else Cast.of(h_spec),
+            D_ROW=of_h.rows[2], D_COLUMN=of_h.columns[2], A_ROW=of_a.rows[2], A_COLUMN=of_a.columns[2],
+            SEGMENTS=0 if offsets is None else offsets.shape[0],
+            **_options(da, c["LAYOUT"], h_scales is not None, of_h, of_a), **EXACT,
+        )  # fmt: skip
     if w is not None:
         launch(_sum_chunks, (cdiv(S, 256),), chunks, dw, S, n, BLOCK=256, num_warps=4)
     return [dw, *d.returned, *a.returned]

@@ -4,6 +4,11 @@ A tile holds whole blocks, so that a program sees the largest magnitudes of all 
 codes at once: b bytes are read for an element (2 for bf16), and 1 1/32 written for each spec of FP8 with 128 elements
 in a block, 17/32 for MXFP4. Blocks of several rows start at experts, and so do tiles (`tiles`).
 
+Where codes are written by columns, a thread reads 8 columns of rows 4 i to 4 i + 3, so that four rows of a column are
+one word on the way through shared memory. It has 64 elements, and at most 128 registers for two specs, 80 for one: two
+programs of 256 threads fit on a multiprocessor, or more. With 32 elements for each of 512 threads, one program did, and
+an element took half as many instructions again.
+
 Covered: E4M3, E5M2 and E2M1; blocks of 1, 16, 32, 64 or 128 rows and columns; one level of scales, rounding to nearest.
 Whole rows, columns or matrices as blocks, two levels, and stochastic rounding are the reference's.
 """
@@ -26,10 +31,12 @@ from .tiles import (
     at_elements,
     block_max,
     grid_of,
+    interleaved,
     place,
     scales_of,
     store_codes,
     store_scales,
+    store_unused_scales,
     tile_rows,
     within,
 )
@@ -60,21 +67,51 @@ def _emit(
 
 
 @triton.jit
+def _quarter(x, r, rows, inside, N, BM: tl.constexpr, BN: tl.constexpr):
+    """Rows 4 i + r of a tile."""
+    row = (4 * tl.arange(0, BM // 4) + r)[:, None]
+    return tl.load(x + row * N + tl.arange(0, BN)[None, :], (row < rows) & inside, other=0.0)
+
+
+@triton.jit
+def _tile(x, batch, row0, live, rows, col0, M, N, BM: tl.constexpr, BN: tl.constexpr, QUADS: tl.constexpr):
+    """fp32 [BM, BN] of a tile, zero where nothing is; with QUADS, each thread has four rows of a column."""
+    inside = (col0 + tl.arange(0, BN) < N)[None, :]
+    p = place(x, batch, row0, M, N) + col0
+    if QUADS:
+        return interleaved(
+            _quarter(p, 0, rows, inside, N, BM, BN), _quarter(p, 1, rows, inside, N, BM, BN),
+            _quarter(p, 2, rows, inside, N, BM, BN), _quarter(p, 3, rows, inside, N, BM, BN),
+        ).to(tl.float32)  # fmt: skip
+    else:
+        return tl.load(p + within(BM, BN, N), live[:, None] & inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _quantize(
     x, offsets, codes_a, scales_a, codes_b, scales_b, M, N, W_a, W_b, E, R_a, R_b, tall,
     A: tl.constexpr, B: tl.constexpr, GROUPED: tl.constexpr, LIVE: tl.constexpr, SEGMENTS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
     column, tile, batch = grid_of(tall, tl.cdiv(N, BN))
     col0 = column * BN
     row0, exists, live, first, segment, last = tile_rows(offsets, tile, M, E, GROUPED, LIVE, SEGMENTS, BM)
-    inside = live[:, None] & (col0 + tl.arange(0, BN) < N)[None, :]
-    wide = tl.load(place(x, batch, row0, M, N) + col0 + within(BM, BN, N), inside, other=0.0).to(tl.float32)
+    rows = last - row0
+    if GROUPED:
+        if rows <= 0:
+            store_unused_scales(scales_a, offsets, batch, tile, col0, M, N, E, R_a, GROUPED, SEGMENTS, A, BM, BN)
+            if B is not None:
+                store_unused_scales(scales_b, offsets, batch, tile, col0, M, N, E, R_b, GROUPED, SEGMENTS, B, BM, BN)
+            return
+        rows = tl.where((segment >= 1) & (segment <= E), rows, 0)
+    wide = _tile(x, batch, row0, live, rows, col0, M, N, BM, BN, QUADS)
     _emit(
         wide, codes_a, scales_a, offsets, batch, tile, row0, exists, live, first, segment, last, col0, M, N, W_a, E,
         R_a, GROUPED, LIVE, SEGMENTS, A, BM, BN,
     )  # fmt: skip
     if B is not None:
+        if QUADS:  # read once more, from the cache: kept in registers, it would spill
+            wide = _tile(x, batch, row0, live, rows, col0, M, N, BM, BN, QUADS)
         _emit(
             wide, codes_b, scales_b, offsets, batch, tile, row0, exists, live, first, segment, last, col0, M, N, W_b,
             E, R_b, GROUPED, LIVE, SEGMENTS, B, BM, BN,
@@ -108,10 +145,15 @@ def _pair(x: Tensor, offsets: Tensor | None, specs: Sequence[str], align: int) -
     tall, across = tiles.row_tiles(M, offsets, BM, how["GROUPED"]), cdiv(N, BN)
     out = [t for s in specs for t in tiles.empty(x, s, x.shape, None if offsets is None else E, align)]
     a, b = out[:2], out[-2:]
+    quads = any(s.COLUMNS for s in layouts)
+    few = {"maxnreg": 80 if x.element_size() == 2 and len(layouts) == 1 else 128} if quads else {}
+    if not quads and BM * BN <= 8192 and x.element_size() == 2 and N % 16 == 0 and how["GROUPED"]:
+        few = {"maxnreg": 80}  # left to itself, the compiler of Triton 3.6 spills 8 bytes at 64
     launch(
         _quantize, (tall * across * math.prod(x.shape[:-2]),), x, offsets, *map(as_bytes, a + b), M, N,
         tiles.line(a[0], layouts[0]), tiles.line(b[0], layouts[-1]), E, a[1].shape[-2], b[1].shape[-2], tall,
-        A=layouts[0], B=layouts[1] if len(layouts) == 2 else None, BM=BM, BN=BN, num_warps=BM * BN // 1024, **how,
+        A=layouts[0], B=layouts[1] if len(layouts) == 2 else None, BM=BM, BN=BN, QUADS=quads,
+        num_warps=BM * BN // (2048 if quads else 1024), **few, **how,
     )  # fmt: skip
     return out
 

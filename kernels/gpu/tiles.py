@@ -1,9 +1,11 @@
 """Tiles of a matrix [M, N] whose rows may belong to experts, and the blocks of a spec in them.
 
 Blocks of several rows start anew at each expert's first row, so a tile must, too. Nobody on the host knows where that
-is: the grid has M // BM + E + 2 rows of tiles, enough for any offsets, and each program finds its own by summing up the
-tiles of the segments before it: segment 0 are the rows in front of the first expert, 1..E the experts, E+1 the rows
-behind. A few hundred integers in a cache are read for it, and programs without a tile end there.
+is: the grid has M // BM + E + 2 rows of tiles, enough for any offsets. Segment 0 are the rows in front of the first
+expert, 1..E the experts, E+1 the rows behind. Segment s, whose rows begin at b, owns the tiles from b // BM + s on:
+that is at least one tile for each BM rows or part of them, and no sum over the segments before is needed to know it. A
+program compares its number with all of these, counts, and ends where it has no rows. The offsets are read by 32 lanes,
+the same in each warp, so that sums over them need no barrier (the sums of a tensor as wide as the program took 23).
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from moefx.precision.scaling import scale_exponents
 from moefx.precision.spec import QuantSpec
 
 from . import codec
-from .codec import f32_scale, inverse, pack4, po2_field, scale_value, unpack4
+from .codec import f32_scale, inverse, normal_scale, pack4, po2_field, scale_value, unpack4
 from .launch import cdiv
 
 Tensor = torch.Tensor
@@ -73,16 +75,16 @@ class Layout:
 
 
 def grouping(offsets: Tensor | None, layouts: Sequence[Layout]) -> dict[str, Any]:
-    """Constexprs of a kernel: whether rows belong to experts, and whether tiles start at them."""
+    """Constexprs of a kernel: whether rows belong to experts, whether tiles start at them, and how offsets are read."""
     return {
         "LIVE": offsets is not None,
         "GROUPED": offsets is not None and any(s.BR > 1 for s in layouts),
-        "SEGMENTS": 1 if offsets is None else triton.next_power_of_2(offsets.shape[0] + 1),
+        "SEGMENTS": 0 if offsets is None else offsets.shape[0],
     }
 
 
 def tile_size(layouts: Sequence[Layout]) -> tuple[int, int]:
-    """Rows and columns of a tile; each thread gets 32 of its elements, four 16-byte loads of bf16.
+    """Rows and columns of a tile; each thread gets 32 of its elements, four 16-byte loads of bf16, or 64.
 
     128 columns of bf16 are two full cache lines of a row. 32 rows suffice where no block is higher: more programs, and
     less left over at the end of an expert. Higher blocks of at most 64 columns take tiles of 64, for the same reason.
@@ -112,27 +114,44 @@ def row_tiles(M: int, offsets: Tensor | None, BM: int, grouped: bool) -> int:
 
 
 @triton.jit
-def _bounds(offsets, M, E, SEGMENTS: tl.constexpr):
-    """First row of each segment and the one behind its last."""
-    s = tl.arange(0, SEGMENTS)
-    start = tl.load(offsets + s - 1, mask=(s > 0) & (s <= E + 1), other=0).to(tl.int32)
-    end = tl.load(offsets + s, mask=s <= E, other=M).to(tl.int32)
-    return s, start, tl.where(s <= E + 1, end, start)
+def find_segment(offsets, tile, E, SEGMENTS: tl.constexpr, BM: tl.constexpr):
+    """The segment that owns a tile, among SEGMENTS + 1, E of them experts; see above. Two steps of a search in 32 or
+    more parts: segments begin at ever higher tiles."""
+    lane = tl.arange(0, 32 if SEGMENTS <= 1024 else 128)
+    STEP: tl.constexpr = 1 if SEGMENTS <= 32 else 32 if SEGMENTS <= 1024 else 128
+    found = 0
+    if STEP > 1:
+        i = lane * STEP + (STEP - 1)
+        begin = tl.load(offsets + i, mask=i <= E, other=0x7FFFFFFF).to(tl.int32)
+        found = STEP * tl.sum((begin < (tile - i) * BM).to(tl.int32), 0)
+    i = found + lane
+    begin = tl.load(offsets + i, mask=i <= E, other=0x7FFFFFFF).to(tl.int32)
+    return found + tl.sum((begin < (tile - i) * BM).to(tl.int32), 0)  # begin // BM + i + 1 <= tile
+
+
+@triton.jit
+def count_blocks(offsets, segment, E, SEGMENTS: tl.constexpr, BR: tl.constexpr):
+    """Blocks of BR rows of the experts before a segment."""
+    LANES: tl.constexpr = 32 if SEGMENTS <= 160 else triton.next_power_of_2(SEGMENTS)
+    blocks = tl.zeros((LANES,), tl.int32)
+    for at in tl.static_range(0, SEGMENTS - 1, LANES):
+        i = at + tl.arange(0, LANES)
+        before = (i < E) & (i + 1 < segment)
+        begin = tl.load(offsets + i, mask=before, other=0).to(tl.int32)
+        end = tl.load(offsets + i + 1, mask=before, other=0).to(tl.int32)
+        blocks += ((end - begin + (BR - 1)).to(tl.uint32) // BR).to(tl.int32)
+    return tl.sum(blocks, 0)
 
 
 @triton.jit
 def tile_rows(offsets, tile, M, E, GROUPED: tl.constexpr, LIVE: tl.constexpr, SEGMENTS: tl.constexpr, BM: tl.constexpr):
     """Where a tile is: its first row, masks [BM] of the rows that exist and of those that belong to an expert, the
-    first row of its segment, the segment, and the row behind its last."""
+    first row of its segment, the segment, and the row behind its last. A tile without rows begins there or behind."""
     if GROUPED:
-        s, start, end = _bounds(offsets, M, E, SEGMENTS)
-        count = (end - start + BM - 1) // BM
-        through = tl.cumsum(count, 0)
-        segment = tl.sum((through <= tile).to(tl.int32), 0)
-        here = s == segment
-        first = tl.sum(tl.where(here, start, 0), 0)
-        last = tl.sum(tl.where(here, end, 0), 0)
-        row0 = first + (tile - tl.sum(tl.where(here, through - count, 0), 0)) * BM
+        segment = find_segment(offsets, tile, E, SEGMENTS, BM)
+        first = tl.load(offsets + segment - 1, mask=segment > 0, other=0).to(tl.int32)
+        last = tl.load(offsets + segment, mask=segment <= E, other=M).to(tl.int32)
+        row0 = first + (tile - segment - first // BM) * BM
         exists = row0 + tl.arange(0, BM) < last
         live = exists & (segment >= 1) & (segment <= E)
     else:
@@ -156,20 +175,25 @@ def block_rows(
     else:
         top = row0 + tl.arange(0, BM // BR) * BR  # first row of each block
         if GROUPED:
-            s, start, end = _bounds(offsets, M, E, SEGMENTS)
-            expert = (s >= 1) & (s <= E)
-            before = tl.sum(tl.where(expert & (s < segment), (end - start + BR - 1) // BR, 0), 0)
-            last = tl.sum(tl.where(expert & (s == segment), end, 0), 0)
+            before = count_blocks(offsets, segment, E, SEGMENTS, BR)
+            last = tl.load(offsets + segment, mask=(segment >= 1) & (segment <= E), other=0).to(tl.int32)
             return before + (row0 - first) // BR, top < last
         else:
             return row0 // BR, top < M
 
 
 @triton.jit
+def may_have_unused_block_rows(offsets, tile, E, BM: tl.constexpr, BR: tl.constexpr):
+    """Whether this tile's program may find rows of blocks that no expert needs: not among the first, as many as the
+    experts' rows make at the least."""
+    rows = tl.load(offsets + E).to(tl.int32) - tl.load(offsets).to(tl.int32)
+    return (tile + 1) * BM > rows // BR * BR
+
+
+@triton.jit
 def unused_block_rows(offsets, tile, M, E, SEGMENTS: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr):
     """Where this tile's program looks for rows of blocks that no expert needs, and a mask [BM / BR] of them."""
-    s, start, end = _bounds(offsets, M, E, SEGMENTS)
-    used = tl.sum(tl.where((s >= 1) & (s <= E), (end - start + BR - 1) // BR, 0), 0)
+    used = count_blocks(offsets, E + 1, E, SEGMENTS, BR)
     first = tile * (BM // BR)
     block = first + tl.arange(0, BM // BR)
     return first, (block >= used) & (block < M // BR + E)
@@ -184,14 +208,22 @@ def place(p, batch, row, rows, width):
 @triton.jit
 def grid_of(tall, width):
     """Of this program: column of tiles, row of tiles (among `tall`), matrix. Neighbours are next to each other."""
-    p = tl.program_id(0)
-    return p % width, p // width % tall, p // width // tall
+    p = tl.program_id(0).to(tl.uint32)  # divided without a look at signs
+    width, tall = width.to(tl.uint32), tall.to(tl.uint32)
+    return (p % width).to(tl.int32), (p // width % tall).to(tl.int32), (p // width // tall).to(tl.int32)
 
 
 @triton.jit
 def within(R: tl.constexpr, C: tl.constexpr, width):
     """Offsets [R, C] from a tile's first element in a matrix of `width` columns."""
     return tl.arange(0, R)[:, None] * width + tl.arange(0, C)[None, :]
+
+
+@triton.jit
+def interleaved(x0, x1, x2, x3):
+    """Rows 4 i, 4 i + 1, 4 i + 2 and 4 i + 3 of one matrix from four, [R, C] each: [4 R, C], without moving any."""
+    both = tl.join(tl.join(x0, x2), tl.join(x1, x3))  # [R, C, 2, 2]: row 2 j + k at [.., j, k]
+    return tl.reshape(tl.permute(both, (0, 2, 3, 1)), (4 * x0.shape[0], x0.shape[1]))
 
 
 @triton.jit
@@ -232,7 +264,7 @@ def stored(field, SPEC: tl.constexpr):
     if SPEC.BYTES:
         return field.to(tl.uint8)
     else:
-        return scale_value(field)
+        return normal_scale(field)
 
 
 @triton.jit
@@ -336,7 +368,23 @@ def store_scales(
         scale = tl.where(live[:, None], scale, least)
         real = exists
     tl.store(place(scales, batch, block0, R, C) + c0 + at, scale, real[:, None] & inside)
-    if SPEC.BR > 1 and GROUPED:
-        block0, unused = unused_block_rows(offsets, tile, M, E, SEGMENTS, BM, SPEC.BR)
-        fill = tl.broadcast_to(least, (BM // SPEC.BR, BN // SPEC.BC))
-        tl.store(place(scales, batch, block0, R, C) + c0 + at, fill, unused[:, None] & inside)
+    store_unused_scales(
+        scales, offsets, batch, tile, col0, M, N, E, R, GROUPED, SEGMENTS, SPEC, BM, BN
+    )  # fmt: skip
+
+
+@triton.jit
+def store_unused_scales(
+    scales, offsets, batch, tile, col0, M, N, E, R,
+    GROUPED: tl.constexpr, SEGMENTS: tl.constexpr, SPEC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Write the smallest scale where no block is: a share of that for each tile, with rows or without."""
+    if SPEC.BR > 1 and GROUPED:  # noqa: SIM102  the one is known to the compiler, the other on the device
+        if may_have_unused_block_rows(offsets, tile, E, BM, SPEC.BR):
+            C = tl.cdiv(N, SPEC.BC)
+            c0 = col0 // SPEC.BC
+            inside = (c0 + tl.arange(0, BN // SPEC.BC) < C)[None, :]
+            block0, unused = unused_block_rows(offsets, tile, M, E, SEGMENTS, BM, SPEC.BR)
+            fill = stored(tl.full((BM // SPEC.BR, BN // SPEC.BC), SPEC.LEAST + 127, tl.int32), SPEC)
+            at = within(BM // SPEC.BR, BN // SPEC.BC, C)
+            tl.store(place(scales, batch, block0, R, C) + c0 + at, fill, unused[:, None] & inside)

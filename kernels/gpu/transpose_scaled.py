@@ -1,11 +1,19 @@
 """Codes in blocks along one axis as codes in blocks along the other, by rows or by columns (`kernels.layout`).
 
-2 1/16 bytes are moved for an element. Under the rule `tight` it is `convert.shift`. Under `tile_max`, E4M3 codes of
-1x128 blocks are moved four at a time: all codes of a row in a tile of 128 x 128 move by the same number k of binades,
-so k * 8 comes off each byte of a word whose code stays a normal number, zeros and NaN stay, and bytes borrow nothing
-from their neighbours. Only tiles in which some number falls below the normal ones go through fp32, which rounds them.
+2 1/16 bytes are moved for an element. E4M3 codes of blocks along rows, which every recipe turns, take `_turn`; the rest
+is `convert.shift`.
 
-Covered: as in `convert`; words need whole tiles of columns (N a multiple of 128), other widths go as under `tight`.
+A tile is 128 x 128 codes for 128 threads. fp16 holds every E4M3 number exactly with room to spare: a tile's numbers,
+relative to its largest scale, are multiples of 2^-24 below 2^16 if rows differ by less than HEAD + 15 = 22 binades. So
+three instructions on pairs do what four on single fp32 numbers did: codes to fp16, times a power of two for the row,
+times one for the column, and back, rounded by the hardware (fp16 rounds before that only what is far below the smallest
+code). Each thread reads 16 columns of rows 4 i to 4 i + 3, so that four rows of a column become one word, and a tile
+turns by words in shared memory, not by bytes. 256 threads with 64 codes each need two thirds more instructions. Four
+programs fit on a multiprocessor with 128 registers, three with 168, which MX blocks need: one loads while others store.
+
+Tiles for which that does not hold go through `_turn_slowly`, 32 columns at a time, so that few registers are needed:
+those with NaN or infinite scales, rows further apart, a column whose largest number is more than 2^-14 below the tile's
+largest scale or, under `tile_max`, a largest scale whose row does not use it (E4M3 numbers under `rceil` do).
 """
 
 from __future__ import annotations
@@ -18,20 +26,22 @@ import triton
 import triton.language as tl
 
 from . import tiles
-from .codec import as_bytes, decode8, encode8
-from .convert import shift
-from .launch import launch
+from .codec import as_bytes, decode8, magnitude_bits
+from .convert import shift, shifted, tight
+from .launch import cdiv, launch
 from .sass import Specimen
 from .tiles import (
     NONE,
     Layout,
+    at_elements,
     field_of,
     grid_of,
+    interleaved,
     limited,
-    load_scales,
     place,
     store_columns,
     store_scales,
+    store_unused_scales,
     stored,
     tile_rows,
     within,
@@ -39,78 +49,183 @@ from .tiles import (
 
 Tensor = torch.Tensor
 TILE = tl.constexpr(128)
-WORDS = tl.constexpr(32)  # of four codes in a row of a tile
-HIGH = tl.constexpr(-2139062144)  # 0x80808080: the high bit of each byte
+QUADS = tl.constexpr(32)  # of four rows in a tile
+PIECE = tl.constexpr(16)  # columns
+HEAD = tl.constexpr(7)  # binades from 448 up to fp16's largest number
+INFINITY = tl.constexpr(0x7C00)  # fp16, as all below
+FULL = tl.constexpr(0x7700)  # 224 * 2^HEAD: what is larger has the tile's largest scale
+SMALL = tl.constexpr(0x2000)  # 2^-7: below, no power of two in fp16 lifts a number to 224
 
 
 @triton.jit
-def _move(words, k):
-    """Words of four E4M3 codes moved down by k >= 0 binades: those bytes that stay normal numbers, zero or NaN. And
-    the high bit of each byte that does not, and is wrong."""
-    size = words & 0x7F7F7F7F
-    step = tl.minimum(k, 15)
-    stays = (size + (0x78 - step * 8) * 0x01010101) & HIGH  # size >= (k + 1) * 8: the exponent field is above k
-    nan = (size + 0x01010101) & HIGH
-    some = (size + 0x7F7F7F7F) & HIGH
-    lanes = ((stays & ~nan) >> 7) & 0x01010101
-    return words - lanes * (step * 8), tl.where(k > 0, some & ~stays & ~nan, 0)
+def _power(exponent):
+    """2^exponent in fp16, from -14 to 15."""
+    return ((exponent + 15) << 10).to(tl.int16).to(tl.float16, bitcast=True)
 
 
 @triton.jit
-def _round(words, moved, wrong, k):
-    """`moved`, with the bytes marked in `wrong` rounded to nearest from `words`."""
-    factor = ((127 - tl.minimum(k, 126)) << 23).to(tl.float32, bitcast=True)
-    for lane in tl.static_range(4):
-        x = decode8(((words >> (8 * lane)) & 255).to(tl.uint8), "e4m3")
-        code = encode8(x * factor, "e4m3").to(tl.int32)
-        change = (((moved >> (8 * lane)) & 255) ^ code) << (8 * lane)
-        moved = tl.where(((wrong >> (8 * lane + 7)) & 1) != 0, moved ^ change, moved)
-    return moved
+def _quarter(codes, scales, r, rows, inside, blocks, N, A: tl.constexpr):
+    """Of rows 4 i + r of a tile: codes as numbers [QUADS, TILE], and exponent fields of their scales."""
+    row = (4 * tl.arange(0, QUADS) + r)[:, None]
+    code = tl.load(codes + row * N + tl.arange(0, TILE)[None, :], (row < rows) & inside, other=0)
+    at = tl.arange(0, TILE // A.BC)[None, :]
+    scale = tl.load(scales + row * tl.cdiv(N, A.BC) + at, (row < rows) & blocks, other=0)
+    return code.to(tl.float8e4nv, bitcast=True).to(tl.float16), field_of(scale, A)
 
 
 @triton.jit
-def _bytes(words):
-    """The four bytes of each word as columns: uint8 [R, 4C] of int32 [R, C]."""
-    even = tl.join(words & 255, (words >> 16) & 255)
-    odd = tl.join((words >> 8) & 255, (words >> 24) & 255)
-    lanes = tl.join(even, odd)  # [R, C, 2, 2]: byte 2 i + j at [.., i, j]
-    return tl.reshape(lanes.to(tl.uint8), (words.shape[0], words.shape[1] * 4))
+def _relative(x, field, base, A: tl.constexpr):
+    """Numbers over 2^(base - 127 - HEAD), and, of rows HEAD + 14 binades and more below `base`, larger ones."""
+    return x * at_elements(_power(-tl.minimum(base - field, HEAD + 14) + HEAD), 1, A.BC)
 
 
 @triton.jit
-def _turn_words(
-    words, scales, offsets, new_codes, new_scales, M, N, W, E, R, tall,
-    A: tl.constexpr, B: tl.constexpr, GROUPED: tl.constexpr, LIVE: tl.constexpr, SEGMENTS: tl.constexpr,
+def _far(x, field, base, A: tl.constexpr):
+    """Numbers in such rows, and zeros elsewhere."""
+    return x * at_elements(tl.where(base - field > HEAD + 14, 1.0, 0.0).to(tl.float16), 1, A.BC)
+
+
+@triton.jit
+def _larger(a, b):
+    """The larger magnitude; NaN if either is."""
+    return tl.maximum(tl.abs(a), tl.abs(b), propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _bits(x0, x1, x2, x3):
+    """The largest magnitudes of four matrices, as integers that order them, NaN above infinity."""
+    return _larger(_larger(x0, x1), _larger(x2, x3)).to(tl.int16, bitcast=True).to(tl.int32)
+
+
+@triton.jit
+def _piece(codes, scales, piece, row0, rows, col0, N, A: tl.constexpr):
+    """Columns of a tile, of one block: codes, their numbers, which are special, which count, and exponent fields."""
+    row, column = tl.arange(0, TILE)[:, None], piece * PIECE + tl.arange(0, PIECE)[None, :]
+    code = tl.load(codes + row * N + column, (row < rows) & (col0 + column < N), other=0)
+    at = piece * PIECE // A.BC
+    scale = tl.load(scales + row * tl.cdiv(N, A.BC) + at, (row < rows) & (col0 + piece * PIECE < N), other=0)
+    x, field = decode8(code, "e4m3"), field_of(scale, A)
+    special = magnitude_bits(x) >= 0x7F800000
+    return code, x, special, (x != 0) & (special | (field == 255) == 0), field
+
+
+@triton.jit
+def _turn_slowly(
+    codes, scales, offsets, new_codes, new_scales, batch, tile, row0, rows, exists, live, first, segment, last, col0,
+    M, N, W, E, R,
+    A: tl.constexpr, B: tl.constexpr, TIGHT: tl.constexpr,
+    GROUPED: tl.constexpr, LIVE: tl.constexpr, SEGMENTS: tl.constexpr,
 ):  # fmt: skip
-    column, tile, batch = grid_of(tall, N // TILE)
+    """A tile with anything in it."""
+    ELEM: tl.constexpr = A.ELEM  # strings go from one function to another as constexprs alone
+    pieces = tl.cdiv(tl.minimum(N - col0, TILE), PIECE)  # not known before: the loop stays one, and registers few
+    if not TIGHT:
+        used = tl.zeros((TILE, 1), tl.int32)
+        field = tl.zeros((TILE, 1), tl.int32)
+        for piece in range(pieces):
+            _, _, _, counts, field = _piece(codes, scales, piece, row0, rows, col0, N, A)
+            used = tl.maximum(used, tl.max(counts.to(tl.int32), 1)[:, None])
+        largest = tl.max(tl.where(used > 0, field - 127, NONE), 0)[None, :]
+    for piece in range(pieces):
+        code, x, special, counts, field = _piece(codes, scales, piece, row0, rows, col0, N, A)
+        if TIGHT:
+            new = limited(tight(magnitude_bits(x), counts, field, A, B), B)
+        else:
+            new = tl.broadcast_to(limited(largest, B), (1, PIECE))
+        y = shifted(code, x, special, field, at_elements(new, B.BR, 1), ELEM, ELEM)
+        column = col0 + piece * PIECE
+        if B.COLUMNS:
+            store_columns(y, place(new_codes, batch, 0, N, W), row0, last, column, N, W, TILE, PIECE)
+        else:
+            inside = exists[:, None] & (column + tl.arange(0, PIECE) < N)[None, :]
+            tl.store(place(new_codes, batch, row0, M, W) + column + within(TILE, PIECE, W), y, inside)
+        store_scales(
+            stored(new, B), new_scales, offsets, batch, tile, row0, exists, live, first, segment, column, M, N, E, R,
+            GROUPED, LIVE, SEGMENTS, B, TILE, PIECE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _turn(
+    codes, scales, offsets, new_codes, new_scales, M, N, W, E, R, tall,
+    A: tl.constexpr, B: tl.constexpr, TIGHT: tl.constexpr,
+    GROUPED: tl.constexpr, LIVE: tl.constexpr, SEGMENTS: tl.constexpr,
+):  # fmt: skip
+    LOWEST: tl.constexpr = max(B.FLOOR, B.LEAST) + 127
+    column, tile, batch = grid_of(tall, tl.cdiv(N, TILE))
+    col0 = column * TILE
     row0, exists, live, first, segment, last = tile_rows(offsets, tile, M, E, GROUPED, LIVE, SEGMENTS, TILE)
-    width = N // 4
-    at = within(TILE, WORDS, width)
-    w = tl.load(place(words, batch, row0, M, width) + column * WORDS + at, live[:, None], other=0)
-    scale = load_scales(
-        scales, offsets, batch, row0, live, first, segment, column * TILE, M, N, E, M, GROUPED, SEGMENTS, A, TILE, TILE
-    )
-    field = field_of(scale, A)  # [TILE, 1]
-    size = w & 0x7F7F7F7F
-    counted = (size + 0x7F7F7F7F) & ~(size + 0x01010101) & HIGH  # neither zero nor NaN
-    used = tl.max((counted != 0).to(tl.int32), 1)[:, None]
-    top = tl.max(tl.where((used > 0) & (field != 255), field - 127, NONE), 0)[None, :]
-    new = limited(top, B)  # [1, 1]
-    k = tl.maximum(new - field, 0)
-    moved, wrong = _move(w, k)
-    if tl.max(tl.max((wrong != 0).to(tl.int32), 1), 0) > 0:
-        moved = _round(w, moved, wrong, k)
-    moved = tl.where(field == 255, 0x7F7F7F7F, moved)
-    if B.COLUMNS:
-        to = place(new_codes, batch, 0, N, W)
-        store_columns(_bytes(moved), to, row0, last, column * TILE, N, W, TILE, TILE)
+    rows = last - row0
+    if GROUPED:
+        if rows <= 0:
+            store_unused_scales(
+                new_scales, offsets, batch, tile, col0, M, N, E, R, GROUPED, SEGMENTS, B, TILE, TILE
+            )  # fmt: skip
+            return
+        rows = tl.where((segment >= 1) & (segment <= E), rows, 0)
+    inside = (col0 + tl.arange(0, TILE) < N)[None, :]
+    blocks = (col0 + tl.arange(0, TILE // A.BC) * A.BC < N)[None, :]
+    codes = place(codes, batch, row0, M, N) + col0
+    scales = place(scales, batch, row0, M, tl.cdiv(N, A.BC)) + col0 // A.BC
+    x0, f0 = _quarter(codes, scales, 0, rows, inside, blocks, N, A)
+    x1, f1 = _quarter(codes, scales, 1, rows, inside, blocks, N, A)
+    x2, f2 = _quarter(codes, scales, 2, rows, inside, blocks, N, A)
+    x3, f3 = _quarter(codes, scales, 3, rows, inside, blocks, N, A)
+    highest = tl.maximum(tl.maximum(f0, f1), tl.maximum(f2, f3))
+    base = tl.maximum(tl.max(tl.max(highest, 1), 0), LOWEST)
+    slow = base == 255
+    if TIGHT:
+        lowest = tl.minimum(tl.minimum(f0, f1), tl.minimum(f2, f3))
+        if tl.min(tl.min(lowest, 1), 0) < base - (HEAD + 14):
+            far = _bits(_far(x0, f0, base, A), _far(x1, f1, base, A), _far(x2, f2, base, A), _far(x3, f3, base, A))
+            slow = slow | (tl.max(tl.max(far, 1), 0) > 0)
+    g0, g1 = _relative(x0, f0, base, A), _relative(x1, f1, base, A)
+    g2, g3 = _relative(x2, f2, base, A), _relative(x3, f3, base, A)
+    top = _bits(g0, g1, g2, g3)
+    if TIGHT:
+        top = tl.max(tl.reshape(top, (TILE // B.BR, B.BR // 4, TILE)), 1)  # [TILE / BR, TILE]
+        # Numbers of a column become at most 448: times 2^(EMAX + 15 - e), or as much as the smallest scale allows.
+        some = tl.where(top == 0, -(1 << 20), top)
+        e = (some + (0x3FF - (B.BOUND >> 13))) >> 10  # exponent field, one more where the fraction is above the bound
+        up = tl.minimum(-e + (B.EMAX + 15 + HEAD), base - LOWEST)
+        new = base - up
+        if B.ZERO_ONE:
+            new = tl.where(top == 0, max(127, LOWEST), new)
+        factor = at_elements(_power(tl.minimum(up, 15 + HEAD) - HEAD), B.BR // 4, 1)
+        known = (tl.where(top == 0, SMALL, top) - SMALL).to(tl.uint32)
+        slow = slow | (tl.max(tl.max(known, 1), 0) > INFINITY - SMALL)
     else:
-        to = place(new_codes, batch, row0, M, width) + column * WORDS
-        tl.store(to + at, moved, exists[:, None])
-    store_scales(
-        tl.broadcast_to(stored(new, B), (1, TILE)), new_scales, offsets, batch, tile, row0, exists, live, first,
-        segment, column * TILE, M, N, E, R, GROUPED, LIVE, SEGMENTS, B, TILE, TILE,
-    )  # fmt: skip
+        new = tl.broadcast_to(base, (1, TILE))
+        factor = _power(tl.zeros((1, 1), tl.int32) - HEAD)
+        top = tl.max(tl.max(top, 1), 0)
+        slow = slow | (top <= FULL) | (top > INFINITY)
+    if slow:
+        _turn_slowly(
+            codes, scales, offsets, new_codes, new_scales, batch, tile, row0, rows, exists, live, first, segment, last,
+            col0, M, N, W, E, R, A, B, TIGHT, GROUPED, LIVE, SEGMENTS,
+        )  # fmt: skip
+    else:
+        if B.COLUMNS:
+            y = interleaved(g0 * factor, g1 * factor, g2 * factor, g3 * factor)
+            y = y.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+            store_columns(y, place(new_codes, batch, 0, N, W), row0, last, col0, N, W, TILE, TILE)
+        else:
+            to = place(new_codes, batch, row0, M, W) + col0
+            _store_quarter(to, g0 * factor, 0, last - row0, inside, W)
+            _store_quarter(to, g1 * factor, 1, last - row0, inside, W)
+            _store_quarter(to, g2 * factor, 2, last - row0, inside, W)
+            _store_quarter(to, g3 * factor, 3, last - row0, inside, W)
+        store_scales(
+            stored(new, B), new_scales, offsets, batch, tile, row0, exists, live, first, segment, col0, M, N, E, R,
+            GROUPED, LIVE, SEGMENTS, B, TILE, TILE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _store_quarter(codes, y, r, rows, inside, W):
+    row = (4 * tl.arange(0, QUADS) + r)[:, None]
+    code = y.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    tl.store(codes + row * W + tl.arange(0, TILE)[None, :], code, (row < rows) & inside)
 
 
 def transpose_scaled(
@@ -118,10 +233,7 @@ def transpose_scaled(
 ) -> tuple[Tensor, Tensor]:
     """Codes [..., M, N] and scales of `to_spec`, the transposed `spec`, as the dialect's `transpose_scaled`."""
     a, b = Layout.of(spec), Layout.of(to_spec, align)
-    by_words = rule == "tile_max" and a.ELEM == "e4m3" and (a.BR, a.BC) == (1, 128) and codes.shape[-1] % 128 == 0
-    if codes.is_contiguous() and codes.storage_offset() % 4 != 0:
-        by_words = False  # no words of four can be read there; a copy would cost as much as the kernel
-    if not by_words:
+    if not _turns(a, b, rule, codes.shape[-1]):
         return shift(codes, scales, offsets, spec, to_spec, align, tight=rule == "tight")
     codes, scales = codes.contiguous(), scales.contiguous()
     *front, M, N = codes.shape
@@ -130,11 +242,18 @@ def transpose_scaled(
     how = tiles.grouping(offsets, [a, b])
     tall = tiles.row_tiles(M, offsets, 128, how["GROUPED"])
     launch(
-        _turn_words, (tall * (N // 128) * math.prod(front),), codes.view(torch.int32), as_bytes(scales), offsets,
-        new.view(torch.uint8 if b.COLUMNS else torch.int32), as_bytes(new_scales), M, N, tiles.line(new, b), E,
-        new_scales.shape[-2], tall, A=a, B=b, num_warps=16, **how,
+        _turn, (tall * cdiv(N, 128) * math.prod(front),), as_bytes(codes), as_bytes(scales), offsets, as_bytes(new),
+        as_bytes(new_scales), M, N, tiles.line(new, b), E, new_scales.shape[-2], tall,
+        A=a, B=b, TIGHT=rule == "tight", num_warps=4,
+        maxnreg=128 if a.BC == 128 else 168, **how,
     )  # fmt: skip
     return new, new_scales
+
+
+def _turns(a: Layout, b: Layout, rule: str, N: int) -> bool:
+    """Whether `_turn` covers it: blocks of 32 or 128, under `tile_max` of 128, which share one scale in a tile."""
+    sizes = {(1, 128, 128, 1), (1, 32, 32, 1)} if rule == "tight" else {(1, 128, 128, 1)}
+    return a.ELEM == b.ELEM == "e4m3" and (a.BR, a.BC, b.BR, b.BC) in sizes and N % 16 == 0
 
 
 def specimens() -> list[Specimen]:

@@ -189,15 +189,15 @@ def test_against_the_definition_alone(kind: str) -> None:
 
 
 @triton.jit
-def _rows_of_scales_of_another_tile(first, end, live, k, sizes, R, BLOCK: tl.constexpr):
+def _rows_of_scales_of_another_tile(first, end, live, at, BLOCK: tl.constexpr):
     row = first // BLOCK + tl.arange(0, cast_tile.TILE // BLOCK)
-    return row.to(tl.int64), row < R
+    return row.to(tl.int64), row < 1
 
 
 def test_blocks_that_cross_experts_or_a_product_not_rounded_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     _, h, w = inputs("silu", torch.bfloat16, 50, 128)
     with monkeypatch.context() as m:
-        m.setattr(kernel, "scale_rows", _rows_of_scales_of_another_tile)
+        m.setattr(cast_tile, "scale_rows", _rows_of_scales_of_another_tile)
         with pytest.raises(AssertionError, match="output 1"):
             forward(h, w, offsets_of((20, 30)), "silu", [COLUMN], [])
     with pytest.raises(AssertionError, match="output 0"):

@@ -10,23 +10,22 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moefx.kernels import registry
 from moefx.kernels.gpu import transpose_scaled as kernel
-from moefx.kernels.transpose_scaled import shift_codes
 from moefx.precision.convert import transpose_scaled
+from moefx.precision.quantize import quantize
 
-from .casts import COLUMN, MX, MX_COLUMN, ROW, ROWS, check, coded, offsets, same
+from .casts import COLUMN, MX, MX_COLUMN, ROW, ROWS, check, coded, offsets, same, values
 
 PAIRS = [(ROW, COLUMN), (COLUMN, ROW), (f"{ROW} eps=1e-10", f"{COLUMN} eps=1e-10"), (MX, MX_COLUMN)]
 
 
 @triton.jit
-def _moved(words, k, out, wrong, ROUND: tl.constexpr, N: tl.constexpr):
-    at = tl.arange(0, N)
-    w, by = tl.load(words + at), tl.load(k + at)
-    moved, bad = kernel._move(w, by)
-    if ROUND:
-        moved = kernel._round(w, moved, bad, by)
-    tl.store(out + at, moved)
-    tl.store(wrong + at, bad)
+def _leave(
+    codes, scales, offsets, new_codes, new_scales, batch, tile, row0, rows, exists, live, first, segment, last, col0,
+    M, N, W, E, R,
+    A: tl.constexpr, B: tl.constexpr, TIGHT: tl.constexpr,
+    GROUPED: tl.constexpr, LIVE: tl.constexpr, SEGMENTS: tl.constexpr,
+):  # fmt: skip
+    pass  # instead of `_turn_slowly`
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -70,29 +69,59 @@ def test_scales_at_the_ends_of_their_range(to_spec: str) -> None:
     same(got, transpose_scaled(codes, scales, ROW, to_spec, rule="tile_max"))
 
 
-def _all_codes(ROUND: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Every code moved by every k, beside three other codes; what is expected; which words are wrong."""
-    k = torch.tensor([*range(21), 126, 254], dtype=torch.int32).repeat_interleave(256)
-    codes = torch.arange(256, dtype=torch.uint8).repeat(23)
-    lanes = torch.stack([codes, codes.flip(0), codes.roll(77), codes.roll(1000)], 1)
-    size = triton.next_power_of_2(len(k))
-    words, by = torch.zeros(size, dtype=torch.int32), torch.zeros(size, dtype=torch.int32)
-    words[: len(k)], by[: len(k)] = lanes.view(torch.int32)[:, 0], k
-    out, wrong = torch.empty_like(words), torch.empty_like(words)
-    _moved[(1,)](words, by, out, wrong, ROUND=ROUND, N=size)
-    got = out[: len(k), None].view(torch.uint8)
-    return got, shift_codes(lanes, k[:, None]), wrong[: len(k), None].view(torch.uint8) != 0
+def every_code(step: int, nan: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """A row of all codes for each of 128 / step shifts, and more of the largest scale."""
+    codes = torch.arange(256, dtype=torch.uint8).repeat(128, 1)
+    if not nan:
+        codes[(codes & 0x7F) == 0x7F] = 0
+    down = torch.arange(128) // step
+    return codes.view(torch.float8_e4m3fn), torch.exp2(20.0 - down)[:, None].expand(128, 2)
 
 
-def test_words_of_every_code_by_every_shift() -> None:
-    got, want, _ = _all_codes(ROUND=True)
-    assert torch.equal(got, want)
+@pytest.mark.parametrize("align", [1, 16])
+@pytest.mark.parametrize("nan", [False, True])
+@pytest.mark.parametrize("step", [1, 6])
+@pytest.mark.parametrize("rule", ["tight", "tile_max"])
+def test_every_code_by_every_shift(
+    rule: str, step: int, nan: bool, align: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q = every_code(step, nan)
+    for columns in (slice(0, 128), slice(128, 256), slice(None)):
+        codes, scales = q[0][:, columns].contiguous(), q[1][:, : 2 if columns.start is None else 1]
+        want = transpose_scaled(codes, scales, ROW, COLUMN, rule=rule)
+        check(
+            monkeypatch, lambda c=codes, s=scales: kernel.transpose_scaled(c, s, None, ROW, COLUMN, rule, align), want
+        )
 
 
-def test_subtraction_alone_is_right_where_it_says_so() -> None:
-    got, want, wrong = _all_codes(ROUND=False)
-    assert torch.equal(got[~wrong], want[~wrong])
-    assert (got != want).any()  # without rounding, the rest would be seen
+@pytest.mark.parametrize("spread", range(18, 25))
+def test_rows_at_the_ends_of_what_fp16_holds(spread: int) -> None:
+    """Columns in which only the smallest codes of rows far below the largest scale are left, or nothing is."""
+    codes = torch.zeros(128, 256, dtype=torch.uint8)
+    codes[0], codes[5, ::2], codes[6, ::3], codes[7, ::5] = 0x7E, 1, 0x81, 8
+    codes[0, 3:] = 0
+    scales = torch.ones(128, 2)
+    scales[5], scales[6], scales[7] = 2.0**-spread, 2.0 ** (1 - spread), 2.0 ** (-spread - 3)
+    q = codes.view(torch.float8_e4m3fn), scales
+    for rule in ("tight", "tile_max"):
+        same(kernel.transpose_scaled(*q, None, ROW, COLUMN, rule), transpose_scaled(*q, ROW, COLUMN, rule=rule))
+
+
+@pytest.mark.parametrize("rule", ["tight", "tile_max"])
+def test_common_tiles_take_the_fast_way(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = values(150, 256, dtype=torch.bfloat16, spread=8.0)
+    x[x.isfinite().logical_not()] = 1.0
+    q, groups = quantize(x, ROW, offsets=offsets(0, 70, 150)), offsets(0, 70, 150)
+    want = transpose_scaled(*q, ROW, COLUMN, offsets=groups, rule=rule)
+    monkeypatch.setattr(kernel, "_turn_slowly", _leave)
+    check(monkeypatch, lambda: kernel.transpose_scaled(*q, groups, ROW, COLUMN, rule), want)
+    q[1][100, 1] = torch.nan
+    with pytest.raises(AssertionError, match="differ"):
+        check(
+            monkeypatch,
+            lambda: kernel.transpose_scaled(*q, groups, ROW, COLUMN, rule),
+            transpose_scaled(*q, ROW, COLUMN, offsets=groups, rule=rule),
+        )
 
 
 def test_who_computes_it() -> None:

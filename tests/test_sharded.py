@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,12 +13,14 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import moefx
 
+from . import ranked_training
 from . import reference as ref
+from .optim.ranks import launch
 
 pytest.importorskip("transformers")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def one_rank() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
@@ -28,6 +31,7 @@ def gradients(opt: Any) -> dict[str, torch.Tensor]:
     return {n: p.grad.full_tensor() for n, p in opt.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.usefixtures("one_rank")
 def test_methods_of_fsdp_work_on_the_optimized_module() -> None:
     """Accumulation without communication, as FSDP2 has it."""
     plain, opt = ref.optimize(ref.tiny()), ref.optimize(ref.tiny())
@@ -48,6 +52,7 @@ def test_methods_of_fsdp_work_on_the_optimized_module() -> None:
     assert all(hasattr(p, "placements") for p in opt.parameters())
 
 
+@pytest.mark.usefixtures("one_rank")
 def test_sharded_layers_are_refused_and_named() -> None:
     model = ref.tiny()
     opt = ref.optimize(model)
@@ -58,3 +63,9 @@ def test_sharded_layers_are_refused_and_named() -> None:
     fully_shard(whole)
     with pytest.raises(moefx.InputError, match=r"(?s)is a DTensor.*and last: fully_shard"):
         ref.optimize(whole)
+
+
+@pytest.mark.nightly
+def test_two_ranks_train_as_one_process(tmp_path: Path) -> None:
+    said = launch(2, tmp_path, list(ranked_training.CHECKS), "tests.ranked_training")
+    assert not any(said.values()), "\n".join(said.values())

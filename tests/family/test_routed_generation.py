@@ -7,6 +7,7 @@ not those of the original with its own routers.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -263,13 +264,13 @@ def test_routing_that_cannot_be_decoded_is_refused(opt: moefx.OptimizedModule) -
     """Neither needs a graph of its own: the options alone say so."""
     from moefx.optimize import reoptimize
 
-    model, options = opt.original, vars(opt.options)
+    model, options = opt.original, opt.options
     future = made_grouter(model.config.vocab_size, 8, causal=False)
     for match, routing in {
         "precomputed routing cannot generate": moefx.Routing(moefx.Precomputed()),
         "depends on tokens behind it": moefx.Routing(future, causal=False),
     }.items():
-        changed = reoptimize(model, type(opt.options)(**{**options, "routing": routing}))
+        changed = reoptimize(model, dataclasses.replace(options, routing=routing))
         with pytest.raises(moefx.InputError, match=match):
             generated(changed)
 

@@ -124,6 +124,7 @@ def test_muon_in_a_plain_loop() -> None:
     assert losses[-1] < 0.5
 
 
+@pytest.mark.nightly
 def test_muon_in_transformers_trainer() -> None:
     pytest.importorskip("accelerate")
     curve, resumed = run("hf_trainer_muon.py").splitlines()[-2:]

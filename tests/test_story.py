@@ -14,18 +14,20 @@ from moefx.train.config import TrainConfig
 from moefx.train.data import open_dataset
 from moefx.train.story import run_training
 
+STEPS = 120  # `make train` does 200
+
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path, TrainConfig]:
     out = tmp_path_factory.mktemp("story")
-    cfg = TrainConfig(steps=200, out=out, threads=1)
+    cfg = TrainConfig(steps=STEPS, out=out, threads=1)
     result = run_training(cfg=cfg, compare="all", console=Console(quiet=True))
     return result, out, cfg
 
 
 def test_loss_curves_agree_at_every_step(story: tuple[dict[str, Any], Path, TrainConfig]) -> None:
     optimized, original = (np.array(story[0]["train"][arm]["losses"]) for arm in ("optimized", "original"))
-    assert len(optimized) == len(original) == 200
+    assert len(optimized) == len(original) == STEPS
     assert np.abs(optimized - original).max() <= 1e-3
     # The curves carry information: the loss moved by far more than the tolerance, and the runs are not the same run.
     assert optimized[0] - optimized[-1] > 1

@@ -124,7 +124,7 @@ def test_bf16_trains(name: str) -> None:
     [
         ("switch", {"router_jitter_noise": 0.1}),
         nightly("nllb_moe", {"second_expert_policy": "random"}),
-        ("nllb_moe", {"batch_prioritized_routing": True}),
+        nightly("nllb_moe", {"batch_prioritized_routing": True}),
         nightly("nllb_moe", {"normalize_router_prob_before_dropping": True}),
     ],
 )

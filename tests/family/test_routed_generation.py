@@ -228,6 +228,7 @@ def _fail(ids: Tensor, scores: Tensor) -> Tensor:
     raise RuntimeError("on purpose")
 
 
+@pytest.mark.nightly
 def test_copies_and_what_was_saved_generate_the_same(opt: moefx.OptimizedModule, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -74,6 +74,7 @@ def test_the_command_writes_finite_figures(tmp_path: Path) -> None:
     assert json.loads((tmp_path / story.REPORT).read_text())["train"]["config"]["precision_every"] == 2
 
 
+@pytest.mark.nightly
 def test_the_run_is_the_same_and_resumes_with_another_interval(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

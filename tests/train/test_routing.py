@@ -279,6 +279,7 @@ def grouter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made.save_pretrained(tmp_path_factory.mktemp("grouter"))
 
 
+@pytest.mark.nightly
 def test_inspect_of_a_model_routed_by_a_grouter(grouter: Path) -> None:
     """The load is that of the Grouter's own choice on the same batches, in every layer, and not the model's."""
     pytest.importorskip("transformers")

@@ -186,13 +186,17 @@ def measured_calls(net: Any, inputs: Inputs, cases: Sequence[str], what: str) ->
     whole = sum(n * t for n, t in base.values())
     for losses in cases:
         now = base if not losses else calls(net, inputs, losses)
-        more = sum((now.get(kind, (0,))[0] - base.get(kind, (0,))[0]) * {**base, **now}[kind][1] for kind in base | now)
-        rows.append({
-            "what": what, "losses": losses or "none", "value": f"{whole + more:.4f}", "unit": "s",
-            "extra_percent": f"{100 * more / whole:.2f}",
-        })  # fmt: skip
-        print(rows[-1], flush=True)
+        known, none = base | now, (0, 0.0)
+        more = sum((now.get(kind, none)[0] - base.get(kind, none)[0]) * took for kind, (_, took) in known.items())
+        rows.append(_timed(what, losses, whole + more, f"{100 * more / whole:.2f}"))
     return rows
+
+
+def _timed(what: str, losses: str, seconds: float, extra: str) -> dict[str, Any]:
+    """A row of seconds, which is printed, too."""
+    row = {"what": what, "losses": losses or "none", "value": f"{seconds:.4f}", "unit": "s", "extra_percent": extra}
+    print(row, flush=True)
+    return row
 
 
 def counted(net: Any, inputs: Inputs) -> list[dict[str, Any]]:
@@ -227,11 +231,7 @@ def measured_seconds(took: dict[str, list[float]], what: str) -> list[dict[str, 
     rows = []
     for losses, values in took.items():
         ratio = statistics.median(a / b for a, b in zip(values, took[""], strict=True))
-        rows.append({
-            "what": what, "losses": losses or "none", "value": f"{statistics.median(values):.4f}", "unit": "s",
-            "extra_percent": f"{100 * (ratio - 1):.1f}",
-        })  # fmt: skip
-        print(rows[-1], flush=True)
+        rows.append(_timed(what, losses, statistics.median(values), f"{100 * (ratio - 1):.1f}"))
     return rows
 
 

@@ -24,7 +24,15 @@ from moefx.precision.spec import QuantSpec
 
 from .codec import as_bytes, constants, encode8, inverse, magnitude_bits, normal_scale, po2_field
 from .launch import cdiv
-from .tiles import count_blocks, empty, find_segment, may_have_unused_block_rows, store_columns
+from .tiles import (
+    count_blocks,
+    empty,
+    find_segment,
+    may_have_unused_block_rows,
+    store_columns,
+    unused_block_rows,
+    within,
+)
 
 Tensor = torch.Tensor
 ROWS = 128
@@ -185,8 +193,8 @@ def _column_codes(x, live, CAST: tl.constexpr):
 def cast_columns(
     x, y, codes, scales, first, end, live, column, end_column, S, N, scale_row, CAST: tl.constexpr
 ):  # fmt: skip
-    """As `cast_rows`, in blocks within columns; rows to be stored end before `end`, and all before S; `scale_row` and
-    `used` are those of `scale_rows`."""
+    """As `cast_rows`, in blocks within columns; rows to be stored end before `end`, and all before S; `scale_row` is
+    that of `first_scale_row`."""
     WIDE: tl.constexpr = x.shape[1] if y is None else 2 * x.shape[1]
     out, field = _column_codes(x, live, CAST)
     if y is not None:
@@ -204,15 +212,14 @@ def cast_columns(
 
 @triton.jit
 def least_scales(
-    scales, offsets, t, R, column, N, E, WIDE: tl.constexpr, SEGMENTS: tl.constexpr, CAST: tl.constexpr
+    scales, offsets, t, S, column, N, E, WIDE: tl.constexpr, SEGMENTS: tl.constexpr, CAST: tl.constexpr
 ):  # fmt: skip
     """Store the smallest scale in rows that nobody uses, in WIDE columns from `column` on: tile t looks after a share
-    of all R rows, whatever it holds itself."""
+    of all such rows, whatever it holds itself."""
     BLOCK: tl.constexpr = CAST.block
     if may_have_unused_block_rows(offsets, t, E, TILE, BLOCK):
-        used = count_blocks(offsets, E + 1, E, SEGMENTS, BLOCK)
-        row = t * (TILE // BLOCK) + tl.arange(0, TILE // BLOCK)
-        at = column + tl.arange(0, WIDE)
+        row, unused = unused_block_rows(offsets, t, S, E, SEGMENTS, TILE, BLOCK)
         field = tl.full((TILE // BLOCK, WIDE), CAST.least + 127, tl.int32)
-        mask = ((row >= used) & (row < R))[:, None] & (at < N)[None, :]
-        tl.store(scales + row.to(tl.int64)[:, None] * N + at[None, :], _stored(field, CAST), mask=mask)
+        mask = unused[:, None] & (column + tl.arange(0, WIDE) < N)[None, :]
+        at = scales + row.to(tl.int64) * N + column + within(TILE // BLOCK, WIDE, N)
+        tl.store(at, _stored(field, CAST), mask=mask)

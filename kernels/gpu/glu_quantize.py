@@ -38,7 +38,7 @@ from .cast_tile import (
 from .codec import as_bytes, decode8, scale_value
 from .launch import cdiv, launch
 from .sass import Specimen
-from .tiles import interleaved
+from .tiles import interleaved, segments
 
 Tensor = torch.Tensor
 
@@ -85,13 +85,13 @@ def _cast_pair(
 
 @triton.jit
 def _unused_scales(
-    scales, offsets, t, R, column, I, E, LAYOUT: tl.constexpr, SEGMENTS: tl.constexpr, CAST: tl.constexpr
+    scales, offsets, t, S, column, I, E, LAYOUT: tl.constexpr, SEGMENTS: tl.constexpr, CAST: tl.constexpr
 ):  # fmt: skip
     if CAST is not None and offsets is not None:
         if LAYOUT == "plain":
-            least_scales(scales, offsets, t, R, column, I, E, TILE, SEGMENTS, CAST)
+            least_scales(scales, offsets, t, S, column, I, E, TILE, SEGMENTS, CAST)
         else:
-            least_scales(scales, offsets, t, R, 2 * column, 2 * I, E, 2 * TILE, SEGMENTS, CAST)
+            least_scales(scales, offsets, t, S, 2 * column, 2 * I, E, 2 * TILE, SEGMENTS, CAST)
 
 
 @triton.jit
@@ -116,7 +116,7 @@ def _glu_quantize(
     h, w, offsets,
     a_row_codes, a_row_scales, a_column_codes, a_column_scales,
     h_row_codes, h_row_scales, h_column_codes, h_column_scales,
-    S, I, E, a_R, h_R,
+    S, I, E,
     ACT: tl.constexpr, LAYOUT: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
     A_ROW: tl.constexpr, A_COLUMN: tl.constexpr, H_ROW: tl.constexpr, H_COLUMN: tl.constexpr, SEGMENTS: tl.constexpr,
     QUADS: tl.constexpr,
@@ -124,8 +124,8 @@ def _glu_quantize(
     across = (I + TILE - 1) // TILE
     t, column = tl.program_id(0) // across, tl.program_id(0) % across * TILE
     first, end, live, segment, k = find_tile(t, offsets, S, E, SEGMENTS)
-    _unused_scales(a_column_scales, offsets, t, a_R, column, I, E, "plain", SEGMENTS, A_COLUMN)
-    _unused_scales(h_column_scales, offsets, t, h_R, column, I, E, LAYOUT, SEGMENTS, H_COLUMN)
+    _unused_scales(a_column_scales, offsets, t, S, column, I, E, "plain", SEGMENTS, A_COLUMN)
+    _unused_scales(h_column_scales, offsets, t, S, column, I, E, LAYOUT, SEGMENTS, H_COLUMN)
     if first >= end:
         return
     a_at = first_scale_row(offsets, segment, k, E, SEGMENTS, A_COLUMN)
@@ -205,7 +205,7 @@ def _glu_backward_quantize(
     da, h, h_scales, w, offsets, chunks,
     d_row_codes, d_row_scales, d_column_codes, d_column_scales,
     a_row_codes, a_row_scales, a_column_codes, a_column_scales,
-    S, I, E, d_R, a_R,
+    S, I, E,
     ACT: tl.constexpr, LAYOUT: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, H: tl.constexpr,
     D_ROW: tl.constexpr, D_COLUMN: tl.constexpr, A_ROW: tl.constexpr, A_COLUMN: tl.constexpr, SEGMENTS: tl.constexpr,
     QUADS: tl.constexpr,
@@ -215,8 +215,8 @@ def _glu_backward_quantize(
     t, chunk = tl.program_id(0) // across, tl.program_id(0) % across
     column = chunk * TILE
     first, end, live, segment, k = find_tile(t, offsets, S, E, SEGMENTS)
-    _unused_scales(d_column_scales, offsets, t, d_R, column, I, E, LAYOUT, SEGMENTS, D_COLUMN)
-    _unused_scales(a_column_scales, offsets, t, a_R, column, I, E, "plain", SEGMENTS, A_COLUMN)
+    _unused_scales(d_column_scales, offsets, t, S, column, I, E, LAYOUT, SEGMENTS, D_COLUMN)
+    _unused_scales(a_column_scales, offsets, t, S, column, I, E, "plain", SEGMENTS, A_COLUMN)
     if first >= end:
         return
     start = first.to(tl.int64)
@@ -285,10 +285,6 @@ def _options(x: Tensor, layout: str, codes: bool, *written: Outputs) -> dict[str
     return {"QUADS": quads, "num_warps": 16, **few}
 
 
-def _scale_rows(scales: Tensor | None) -> int:
-    return 0 if scales is None else scales.shape[0]
-
-
 def glu_quantize(
     h: Tensor, w: Tensor | None, offsets: Tensor | None, kind: str, specs: Sequence[str], h_specs: Sequence[str],
     align: int = 1,
@@ -305,9 +301,9 @@ def glu_quantize(
     launch(
         _glu_quantize, (tiles(S, offsets) * cdiv(I, ROWS),), h.contiguous(), w, offsets,
         *a.rows[:2], *a.columns[:2], *own.rows[:2], *own.columns[:2],
-        S, I, E, _scale_rows(a.columns[1]), _scale_rows(own.columns[1]), **c,
+        S, I, E, **c,
         A_ROW=a.rows[2], A_COLUMN=a.columns[2], H_ROW=own.rows[2], H_COLUMN=own.columns[2],
-        SEGMENTS=0 if offsets is None else offsets.shape[0], **_options(h, c["LAYOUT"], False, a, own), **EXACT,
+        SEGMENTS=segments(offsets), **_options(h, c["LAYOUT"], False, a, own), **EXACT,
     )  # fmt: skip
     return a.returned + own.returned
 
@@ -334,10 +330,10 @@ def glu_backward_quantize(
             _glu_backward_quantize, (tiles(S, offsets) * n,), da.contiguous(), as_bytes(h.contiguous()),
             None if h_scales is None else as_bytes(h_scales.contiguous()), None if w is None else w.contiguous(),
             offsets, sums, *of_h.rows[:2], *of_h.columns[:2], *of_a.rows[:2], *of_a.columns[:2],
-            S, I, E, _scale_rows(of_h.columns[1]), _scale_rows(of_a.columns[1]), **c,
+            S, I, E, **c,
             H=None if h_scales is None else Cast.of(h_spec),
             D_ROW=of_h.rows[2], D_COLUMN=of_h.columns[2], A_ROW=of_a.rows[2], A_COLUMN=of_a.columns[2],
-            SEGMENTS=0 if offsets is None else offsets.shape[0],
+            SEGMENTS=segments(offsets),
             **_options(da, c["LAYOUT"], h_scales is not None, of_h, of_a), **EXACT,
         )  # fmt: skip
     if w is not None:

@@ -79,8 +79,13 @@ def grouping(offsets: Tensor | None, layouts: Sequence[Layout]) -> dict[str, Any
     return {
         "LIVE": offsets is not None,
         "GROUPED": offsets is not None and any(s.BR > 1 for s in layouts),
-        "SEGMENTS": 0 if offsets is None else offsets.shape[0],
+        "SEGMENTS": segments(offsets),
     }
+
+
+def segments(offsets: Tensor | None) -> int:
+    """The constexpr SEGMENTS: bounds of experts, 0 without."""
+    return 0 if offsets is None else offsets.shape[0]
 
 
 def tile_size(layouts: Sequence[Layout]) -> tuple[int, int]:

@@ -232,7 +232,8 @@ class GroupedOptimizer(Optimizer):
     def _check_dtype(self, p: Tensor, group: Group, index: int) -> None:
         """State is float64 for float64 parameters alone; a mix of the two would fail in some op, or lose digits."""
         wanted = working_dtype(p)
-        kept = next((v.dtype for v in self.state[p].values() if v.is_floating_point() and v.dtype != wanted), None)
+        state = self.state.get(p, {})  # none is made: nothing changes before all gradients are checked
+        kept = next((v.dtype for v in state.values() if v.is_floating_point() and v.dtype != wanted), None)
         if kept is not None:
             raise InputError(
                 f"a parameter is {p.dtype}, and its optimizer state {kept}",

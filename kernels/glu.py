@@ -1,4 +1,4 @@
-"""The providers of `glu` and `glu_backward`: Triton on GPUs, torch's vectorised SiLU and GELU on CPUs.
+"""The providers of `glu` and its gradients: Triton on GPUs, torch's vectorised SiLU and GELU on CPUs.
 
 Triton's (`gpu/glu.py`) take every kind in fp32, bf16 and fp16; float64 stays with the reference.
 
@@ -28,6 +28,7 @@ _BLOCK = 1 << 18
 
 register_triton("glu", "glu:glu", lambda h, w, kind: registry.wide(h, w))
 register_triton("glu_backward", "glu:glu_backward", lambda da, h, w, kind: registry.wide(da, h, w))
+register_triton("glu_backward_again", "glu:glu_backward_again", lambda da, h, w, kind: registry.wide(da, h, w))
 
 
 def _common(kind: str) -> bool:

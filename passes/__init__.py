@@ -32,6 +32,7 @@ from .propagate_scales import PropagateScales
 from .quantize import Quantize
 from .raise_idioms import RaiseIdioms
 from .raise_routers import RaiseRouters
+from .recompute_activations import RecomputeActivations
 from .route_by_token import RouteByToken
 from .share_plans import SharePlans
 from .store_low_precision import StoreLowPrecision
@@ -91,6 +92,7 @@ for _factory in (
     LowerWires,
     StoreLowPrecision,
     OrientCodes,
+    RecomputeActivations,
     FuseGather,
     lambda: DeadCode(level="training"),
     InlinePointwise,
@@ -221,6 +223,7 @@ __all__ = [
     "Quantize",
     "RaiseIdioms",
     "RaiseRouters",
+    "RecomputeActivations",
     "RouteByToken",
     "SharePlans",
     "StoreLowPrecision",

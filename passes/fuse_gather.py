@@ -22,8 +22,7 @@ class FuseGather(Pass):
     """`permute`, `grouped_mm` and `glu` become one op, and `permute` and `grouped_wgrad` another.
 
     Only where nothing but such products reads the rows, so that they are not written at all: the backward keeps the
-    tokens, T rows, instead of T * k. It keeps the pre-activations and not the activation either, and makes the latter
-    again where the gradient of the next weight needs it (as in SonicMoE, arXiv 2512.14080).
+    tokens, T rows, instead of T * k (as in SonicMoE, arXiv 2512.14080).
 
     `devices` are the types of devices where a kernel gathers as it multiplies, and `dtypes` what it multiplies.
     Elsewhere the fused ops would move the rows first, once for each product.
@@ -95,20 +94,13 @@ def _fuse_product(graph: fx.Graph, product: fx.Node, rows: fx.Node, source: tupl
         replace(graph, product, new)
         return new
     (act,) = acts
-    a, again = arguments(act), sorted(u for u in act.users if is_backward(u))
+    a = arguments(act)
     with inheriting(graph, act) as call:
         operands = *source, p["w"], p["offsets"], a["w"], a["kind"]
         fused = call(ops.permute_grouped_mm_glu.default, *operands)
         h, new = unpack(call, fused, 2)
-    if again:
-        with inheriting(graph, again[0]) as call:
-            made = call(ops.glu.default, h, a["w"], a["kind"])
-        for reader in again:
-            reader.replace_input_with(act, made)
     replace(graph, act, new)
     replace(graph, product, h)
-    if not new.users:
-        graph.erase_node(new)
     return fused
 
 

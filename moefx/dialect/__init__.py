@@ -44,6 +44,7 @@ OPS = (
     "permute_grouped_wgrad",
     "glu",
     "glu_backward",
+    "glu_backward_again",
     "overlap",
     "overlap_backward",
     "inject",

@@ -180,7 +180,7 @@ glu = define(
 )
 
 
-def _glu_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _glu_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     da, h, w, ctx.kind = inputs
     ctx.save_for_backward(da, h, w)
 
@@ -206,4 +206,36 @@ glu_backward = define(
     check=lambda da, h, w, kind: _check(h, w, kind),
     setup=_glu_backward_setup,
     backward=_glu_double_backward,
+)
+
+
+def _again_reference(da: Tensor, h: Tensor, w_S: Tensor | None, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Definition of `glu_backward_again`: the gradients, and the activation that they are those of."""
+    dh, dw = torch.ops.moefx.glu_backward(da, h, w_S, kind)
+    return dh, dw, torch.ops.moefx.glu(h, w_S, kind)
+
+
+def _again_fake(da: Tensor, h: Tensor, w: Tensor | None, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    dw = da.new_empty(0) if w is None else w.new_empty(w.shape)
+    return h.new_empty(h.shape), dw, _glu_fake(h, w, kind)
+
+
+def _again_backward(ctx: Any, ddh: Tensor, ddw: Tensor, d_again: Tensor) -> tuple[Any, ...]:
+    """The gradient of each op that it stands for."""
+    dda, *of_gradients = _glu_double_backward(ctx, ddh, ddw)[:3]
+    _, h, w = ctx.saved_tensors
+    of_value = torch.ops.moefx.glu_backward(d_again, h, w, ctx.kind)
+    both = zip((h, w), of_gradients, of_value, strict=True)
+    return dda, *(None if t is None else b if a is None else a + b for t, a, b in both), None
+
+
+# What a backward that keeps `h` alone needs of it, from one reading: dh, dw, and `glu(h, w, kind)`.
+glu_backward_again = define(
+    "glu_backward_again",
+    "(Tensor da, Tensor h, Tensor? w, str kind) -> (Tensor, Tensor, Tensor)",
+    reference=_again_reference,
+    fake=_again_fake,
+    check=lambda da, h, w, kind: _check(h, w, kind),
+    setup=_glu_backward_setup,
+    backward=_again_backward,
 )

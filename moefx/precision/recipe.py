@@ -35,6 +35,7 @@ OUT = ("wide", "float32", "bfloat16")
 
 _MODEL = ("raise_routers", "expand_routers", "merge_routers", "expand_experts", "share_plans", "fold_combine")
 _TRAINING = ("dead_code", "drop_noops", "orient_wgrad")
+_FUSED = ("recompute_activations", "fuse_gather")
 
 
 class _Settled(dict[str, str]):
@@ -144,7 +145,7 @@ class Recipe:
 
     def _pipeline(self) -> tuple[str, ...]:
         if not self.quantizes:
-            return (*_MODEL, "fuse_plan_permute", *_TRAINING, "lower_wires", "fuse_gather", "dead_code_training")
+            return (*_MODEL, "fuse_plan_permute", *_TRAINING, "lower_wires", *_FUSED, "dead_code_training")
         aligned = ("align_plans",) if self.gpu_align > 1 else ()
         steps = ["quantize"]
         steps += ["propagate_scales", "fold_casts", "transpose_scales"] if self.propagate else []
@@ -152,7 +153,7 @@ class Recipe:
         steps += ["lower_wires"]
         steps += ["store_low_precision"] if self.propagate and self.fuse else []
         steps += ["orient_codes"]
-        return (*_MODEL, *aligned, *_TRAINING, *steps, "fuse_gather", "dead_code_training")
+        return (*_MODEL, *aligned, *_TRAINING, *steps, *_FUSED, "dead_code_training")
 
     def replace(self, name: str, about: str = "", **fields: Any) -> Recipe:
         """A recipe like this one but for the given fields; `specs` given here are added to this one's.

@@ -121,6 +121,8 @@ def calls(r: Routing, dtype: torch.dtype = torch.float32) -> dict[str, Call]:
         "glu_plain": Call("glu", (h, rows, "plain relu2"), (0, 1)),
         "glu_backward": Call("glu_backward", (da, h, None, "silu"), (0, 1)),
         "glu_backward_weighted": Call("glu_backward", (da, h, rows, "gelu"), (0, 1, 2)),
+        "glu_backward_again": Call("glu_backward_again", (da, h, None, "silu"), (0, 1)),
+        "glu_backward_again_weighted": Call("glu_backward_again", (da, h, rows, "gelu"), (0, 1, 2)),
         "overlap": Call("overlap", (y, r.slot, 1e-12), (0,)),
         "overlap_backward": Call("overlap_backward", (seed_T, y, r.slot, 1e-12), (0, 1)),
         "inject": Call("inject", (x, loss), (0,)),

@@ -173,6 +173,19 @@ def test_one_column_may_lie_by_columns(kind: str, arm: str) -> None:
 
 @each_arm
 @each_kind
+@each_weighting
+def test_activation_again_with_its_gradients(kind: str, weighted: bool, arm: str) -> None:
+    da, h, w = inputs(kind, torch.bfloat16, weighted)
+    with running(arm):
+        *gradients, again = ops.glu_backward_again(da, h, w, kind)
+        want = *ops.glu_backward(da, h, w, kind), ops.glu(h, w, kind)
+    for got, one in zip((*gradients, again), want, strict=True):
+        assert got.dtype == one.dtype
+        assert torch.equal(got, one)
+
+
+@each_arm
+@each_kind
 def test_leading_axes(kind: str, arm: str) -> None:
     da, h, _ = inputs(kind, torch.float32, False)
     with running(arm):
@@ -212,5 +225,6 @@ def test_large_arguments_saturate(kind: str, arm: str) -> None:
 def test_operands_that_do_not_fit_are_named(h: Tensor, w: Tensor | None, complaint: str) -> None:
     with pytest.raises(RuntimeError, match=complaint):
         ops.glu(h, w, "silu")
-    with pytest.raises(RuntimeError, match=complaint):
-        ops.glu_backward(torch.zeros(3, 2), h, w, "silu")
+    for op in (ops.glu_backward, ops.glu_backward_again):
+        with pytest.raises(RuntimeError, match=complaint):
+            op(torch.zeros(3, 2), h, w, "silu")

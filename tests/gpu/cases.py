@@ -200,6 +200,10 @@ def _topk_route_backward(kind: str, T: int, H: int, I: int, E: int, k: int) -> t
     return dw, dscores, logits, logits.topk(k).indices, score, norm, eps, factor
 
 
+def _glu_backward(kind: str, T: int, H: int, I: int, E: int, k: int) -> tuple[Any, ...]:
+    return rand(T * k, I, seed=2), rand(T * k, 2 * I), rand(T * k, 1, dtype=torch.float32)[:, 0], "silu"
+
+
 OPERANDS: dict[str, Callable[..., tuple[Any, ...]]] = {
     "plan": lambda kind, T, H, I, E, k: (routing(kind, T, E, k), E, 16),
     "permute": lambda kind, T, H, I, E, k: (rand(T, H), *_maps(kind, T, E, k)[0:3:2]),
@@ -209,9 +213,8 @@ OPERANDS: dict[str, Callable[..., tuple[Any, ...]]] = {
     "grouped_mm": _grouped,
     "grouped_wgrad": _wgrad,
     "glu": lambda kind, T, H, I, E, k: (rand(T * k, 2 * I), rand(T * k, 1, dtype=torch.float32)[:, 0], "silu"),
-    "glu_backward": lambda kind, T, H, I, E, k: (
-        rand(T * k, I, seed=2), rand(T * k, 2 * I), rand(T * k, 1, dtype=torch.float32)[:, 0], "silu",
-    ),
+    "glu_backward": _glu_backward,
+    "glu_backward_again": _glu_backward,
     "quantize": _quantize,
     "dequantize": lambda *a: (*_codes(_quantize(*a)[0], ROW), None, ROW, torch.bfloat16),
     "transpose_scaled": _transpose,

@@ -1,4 +1,4 @@
-"""The Triton kernels of `glu` and `glu_backward` against their definition.
+"""The Triton kernels of `glu` and its gradients against their definition.
 
 Kinds without an exponential give the definition's bits. The others are held to the definition in float64: a result is
 right if it lies between the roundings of the exact value less and plus a bound on the error of fp32 arithmetic, which
@@ -108,7 +108,19 @@ def check(kind: str, da: Tensor, h: Tensor, w: Tensor | None) -> tuple[Tensor, T
         slack = (bound * da.double().abs()).sum(1)
         between(dw, want_dw, slack + STEP * (8 + h.shape[1]) * terms, "dw")
         assert dw.dtype == w.dtype
+    check_again(kind, da, h, w, a, dh, dw)
     return a, dh, dw
+
+
+def check_again(kind: str, da: Tensor, h: Tensor, w: Tensor | None, a: Tensor, dh: Tensor, dw: Tensor) -> None:
+    """One reading of h gives the bits of both kernels, but for another order of the sum over a row."""
+    *gradients, again = kernel.glu_backward_again(da, h, w, kind)
+    assert_same_bits(again, a)
+    assert_same_bits(gradients[0], dh)
+    assert (gradients[1].dtype, gradients[1].shape) == (dw.dtype, dw.shape)
+    if w is not None:
+        terms = (da.double() * glu_reference(h.double(), None, kind)).abs().sum(-1)
+        assert ((gradients[1] - dw).abs().double() <= STEP * h.shape[-1] * terms + 2.0**-126).all()
 
 
 @pytest.mark.parametrize("kind", SMOOTH)
@@ -149,6 +161,7 @@ def test_nothing(S: int, I: int) -> None:
     assert kernel.glu(h, w, "silu").shape == (S, I)
     dh, dw = kernel.glu_backward(da, h, w, "silu")
     assert dh.shape == (S, 2 * I)
+    assert [t.shape for t in kernel.glu_backward_again(da, h, w, "silu")] == [(S, 2 * I), (S,), (S, I)]
     assert_same_bits(dw, glu_backward_reference(da, h, w, "silu")[1])
 
 
@@ -193,6 +206,12 @@ def test_nan_stays_in_its_row_and_column() -> None:
 def test_rounding_twice_or_a_wrong_formula_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     da, h, w = inputs("silu", torch.bfloat16, True, 16, 64)
     twice = glu_reference(h, None, "silu") * w.bfloat16()[:, None]  # type: ignore[union-attr]
+    a, given = kernel.glu(h, w, "silu"), kernel.glu_backward(da, h, w, "silu")
+    check_again("silu", da, h, w, a, *given)
+    with pytest.raises(AssertionError):
+        check_again("silu", da, h, w, twice, *given)
+    with pytest.raises(AssertionError):
+        check_again("silu", da, h, None, a, *given)
     monkeypatch.setattr(kernel, "glu", lambda *_: twice)
     with pytest.raises(AssertionError, match=r"^a: "):
         check("silu", da, h, w)
@@ -214,7 +233,8 @@ def test_who_computes_on_a_gpu() -> None:
         for dtype, name in ((torch.bfloat16, "triton"), (torch.float32, "triton"), (torch.float64, "reference")):
             h, da = torch.empty(4, 16, dtype=dtype, device="cuda"), torch.empty(4, 8, dtype=dtype, device="cuda")
             assert registry.choose("glu", h, None, "silu").name == name
-            assert registry.choose("glu_backward", da, h, None, "plain relu2").name == name
+            for op in ("glu_backward", "glu_backward_again"):
+                assert registry.choose(op, da, h, None, "plain relu2").name == name
         w = torch.empty(4, dtype=torch.float64, device="cuda")
         assert registry.choose("glu", h.float(), w, "silu").name == "reference"
     assert registry.choose("glu", torch.empty(4, 16), None, "silu").name == "torch"

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from moefx.manager import Context
 from moefx.passes import DropNoops, FoldCombine, InlinePointwise
+from moefx.report import PassRow
 from tests.passes.subject import (
     E,
     H,
@@ -82,6 +84,21 @@ def test_bf16_is_computed_in_fp32_and_rounded_once() -> None:
     assert len(wide) > 5
     returned: Any = done.graph.output_node().args[0]
     assert returned[0].meta["val"].dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize(("dtype", "matched"), [(torch.bfloat16, 0), (torch.float64, 2)], ids=str)
+def test_on_a_gpu_what_has_a_kernel_stays(silu: Subject, dtype: torch.dtype, matched: int) -> None:
+    subject = silu.copy()
+    row = PassRow("inline_pointwise", "training", "rounding")
+    with subject.fake_mode:
+        for n in subject.graph.nodes:
+            if isinstance(v := n.meta.get("val"), Tensor):
+                n.meta["val"] = torch.empty_strided(
+                    v.shape, v.stride(), dtype=dtype if v.is_floating_point() else v.dtype, device="cuda"
+                )
+    InlinePointwise().run(subject.graph, Context(row, "training"))
+    assert row.matched == matched
+    assert count(subject.graph, "glu_backward") == (not matched)
 
 
 def test_nothing_to_inline() -> None:

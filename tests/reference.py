@@ -47,9 +47,9 @@ def optimize(model: nn.Module, inputs: Any = None, **options: Any) -> moefx.Opti
     return moefx.optimize(model, batch() if inputs is None else inputs, **{"codegen": "eager", **options})
 
 
-def as_on_gpu(recipe: str, without: str = "") -> Any:
+def as_on_gpu(recipe: str, without: str = "", codegen: str = "eager") -> Any:
     """The passes of a recipe, of which those that look at the device take a CPU for a GPU, but for one."""
-    chain = moefx.pipeline(recipe, codegen="eager")
+    chain = moefx.pipeline(recipe, codegen=codegen)
     passes = [replace(p, devices=("cpu",)) if hasattr(p, "devices") else p for p in chain.passes if p.name != without]
     return type(chain)(tuple(passes), chain.given)
 

@@ -49,6 +49,13 @@ class Tap:
         self._sizes = [tuple(s if type(s) is int else None for s in f.shape) for f in fakes]
         # A size of 1 cannot stand for others in a capture: one sequence is run twice.
         self._doubles = {name for name, s in zip(inputs.values(), self._sizes, strict=True) if s and s[0] is None}
+        # torch 2.11 gives sizes as inputs of their own.
+        axes = [(s, name, a) for f, name in zip(fakes, inputs.values(), strict=True) for a, s in enumerate(f.shape)]
+        self._size_of = {
+            n.name: next((name, a) for s, name, a in axes if compat.is_symbol(s) and s.node.expr == v.node.expr)
+            for n in gm.graph.find_nodes(op="placeholder")
+            if compat.is_symbol(v := value(n))
+        }
         self._guard = compat.guard_expression(self._mode, fakes) if self._mode is not None else None
 
     @property
@@ -87,11 +94,9 @@ class Tap:
                 where="moefx.grouter.tap",
                 todo="tap it with example inputs of this shape (sizes of 1 are always fixed)",
             )
-        args = [
-            given[self._inputs[n.name]] if n.name in self._inputs else self._values[n.name]
-            for n in self.graph.find_nodes(op="placeholder")
-        ]
-        logits: Tensor = self._gm(*args)
+        sizes = {n: given[name].shape[axis] for n, (name, axis) in self._size_of.items()}
+        named = {**self._values, **sizes, **{n: given[name] for n, name in self._inputs.items()}}
+        logits: Tensor = self._gm(*(named[n.name] for n in self.graph.find_nodes(op="placeholder")))
         rows = logits.shape[:-1]
         if tuple(rows) != (B, S) and tuple(rows) != (B * S,):
             raise CaptureError(

@@ -182,7 +182,7 @@ class Emitter:
             out = self.graph.call_function(operator.floordiv, (out, size.ratio.denominator))
         if size.offset:
             out = self.graph.call_function(operator.add, (out, size.offset))
-        return self.graph.call_function(torch.sym_max, (1, out)) if size.guarded else out
+        return self.graph.call_function(max, (1, out)) if size.guarded else out
 
     def _ruled(self, size: Size, rule: CapacityRule) -> Any:
         if rule.fixed is not None:
@@ -191,8 +191,8 @@ class Emitter:
         rows = evaluated(rule.expr, tokens, lambda op, a, b: call(op, (a, b)))
         rows = call(torch.sym_int, (rows,)) if rule.rounding == "floor" else call(_ceil, (rows,))
         if rule.least:
-            rows = call(torch.sym_max, (rows, rule.least))
-        return call(torch.sym_min, (tokens, rows)) if rule.within else rows
+            rows = call(max, (rows, rule.least))
+        return call(min, (tokens, rows)) if rule.within else rows
 
     def read(self, tree: Any) -> Any:
         """Arguments with references and sizes replaced by nodes."""

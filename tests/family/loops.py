@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 
 from .entry import BATCH, HIDDEN, IGNORED_PREFIX, INTERMEDIATE, SEQ, VOCAB, WEIGHT_STD
@@ -183,6 +184,8 @@ def build(entry: Loop, seed: int = 0, dtype: torch.dtype = torch.float32, **over
     """A model with random weights, in training mode, on the CPU. The values depend on the arguments alone."""
     import transformers
 
+    if entry.name in ("switch", "nllb_moe") and torch.__version__ < "2.12":
+        pytest.skip("their routers cast a module within the forward, which torch 2.11 does not trace")
     config = getattr(transformers, entry.config_class)(**{**entry.kwargs, **overrides})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

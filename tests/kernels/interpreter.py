@@ -3,6 +3,7 @@
 Triton's interpreter (3.6 to 3.9) truncates fp32 to bf16, loses the carry when it rounds to fp8, truncates fp8 subnormal
 numbers and multiplies bf16 operands of a dot as integers. `repaired` converts through torch's casts instead: nearest,
 ties to even, saturating in fp8 as the instructions on sm_90 are. test_interpreter.py holds what is replaced to account.
+Bounds of loops are arrays of one element in Triton 3.6, which NumPy 2.4 no longer takes for numbers.
 """
 
 from __future__ import annotations
@@ -47,6 +48,12 @@ def _floats(*dtypes: Any) -> bool:
 def repaired() -> Iterator[None]:
     """Within, interpreted kernels round as a GPU does."""
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    patch = interpreter._patch_lang_tensor
+
+    def lang_tensor(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
     before = {name: getattr(builder, name) for name in ("create_fp_to_fp", "create_dot", "cast_impl")}
 
     def fp_to_fp(self: Any, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
@@ -63,8 +70,10 @@ def repaired() -> Iterator[None]:
 
     try:
         builder.create_fp_to_fp, builder.create_dot, builder.cast_impl = fp_to_fp, dot, cast
+        interpreter._patch_lang_tensor = lang_tensor
         yield
     finally:
+        interpreter._patch_lang_tensor = patch
         for name, old in before.items():
             setattr(builder, name, old)
 

@@ -1,9 +1,9 @@
 """The CUDA provider of `topk_route` and `topk_route_backward`, in `gpu/topk_route.py`.
 
-It covers bf16, fp16 and fp32 logits of up to 512 experts, of which up to 16 are chosen in fp32, from any number of groups
-of which up to 16 are kept. The reference runs float64, larger routers, sums that are rounded to 16 bits (of logits and a
-16-bit bias, of a group's two best logits), and masked weights of the logits themselves with a fill of 0, which may be above
-them: the backward kernel tells a filled choice by its place behind all others.
+It covers bf16, fp16 and fp32 logits of up to 512 experts, of which up to 16 are chosen in fp32, from groups of any size
+of which up to 16 are kept. The reference runs float64, larger routers, choices by sums that are rounded to 16 bits (of
+16-bit logits and a bias, or the best two of a group), and masked weights of identity scores with a fill of 0, which
+scores may be below: the backward kernel knows a filled choice by its place behind the others.
 """
 
 from __future__ import annotations

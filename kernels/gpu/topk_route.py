@@ -5,11 +5,11 @@ thread, a row of 128 experts in one warp, whose reductions are shuffles. Top-k a
 lowest index), each of which takes its expert out. Values are compared as integers in the order of fp32 with NaN on top,
 as in torch.topk: a value taken out is below -inf, and a value comes back from its integer without a second search.
 
-Where groups of experts limit the choice, each fills its columns up to a power of two of its own, so that a group is an
-axis: 20 experts have 32 columns. Groups are chosen in rounds as experts are. The backward needs no groups but for masked
-weights, whose chosen experts may lie outside the kept groups. It tells them by idx alone: no score is below the fill, so
-that each kept group with a score above it has shown one before the first expert of another, and the first `kept` different
-groups are those kept, or of zeros. A second choice of groups could fall otherwise, where scores are as good as equal.
+Where groups of experts limit the choice, each has a power of two of columns, so that a group is an axis: 20 experts
+take 32 columns. Groups are chosen in rounds as experts are. The backward needs groups for masked weights alone, some of
+which may be the fill, of experts outside the kept groups. It knows those by idx: no score is below the fill, so all
+that are above it come first, and the first `kept` groups in idx are the kept ones, or have the fill's own for a score.
+To choose groups again would be longer, and could end otherwise where two are as good as equal.
 
 Bytes of a row: b E logits read, 4 E scores, 8 k indices and 4 k weights written; backward b E read and b E written,
 12 k and 4 E of gradients. Of equal experts the lowest index comes first.

@@ -234,6 +234,11 @@ def write_weights(call: Call, s: RouteSpec, w: Any, idx: Any, scale: Any) -> Any
         w = call(torch.div, w, total)
     if s.factor != 1:
         w = call(torch.mul, w, s.factor)
+    return write_scale(call, s, w, idx, scale)
+
+
+def write_scale(call: Call, s: RouteSpec, w: Any, idx: Any, scale: Any) -> Any:
+    """The last steps of `write_weights`: the scale per expert, and the cast."""
     if s.per_expert:
         w = call(torch.mul, w, call(getitem, scale, idx))
     return w if s.out is None else call("to", w, DTYPES[s.out])

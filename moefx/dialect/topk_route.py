@@ -3,17 +3,16 @@
     topk_route(logits [.., E], bias [E]?, k, ...) -> scores [.., E], idx [.., k] int64, w [.., k]
 
 What it computes is `route` (route.py) without a scale per expert, in fp32 (float64 for float64 logits), with one rule
-more: of equal experts the one with the lowest index comes first, and of equal groups the first. `groups` equal groups of
-experts of which `kept` take part, `reducer`, `fill` and `masked` are those of `Groups` and `RouteSpec`; 0 is no groups.
-`expand_routers` emits the op where there is a kernel for it; elsewhere a router is written out, with the ties of
-torch.topk. The bias has no gradient. With s = F(l), w = factor * s_i / (sum + eps) and its kin, the gradient is that of s
-from both outputs,
+more: of equal experts the one with the lowest index comes first, and of groups that are equally good the first.
+`groups`, `kept`, `reducer` and `fill` are the fields of route's `Groups`; 0 groups are none. `expand_routers` emits the
+op where there is a kernel for it; elsewhere a router is written out, with the ties of torch.topk. The bias has no
+gradient. With s = F(l), w = factor * s_i / (sum + eps) and its kin, the gradient is that of s from both outputs,
 
     ds = dscores, and at the chosen  + factor * (dw_i - sum_j dw_j s_j / t) / t       t = sum s + eps
 
 through F: p (ds - sum p ds) for softmax, ds s (1 - s) for sigmoid, ds sigmoid(l) / (2 s) for sqrtsoftplus. Scores are
-computed again, so that a router keeps its logits and idx alone. In masked weights a chosen expert outside the kept groups
-has the fill for its s_i, a constant; the backward takes the groups for them alone, and an idx that a choice gave.
+computed again, so that a router keeps its logits and idx alone. Where weights are masked, the s_i of a chosen expert
+outside the kept groups is the fill, a constant; only then does the backward take groups, and an idx of their choice.
 """
 
 from __future__ import annotations
@@ -34,11 +33,7 @@ Tensor = torch.Tensor
 
 def covers(spec: RouteSpec, dtype: torch.dtype) -> bool:
     """Whether the op can say what `route` does with logits of that dtype."""
-    return (
-        not spec.per_expert
-        and dtype in NAMES
-        and DTYPES[spec.dtype] == torch.promote_types(dtype, torch.float32)
-    )
+    return not spec.per_expert and dtype in NAMES and DTYPES[spec.dtype] == torch.promote_types(dtype, torch.float32)
 
 
 def attributes(spec: RouteSpec) -> tuple[Any, ...]:
@@ -84,7 +79,7 @@ def _check(logits: Tensor, bias: Tensor | None, k: int, *rest: Any) -> None:
     if k > E or (bias is not None and tuple(bias.shape) != (E,)):
         given = "no bias" if bias is None else f"a bias {tuple(bias.shape)}"
         raise InputError(f"topk_route of k = {k} got {E} experts and {given}", todo=f"k within {E}, a bias [{E}]")
-    if g is not None and (E % g.count or (g.reducer == "top2sum" and E < 2 * g.count)):
+    if g is not None and (E % g.count or (g.reducer == "top2sum" and E // g.count < 2)):
         raise InputError(f"topk_route got {E} experts in {g}", todo="equal groups, of two experts or more for top2sum")
 
 

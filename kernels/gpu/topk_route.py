@@ -7,9 +7,9 @@ as in torch.topk: a value taken out is below -inf, and a value comes back from i
 
 Where groups of experts limit the choice, each has a power of two of columns, so that a group is an axis: 20 experts
 take 32 columns. Groups are chosen in rounds as experts are. The backward needs groups for masked weights alone, some of
-which may be the fill, of experts outside the kept groups. It knows those by idx: no score is below the fill, so all
-that are above it come first, and the first `kept` groups in idx are the kept ones, or have the fill's own for a score.
-To choose groups again would be longer, and could end otherwise where two are as good as equal.
+which may be the fill, of experts outside the kept groups. It knows those by idx: no score is below the fill, and equal
+ones come in the order of experts, so that the first `kept` groups in idx are the kept ones. To choose groups again
+would be longer, and could end otherwise where two are as good as equal.
 
 Bytes of a row: b E logits read, 4 E scores, 8 k indices and 4 k weights written; backward b E read and b E written,
 12 k and 4 E of gradients. Of equal experts the lowest index comes first.
@@ -107,16 +107,17 @@ def _limited(
 
 
 @triton.jit
-def _rows(logits, expert, real, T, E, BT: tl.constexpr, SCORE: tl.constexpr):
-    """This program's rows (int64), mask, logits in fp32, and what `_score` needs."""
-    row = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+def _rows(logits, T, E, BT: tl.constexpr, EP: tl.constexpr, SIZE: tl.constexpr, SP: tl.constexpr, SCORE: tl.constexpr):
+    """This program's rows (int64), columns and their experts, masks, logits in fp32, and what `_score` needs."""
+    row, col = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, EP)
+    expert, real = _experts(col, E, SIZE, SP)
     inside = (row < T)[:, None] & real[None, :]
     x = tl.load(logits + row[:, None] * E + expert[None, :], mask=inside, other=float("-inf")).to(tl.float32)
     top = tl.max(x, 1)
     total = top
     if SCORE == "softmax":
         total = tl.sum(tl.exp(x - top[:, None]), 1)
-    return row, inside, x, top, total
+    return row, col, expert, real, inside, x, top, total
 
 
 @triton.jit
@@ -126,9 +127,7 @@ def _topk_route(
     SCORE: tl.constexpr, OF_LOGITS: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr,
     GROUPS: tl.constexpr, KEPT: tl.constexpr, TOP2: tl.constexpr, FILL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    col = tl.arange(0, GP * SP)
-    expert, real = _experts(col, E, SIZE, SP)
-    row, inside, x, top, total = _rows(logits, expert, real, T, E, BT, SCORE)
+    row, col, expert, real, inside, x, top, total = _rows(logits, T, E, BT, GP * SP, SIZE, SP, SCORE)
     s = _score(x, top[:, None], total[:, None], SCORE)
     tl.store(scores + row[:, None] * E + expert[None, :], s, mask=inside)
     choice = x if OF_LOGITS else s
@@ -198,8 +197,7 @@ def _topk_route_backward(
     SCORE: tl.constexpr, NORM: tl.constexpr, DW: tl.constexpr, DSCORES: tl.constexpr,
     SIZE: tl.constexpr, KEPT: tl.constexpr, FILL: tl.constexpr,
 ):  # fmt: skip
-    col = tl.arange(0, EP)
-    row, inside, x, top, total = _rows(logits, col, col < E, T, E, BT, SCORE)
+    row, col, _, _, inside, x, top, total = _rows(logits, T, E, BT, EP, EP, EP, SCORE)
     s = _score(x, top[:, None], total[:, None], SCORE)
     at = row[:, None] * E + col[None, :]
     ds = tl.zeros((BT, EP), tl.float32)

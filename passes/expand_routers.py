@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
-from moefx.dialect.route import RouteSpec, write
+from moefx.dialect.route import RouteSpec, write, write_scale
 from moefx.dialect.topk_route import attributes, covers
 from moefx.graph.edit import arguments, find, inheriting, outputs, replace, unpack, value
 from moefx.kernels import registry
@@ -21,9 +22,9 @@ ops = torch.ops.moefx
 class ExpandRouters(Pass):
     """Write the definition of `moefx.route` (dialect/route.py) into the graph, as far as its outputs are read.
 
-    A router for whose tensors `moefx.topk_route` has a kernel (on CUDA, with triton; no groups, no scale per expert)
-    becomes that op. It rounds in its own way and takes the lowest index of equal experts, where `torch.topk` takes any:
-    the run is then of the class "rounding".
+    A router for whose tensors `moefx.topk_route` has a kernel (on CUDA, with triton) becomes that op, and a scale per
+    expert a gather and a product behind it. The op rounds in its own way and takes the lowest index of equal experts,
+    where `torch.topk` takes any: the run is then of the class "rounding".
     """
 
     requires: ClassVar[set[str]] = {"captured"}
@@ -42,8 +43,12 @@ class ExpandRouters(Pass):
                     return new
 
                 spec, dtype = RouteSpec.parse(a["spec"]), value(logits).dtype
-                if _has_kernel(spec, logits, a["bias"]):
-                    new = unpack(call, call(ops.topk_route, logits, a["bias"], *attributes(spec)), 3)
+                # What the op computes of it: behind a scale comes the cast.
+                plain = dataclasses.replace(spec, per_expert=False, out=None) if spec.per_expert else spec
+                if _has_kernel(plain, logits, a["bias"]):
+                    new = unpack(call, call(ops.topk_route, logits, a["bias"], *attributes(plain)), 3)
+                    if spec.per_expert:
+                        new = *new[:2], write_scale(call, spec, new[2], new[1], a["scale"])
                     ctx.rounds()
                 else:
                     new = write(call, spec, logits, a["bias"], a["scale"], dtype, value(logits).shape[-1])

@@ -123,6 +123,13 @@ def _topk_route(o: Operands) -> Call:
     return Call(ops.topk_route, (o.logits, None, o.k, "softmax", "scores", "sum"), 6 * o.T * o.E + 12 * o.P)
 
 
+def _topk_route_groups(o: Operands) -> Call:
+    """DeepSeek-V3's."""
+    count, bias = min(8, o.E // 2), o.rand(o.E).float()
+    rest = "sigmoid", "scores", "sum", 1e-20, 2.5, None, count, count // 2, "top2sum", -torch.inf
+    return Call(ops.topk_route, (o.logits, bias, o.k, *rest), 6 * o.T * o.E + 4 * o.E + 12 * o.P)
+
+
 def _topk_route_backward(o: Operands) -> Call:
     args = (o.w_pairs, None, o.logits, o.idx, "softmax", "sum")
     return Call(ops.topk_route_backward, args, 4 * o.T * o.E + 12 * o.P)
@@ -218,6 +225,7 @@ OPS: dict[str, Op] = {
         align=16,
     ),
     "topk_route": Op(_topk_route, decisive=True),
+    "topk_route groups": Op(_topk_route_groups),
     "topk_route_backward": Op(_topk_route_backward),
     "plan_permute": Op(lambda o: Call(ops.plan_permute, (o.x, o.idx, o.E), _moved(o, 2) + 32 * o.P), odd=True),
     "gather_weights": Op(lambda o: Call(ops.gather_weights, (o.w_pairs, o.order), 16 * o.P)),

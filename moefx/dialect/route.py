@@ -198,6 +198,16 @@ def write_scores(call: Call, s: RouteSpec, logits: Any, dtype: torch.dtype) -> A
     return call(torch.sqrt, call(torch.nn.functional.softplus, x)) if s.score == "sqrtsoftplus" else x
 
 
+def write_others(call: Call, g: Groups, grouped: Any) -> Any:
+    """Which groups are not kept, bool [.., count], of what experts are chosen by, [.., count, experts of a group]."""
+    if g.reducer == "max":
+        best = call(torch.amax, grouped, -1)
+    else:
+        best = call(torch.sum, call(getitem, call(torch.topk, grouped, 2, -1), 0), -1)
+    kept = call(getitem, call(torch.topk, best, g.kept, -1, True, False), 1)
+    return call("scatter", call(torch.ones_like, best, dtype=torch.bool), -1, kept, False)
+
+
 def write_choice(call: Call, s: RouteSpec, logits: Any, scores: Any, bias: Any, experts: int) -> tuple[Any, Any]:
     """Top-k values and indices [.., k] of what experts are chosen by."""
     choice = scores if s.order == "scores" else logits
@@ -205,12 +215,7 @@ def write_choice(call: Call, s: RouteSpec, logits: Any, scores: Any, bias: Any, 
         choice = call(torch.add, choice, bias)
     if (g := s.groups) is not None:
         grouped = call("unflatten", choice, -1, (g.count, experts // g.count))
-        if g.reducer == "max":
-            best = call(torch.amax, grouped, -1)
-        else:
-            best = call(torch.sum, call(getitem, call(torch.topk, grouped, 2, -1), 0), -1)
-        kept = call(getitem, call(torch.topk, best, g.kept, -1, True, False), 1)
-        others = call("scatter", call(torch.ones_like, best, dtype=torch.bool), -1, kept, False)
+        others = write_others(call, g, grouped)
         choice = call("flatten", call("masked_fill", grouped, call("unsqueeze", others, -1), g.fill), -2)
     top = call(torch.topk, choice, s.k, -1, True, s.sorted)
     return call(getitem, top, 0), call(getitem, top, 1)
@@ -229,6 +234,11 @@ def write_weights(call: Call, s: RouteSpec, w: Any, idx: Any, scale: Any) -> Any
         w = call(torch.div, w, total)
     if s.factor != 1:
         w = call(torch.mul, w, s.factor)
+    return write_scale(call, s, w, idx, scale)
+
+
+def write_scale(call: Call, s: RouteSpec, w: Any, idx: Any, scale: Any) -> Any:
+    """The last steps of `write_weights`: the scale per expert, and the cast."""
     if s.per_expert:
         w = call(torch.mul, w, call(getitem, scale, idx))
     return w if s.out is None else call("to", w, DTYPES[s.out])

@@ -92,6 +92,10 @@ def calls(r: Routing, dtype: torch.dtype = torch.float32) -> dict[str, Call]:
     correction, per_expert = randn(4, seed=12) / 4, 1 + randn(4, dtype=dtype, seed=13) / 8
     logits, dw_T2 = randn(T, 4, dtype=dtype, seed=11), randn(T, 2, dtype=dtype, seed=16)
     two, wide_T4 = logits.topk(2, -1).indices, randn(T, 4, dtype=seed_T.dtype, seed=17)
+    # One of the three chosen lies outside the kept group, and its weight is the fill.
+    limit, masked = (2, 1, "top2sum", -torch.inf), ("softmax", "scores", "sum", 1e-2, 2.5, 2, 1, "max", 0.0)
+    three = ops.topk_route(logits, None, 3, *masked[:5], None, *masked[5:], True)[1]
+    dw_T3 = randn(T, 3, dtype=dtype, seed=18)
     gptoss = [up.mT.contiguous(), up_bias, down.mT.contiguous(), bias]
     chosen = torch.stack([(torch.arange(min(T, 2)) + e) % max(T, 1) for e in range(r.E)])
     w_EC = randn(*chosen.shape, dtype=dtype, seed=12)
@@ -138,11 +142,18 @@ def calls(r: Routing, dtype: torch.dtype = torch.float32) -> dict[str, Call]:
         "topk_route_biased": Call(
             "topk_route", (logits, correction, 2, "sigmoid", "scores", "clamp", 1e-3, 1.0, None), (0,)
         ),
+        "topk_route_groups": Call(
+            "topk_route", (logits, correction, 2, "sigmoid", "scores", "sum", 1e-20, 2.5, None, *limit, False), (0,)
+        ),
+        "topk_route_masked": Call("topk_route", (logits, None, 3, *masked[:5], None, *masked[5:], True), (0,)),
         "topk_route_backward": Call(
             "topk_route_backward", (dw_T2, None, logits, two, "sqrtsoftplus", "softmax"), (0, 2)
         ),
         "topk_route_backward_both": Call(
             "topk_route_backward", (dw_T2, wide_T4, logits, two, "softmax", "sum", 1e-2, 2.5), (0, 1, 2)
+        ),
+        "topk_route_backward_masked": Call(
+            "topk_route_backward", (dw_T3, wide_T4, logits, three, *masked[:1], *masked[2:]), (0, 1, 2)
         ),
         "token_route": Call("token_route", ([randn(1, T, 4, dtype=dtype, seed=11), correction],)),
         "dispatch": Call("dispatch", (x,), (0,)),

@@ -193,6 +193,27 @@ def _topk_route(kind: str, T: int, H: int, I: int, E: int, k: int) -> tuple[Any,
     return _logits(T, E, torch.float32 if biased else torch.bfloat16), bias, k, *ROUTERS[kind]
 
 
+def _topk_route_groups(kind: str, T: int, H: int, I: int, E: int, k: int) -> tuple[Any, ...]:
+    """Few different logits: sums of two are equal or far apart, and equal groups and experts are many."""
+    x, bias, *_ = _topk_route(kind, T, H, I, E, k)
+    gen = torch.Generator(DEVICE).manual_seed(T)
+    few = torch.randint(0, 5, (T, E), generator=gen, device=DEVICE).to(x.dtype)
+    groups = {
+        "balanced": (4, 2, "max", 0.0, True),
+        "skewed": (4, 2, "top2sum", -torch.inf, False),
+        "adversarial": (4, 1, "max", 0.0, False),
+    }[kind] if E % 4 == 0 else (3, 2, "max", 0.0, False)  # fmt: skip
+    return few, bias, k, *ROUTERS[kind], None, *groups
+
+
+def _topk_route_backward_masked(kind: str, T: int, H: int, I: int, E: int, k: int) -> tuple[Any, ...]:
+    """Of one group that has fewer than k experts, so that each row has a filled choice."""
+    dw, dscores, logits, _, score, *rest = _topk_route_backward(kind, T, H, I, E, k)
+    limit = E // max(n for n in range(1, k) if E % n == 0), 1, "max", 0.0
+    idx = ops.topk_route(logits, None, k, score, "scores", *rest, None, *limit, True)[1]
+    return dw, dscores, logits, idx, score, *rest, *limit
+
+
 def _topk_route_backward(kind: str, T: int, H: int, I: int, E: int, k: int) -> tuple[Any, ...]:
     score, _, norm, eps, factor = ROUTERS[kind]
     logits = _logits(T, E, torch.bfloat16)
@@ -236,6 +257,8 @@ OPERANDS: dict[str, Callable[..., tuple[Any, ...]]] = {
     "scaled_grouped_mm_quantize": lambda *a: (*_scaled_mm(*a), [ROW]),
     "topk_route": _topk_route,
     "topk_route_backward": _topk_route_backward,
+    "topk_route groups": _topk_route_groups,
+    "topk_route_backward masked": _topk_route_backward_masked,
     "overlap": _overlap,
     "overlap_backward": lambda *a: (rand(a[1], 1, dtype=torch.float32)[:, 0], *_overlap(*a)),
 }  # fmt: skip

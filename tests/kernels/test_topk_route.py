@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moefx import compat
 from moefx.dialect.topk_route import _topk_route, _topk_route_backward
@@ -132,8 +134,8 @@ def gradient(x: Tensor, k: int, score: str, norm: str, given: str, order: str = 
 @pytest.mark.parametrize("norm", list(NORMS))
 def test_gradients(score: str, norm: str) -> None:
     x = logits_of(9, 24, F32).abs() if score == "identity" else logits_of(9, 24, F32)
-    for given in ("w", "s", "ws", ""):
-        gradient(x, 4, score, norm, given)
+    for which in ("w", "s", "ws", ""):
+        gradient(x, 4, score, norm, which)
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -145,8 +147,8 @@ def test_gradients_of_sizes(T: int, E: int, k: int) -> None:
 
 def test_clamped_sums_on_both_sides() -> None:
     x = torch.tensor([[-4.0, -5.0, -6.0], [1.0, 2.0, 0.5]])  # sums of two sigmoids below and above the bound of 0.3
-    for given in ("w", "ws"):
-        gradient(x, 2, "sigmoid", "clamp", given)
+    for which in ("w", "ws"):
+        gradient(x, 2, "sigmoid", "clamp", which)
 
 
 def test_the_comparison_sees_another_tie_and_another_norm() -> None:
@@ -173,3 +175,153 @@ def test_chosen_on_cuda() -> None:
         idx = torch.empty(4, 2, dtype=torch.int64, device="cuda")
         assert registry.choose("topk_route_backward", dw, None, x, idx).name == "triton"
         assert registry.choose("topk_route", torch.empty(4, 8), None, 2).name == "reference"
+
+
+# -- groups of experts -----------------------------------------------------------------------------------------------
+
+V3, V2 = (8, 4, "top2sum", -torch.inf, False), (8, 3, "max", 0.0, True)
+# T, E, k, groups, kept: DeepSeek-V3 and -V2, sizes of groups that are no powers of two, groups of one expert, k beyond
+# the experts of those kept.
+GROUPED = [
+    (5, 256, 8, 8, 4), (9, 160, 6, 8, 3), (7, 72, 6, 4, 2), (5, 20, 5, 10, 1), (3, 12, 4, 12, 5), (4, 8, 6, 4, 2),
+    (3, 60, 16, 12, 2), (2, 510, 8, 3, 1), (1, 512, 10, 32, 16), (1, 4, 2, 2, 1),
+]  # fmt: skip
+
+
+def check_groups(x: Tensor, bias: Tensor | None, k: int, score: str, norm: str, *groups: Any) -> Tensor:
+    """Against the reference on the kernel's own scores, whose choice has the same numbers to compare. Returns idx."""
+    args = norm, NORMS[norm], 2.5, None, *groups
+    scores, idx, w = kernels.topk_route(x, bias, k, score, "scores", *args)
+    torch.testing.assert_close(scores, _topk_route(x, None, 1, score)[0], rtol=3e-6, atol=1e-7, equal_nan=True)
+    want = _topk_route(scores, bias, k, "identity", "scores", *args)
+    assert_same_bits(idx, want[1], f"idx {groups}")
+    torch.testing.assert_close(w, want[2], rtol=3e-6, atol=1e-7, equal_nan=True, msg=lambda m: f"w {groups}: {m}")
+    return idx
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("T", "E", "k", "count", "kept"), GROUPED)
+def test_groups(T: int, E: int, k: int, count: int, kept: int) -> None:
+    x, bias = logits_of(T, E, F32), torch.linspace(1, -1, E).roll(E // 3)
+    for reducer, fill in product(("max", "top2sum") if E // count > 1 else ("max",), (0.0, -torch.inf)):
+        groups = count, kept, reducer, fill
+        check_groups(x, bias, k, "sigmoid", "sum", *groups, False)
+        if (reducer == "max") == (fill == 0):  # the interpreter takes seconds for a sum of two
+            check_groups(x, None, k, "identity" if fill else "softmax", "none", *groups, True)
+            given = x.to(BF16 if reducer == "max" else F32), None, k, "sqrtsoftplus", "logits", "clamp", 0.3, 1.5, None
+            got, want = kernels.topk_route(*given, *groups, False), _topk_route(*given, *groups, False)
+            assert_same_bits(got[1], want[1], f"idx of logits {groups}")
+            close(got[2], want[2])
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_groups_of_few_values(data: st.DataObject) -> None:
+    """Logits of which most are equal, with NaN and infinities among them, in any number of groups."""
+    count, size = data.draw(st.integers(2, 7)), data.draw(st.integers(1, 6))
+    E, k = count * size, data.draw(st.integers(1, min(count * size, 16)))
+    gen = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
+    values = torch.tensor([-2.0, -1.0, -0.0, 0.0, 1.0, 1.0, 2.0, torch.inf, -torch.inf, torch.nan])
+    score, finite = (
+        data.draw(st.sampled_from(("softmax", "sigmoid", "sqrtsoftplus", "identity"))),
+        data.draw(st.booleans()),
+    )
+    x = values[torch.randint(0, 7 if finite else 10, (5, E), generator=gen)]
+    bias = torch.randint(-1, 2, (E,), generator=gen) / 2 if data.draw(st.booleans()) else None
+    reducer = data.draw(st.sampled_from(("max", "top2sum") if size > 1 else ("max",)))
+    fill, masked = data.draw(st.sampled_from((0.0, -torch.inf))), bias is None and data.draw(st.booleans())
+    limit = count, data.draw(st.integers(1, count - 1)), reducer, fill
+    norm = data.draw(st.sampled_from(list(NORMS)))
+    idx = check_groups(x, bias, k, score, norm, *limit, masked)
+    if masked and finite and (score != "identity" or fill):
+        # The backward kernel finds the kept groups without choosing them again.
+        given = (
+            torch.randint(-4, 5, idx.shape, generator=gen).float(),
+            None,
+            x,
+            idx,
+            score,
+            norm,
+            NORMS[norm],
+            2.5,
+            *limit,
+        )
+        args = kernels.topk_route_backward(*given), _topk_route_backward(*given)
+        torch.testing.assert_close(*args, rtol=1e-5, atol=3e-6, equal_nan=True)
+
+
+def chosen(rows: list[list[float]], k: int, *groups: Any, bias: Tensor | None = None) -> list[list[int]]:
+    x = torch.tensor(rows)
+    args = x, bias, k, "identity", "scores", "none", 0.0, 1.0, None, *groups
+    assert_same_bits(kernels.topk_route(*args)[1], _topk_route(*args)[1])
+    got: list[list[int]] = kernels.topk_route(*args)[1].tolist()
+    return got
+
+
+def test_the_first_of_equal_groups_and_its_lowest_index_come_first() -> None:
+    inf, nan = torch.inf, torch.nan
+    rows = [[0.0] * 8, [1, 0, 2, 2, 2, 0, 2, 2], [0, 0, 0, 1, 1, 0, 1, 1], [-inf] * 8, [-0.0, 0, 0, 0, -0.0, 0, 0, 0]]
+    by_max = [[0, 1, 2, 3], [2, 3, 4, 5], [3, 4, 2, 5], [0, 1, 2, 3], [0, 1, 2, 3]]
+    assert chosen(rows, 4, 4, 2, "max", -inf, False) == by_max
+    # Two equal experts count twice: 2 + 2 is more than 2 + 0.
+    by_two = [[0, 1, 2, 3], [2, 3, 6, 7], [3, 6, 7, 2], [0, 1, 2, 3], [0, 1, 2, 3]]
+    assert chosen(rows, 4, 4, 2, "top2sum", -inf, False) == by_two
+    assert chosen([[5, 0, 3, 3], [3, 3, 5, 0]], 2, 2, 1, "top2sum", -inf, False) == [[2, 3], [0, 1]]
+    assert chosen([[1, 2, 0, nan, 9, 9]], 2, 3, 1, "top2sum", -inf, False) == [[3, 2]]
+    assert chosen([[1, 2, inf, -inf, 9, 9]], 2, 3, 1, "top2sum", -inf, False) == [[2, 0]]  # NaN
+
+
+def test_fills_are_chosen_like_other_values() -> None:
+    inf, x = torch.inf, [[-1.0, -2.0, 3.0, 1.0, -3.0, -4.0]]
+    assert chosen(x, 5, 3, 1, "max", 0.0, False) == [[2, 3, 0, 1, 4]]
+    assert chosen(x, 5, 3, 1, "max", -inf, False) == [[2, 3, 0, 1, 4]]
+    below = [[-1.0, -2.0, -3.0, -4.0]]  # 0 is above all that take part
+    assert chosen(below, 3, 2, 1, "max", 0.0, False) == [[2, 3, 0]]
+    assert chosen(below, 3, 2, 1, "max", -inf, False) == [[0, 1, 2]]
+    for fill, masked, want in ((0.0, True, [-1, -2, 0]), (-inf, True, [-1, -2, -inf]), (-inf, False, [-1, -2, -3])):
+        given = torch.tensor(below), None, 3, "identity", "scores", "none", 0.0, 1.0, None, 2, 1, "max", fill, masked
+        if fill:
+            assert kernels.topk_route(*given)[2].tolist() == [want]
+        else:
+            assert kernels.topk_route(*given)[2].tolist() == [[0, 0, -1]]
+
+
+def test_a_filled_choice_has_a_constant_weight() -> None:
+    x, gen = logits_of(9, 24, F32), torch.Generator().manual_seed(2)
+    args = "softmax", "sum", 1e-3, 2.5
+    limit = 8, 2, "max", 0.0
+    idx = _topk_route(x, None, 8, "softmax", "scores", *args[1:], None, *limit, True)[1]  # 6 take part
+    dw, dscores = torch.randn(9, 8, generator=gen), torch.randn(9, 24, generator=gen)
+    for seen in (None, dscores):
+        got, want = (f(dw, seen, x, idx, *args, *limit) for f in (kernels.topk_route_backward, _topk_route_backward))
+        close(got, want, "masked")
+        with pytest.raises(AssertionError):
+            close(kernels.topk_route_backward(dw, seen, x, idx, *args), want)
+        with pytest.raises(AssertionError):  # one group more
+            close(kernels.topk_route_backward(dw, seen, x, idx, *args, 8, 3, "max", 0.0), want)
+
+
+def test_groups_chosen_on_cuda() -> None:
+    with compat.FakeTensorMode():
+
+        def name(dtype: torch.dtype, score: str, order: str, *groups: Any, bias: torch.dtype | None = None) -> str:
+            x = torch.empty(4, 256, dtype=dtype, device="cuda")
+            shift = None if bias is None else torch.empty(256, dtype=bias, device="cuda")
+            return registry.choose(
+                "topk_route", x, shift, 8, score, order, "none", 0.0, 1.0, None, *groups
+            ).name  # fmt: skip
+
+        assert name(BF16, "sigmoid", "scores", *V3, bias=F32) == name(BF16, "softmax", "scores", *V2) == "triton"
+        by_max, by_two = (8, 4, "max", 0.0, False), (8, 4, "top2sum", 0.0, False)
+        assert name(BF16, "softmax", "logits", *by_max) == name(F32, "softmax", "logits", *by_two) == "triton"
+        assert name(BF16, "softmax", "logits", *by_two) == "reference"
+        assert name(F32, "sigmoid", "scores", 64, 17, "max", 0.0, False) == "reference"
+        assert name(F32, "identity", "scores", *V2) == "reference"
+        assert name(F32, "identity", "scores", 8, 3, "max", -torch.inf, True) == "triton"
+        x, dw = torch.empty(4, 8, device="cuda"), torch.empty(4, 2, device="cuda")
+        idx = torch.empty(4, 2, dtype=torch.int64, device="cuda")
+        back = [
+            registry.choose("topk_route_backward", dw, None, x, idx, score, "none", 0.0, 1.0, 4, 2, "max", fill).name
+            for score, fill in (("softmax", 0.0), ("identity", -torch.inf), ("identity", 0.0))
+        ]
+        assert back == ["triton", "triton", "reference"]

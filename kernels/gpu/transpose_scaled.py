@@ -36,7 +36,6 @@ from .tiles import (
     at_elements,
     field_of,
     grid_of,
-    interleaved,
     limited,
     place,
     store_columns,
@@ -49,7 +48,7 @@ from .tiles import (
 
 Tensor = torch.Tensor
 TILE = tl.constexpr(128)
-QUADS = tl.constexpr(32)  # of four rows in a tile
+DEEP = tl.constexpr(16)  # rows of a thread
 PIECE = tl.constexpr(16)  # columns
 HEAD = tl.constexpr(7)  # binades from 448 up to fp16's largest number
 INFINITY = tl.constexpr(0x7C00)  # fp16, as all below
@@ -64,25 +63,58 @@ def _power(exponent):
 
 
 @triton.jit
-def _quarter(codes, scales, r, rows, inside, blocks, N, A: tl.constexpr):
-    """Of rows 4 i + r of a tile: codes as numbers [QUADS, TILE], and exponent fields of their scales."""
-    row = (4 * tl.arange(0, QUADS) + r)[:, None]
-    code = tl.load(codes + row * N + tl.arange(0, TILE)[None, :], (row < rows) & inside, other=0)
-    at = tl.arange(0, TILE // A.BC)[None, :]
-    scale = tl.load(scales + row * tl.cdiv(N, A.BC) + at, (row < rows) & blocks, other=0)
-    return code.to(tl.float8e4nv, bitcast=True).to(tl.float16), field_of(scale, A)
+def _joined(xs, LEVELS: tl.constexpr):
+    """Of 2^LEVELS tensors one with as many axes of two behind theirs, without moving any element."""
+    for level in tl.static_range(LEVELS):
+        pairs = ()
+        for i in tl.static_range(2 ** (LEVELS - level - 1)):
+            pairs = pairs + (tl.join(xs[i], xs[i + 2 ** (LEVELS - level - 1)]),)
+        xs = pairs
+    return xs[0]
 
 
 @triton.jit
-def _relative(x, field, base, A: tl.constexpr):
-    """Numbers over 2^(base - 127 - HEAD), and, of rows HEAD + 14 binades and more below `base`, larger ones."""
-    return x * at_elements(_power(-tl.minimum(base - field, HEAD + 14) + HEAD), 1, A.BC)
+def _split(x, LEVELS: tl.constexpr):
+    """What was joined."""
+    xs = (x,)
+    for level in tl.static_range(LEVELS):
+        low, high = (), ()
+        for i in tl.static_range(2**level):
+            a, b = tl.split(xs[i])
+            low, high = low + (a,), high + (b,)
+        xs = low + high
+    return xs
 
 
 @triton.jit
-def _far(x, field, base, A: tl.constexpr):
-    """Numbers in such rows, and zeros elsewhere."""
-    return x * at_elements(tl.where(base - field > HEAD + 14, 1.0, 0.0).to(tl.float16), 1, A.BC)
+def _by_row(s):
+    """What blocks of a tile's rows have [128, C] as 16 tensors that broadcast to [4, 16, 2, 8]; see `_turn`."""
+    C: tl.constexpr = s.shape[1]
+    x = tl.permute(tl.reshape(s, (4, 2, 2, 2, 2, 2, C)), (0, 6, 1, 2, 3, 4, 5))
+    if C > 1:
+        x = tl.broadcast_to(tl.expand_dims(x, 2), (4, C, 16 // C, 2, 2, 2, 2, 2))
+        x = tl.reshape(x, (4, 16, 2, 2, 2, 2, 2))
+    return _split(tl.expand_dims(x, 3), 4)
+
+
+@triton.jit
+def _fields(scales, rows, col0, N, C: tl.constexpr, A: tl.constexpr):
+    """Exponent fields of scales of rows 4 i + r as four tensors [32, C], C to a row, which may be the same."""
+    at = tl.arange(0, C)[None, :] * 32
+    fields = ()
+    for r in tl.static_range(4):
+        row = (4 * tl.arange(0, TILE // 4) + r)[:, None]
+        scale = tl.load(scales + row * tl.cdiv(N, A.BC) + at // A.BC, (row < rows) & (col0 + at < N), other=0)
+        fields = fields + (field_of(scale, A),)
+    return fields
+
+
+@triton.jit
+def _times(xs, factors):
+    ys = ()
+    for r in tl.static_range(DEEP):
+        ys = ys + (xs[r] * factors[r],)
+    return ys
 
 
 @triton.jit
@@ -92,9 +124,14 @@ def _larger(a, b):
 
 
 @triton.jit
-def _bits(x0, x1, x2, x3):
-    """The largest magnitudes of four matrices, as integers that order them, NaN above infinity."""
-    return _larger(_larger(x0, x1), _larger(x2, x3)).to(tl.int16, bitcast=True).to(tl.int32)
+def _bits(xs):
+    """The largest magnitudes of 16 matrices, as integers that order them, NaN above infinity."""
+    for level in tl.static_range(4):
+        halves = ()
+        for i in tl.static_range(2 ** (3 - level)):
+            halves = halves + (_larger(xs[i], xs[i + 2 ** (3 - level)]),)
+        xs = halves
+    return xs[0].to(tl.int16, bitcast=True).to(tl.int32)
 
 
 @triton.jit
@@ -163,27 +200,38 @@ def _turn(
             )  # fmt: skip
             return
         rows = tl.where((segment >= 1) & (segment <= E), rows, 0)
-    inside = (col0 + tl.arange(0, TILE) < N)[None, :]
-    blocks = (col0 + tl.arange(0, TILE // A.BC) * A.BC < N)[None, :]
     codes = place(codes, batch, row0, M, N) + col0
     scales = place(scales, batch, row0, M, tl.cdiv(N, A.BC)) + col0 // A.BC
-    x0, f0 = _quarter(codes, scales, 0, rows, inside, blocks, N, A)
-    x1, f1 = _quarter(codes, scales, 1, rows, inside, blocks, N, A)
-    x2, f2 = _quarter(codes, scales, 2, rows, inside, blocks, N, A)
-    x3, f3 = _quarter(codes, scales, 3, rows, inside, blocks, N, A)
-    highest = tl.maximum(tl.maximum(f0, f1), tl.maximum(f2, f3))
-    base = tl.maximum(tl.max(tl.max(highest, 1), 0), LOWEST)
+    fields = _fields(scales, rows, col0, N, 4, A)
+    # [4, 16, 2, 8]: warp, eight columns, and sixteen rows of 32
+    first_row = 32 * tl.arange(0, 4)[:, None, None, None] + 16 * tl.arange(0, 2)[None, None, :, None]
+    at_column = 8 * tl.arange(0, 16)[None, :, None, None] + tl.arange(0, 8)[None, None, None, :]
+    bound = tl.where(col0 + at_column < N, rows, 0)
+    to_codes = codes + first_row * N + at_column
+    xs = ()
+    for r in tl.static_range(DEEP):
+        code = tl.load(to_codes + r * N, first_row + r < bound, other=0)
+        xs = xs + (code.to(tl.float8e4nv, bitcast=True).to(tl.float16),)
+    some = fields if A.BC == 32 else _fields(scales, rows, col0, N, 1, A)
+    base = tl.maximum(tl.maximum(some[0], some[1]), tl.maximum(some[2], some[3]))
+    base = tl.max(tl.reshape(base, (base.shape[0] * base.shape[1],)), 0)
+    if TIGHT:
+        least = tl.minimum(tl.minimum(some[0], some[1]), tl.minimum(some[2], some[3]))
+        least = tl.min(tl.reshape(least, (least.shape[0] * least.shape[1],)), 0)
+    field = tl.reshape(tl.permute(_joined(fields, 2), (0, 2, 3, 1)), (TILE, 4))
+    base = tl.maximum(base, LOWEST)
     slow = base == 255
     if TIGHT:
-        lowest = tl.minimum(tl.minimum(f0, f1), tl.minimum(f2, f3))
-        if tl.min(tl.min(lowest, 1), 0) < base - (HEAD + 14):
-            far = _bits(_far(x0, f0, base, A), _far(x1, f1, base, A), _far(x2, f2, base, A), _far(x3, f3, base, A))
-            slow = slow | (tl.max(tl.max(far, 1), 0) > 0)
-    g0, g1 = _relative(x0, f0, base, A), _relative(x1, f1, base, A)
-    g2, g3 = _relative(x2, f2, base, A), _relative(x3, f3, base, A)
-    top = _bits(g0, g1, g2, g3)
+        if least < base - (HEAD + 14):
+            far = _times(xs, _by_row(tl.where(base - field > HEAD + 14, 1.0, 0.0).to(tl.float16)))
+            slow = slow | (tl.max(tl.reshape(_bits(far), (TILE * TILE // DEEP,)), 0) > 0)
+    xs = _times(xs, _by_row(_power(-tl.minimum(base - field, HEAD + 14) + HEAD)))
+    top = _bits(xs)
     if TIGHT:
-        top = tl.max(tl.reshape(top, (TILE // B.BR, B.BR // 4, TILE)), 1)  # [TILE / BR, TILE]
+        top = tl.max(top, 2)
+        if B.BR > 32:
+            top = tl.max(top, 0)
+        top = tl.reshape(top, (TILE // B.BR, TILE))
         # Numbers of a column become at most 448: times 2^(EMAX + 15 - e), or as much as the smallest scale allows.
         some = tl.where(top == 0, -(1 << 20), top)
         e = (some + (0x3FF - (B.BOUND >> 13))) >> 10  # exponent field, one more where the fraction is above the bound
@@ -191,13 +239,13 @@ def _turn(
         new = base - up
         if B.ZERO_ONE:
             new = tl.where(top == 0, max(127, LOWEST), new)
-        factor = at_elements(_power(tl.minimum(up, 15 + HEAD) - HEAD), B.BR // 4, 1)
+        factor = tl.reshape(_power(tl.minimum(up, 15 + HEAD) - HEAD), (TILE // B.BR, 16, 1, 8))
         known = (tl.where(top == 0, SMALL, top) - SMALL).to(tl.uint32)
         slow = slow | (tl.max(tl.max(known, 1), 0) > INFINITY - SMALL)
     else:
         new = tl.broadcast_to(base, (1, TILE))
-        factor = _power(tl.zeros((1, 1), tl.int32) - HEAD)
-        top = tl.max(tl.max(top, 1), 0)
+        factor = _power(tl.zeros((1, 1, 1, 1), tl.int32) - HEAD)
+        top = tl.max(tl.reshape(top, (TILE * TILE // DEEP,)), 0)
         slow = slow | (top <= FULL) | (top > INFINITY)
     if slow:
         _turn_slowly(
@@ -205,16 +253,16 @@ def _turn(
             col0, M, N, W, E, R, A, B, TIGHT, GROUPED, LIVE, SEGMENTS,
         )  # fmt: skip
     else:
+        ys = ()
+        for r in tl.static_range(DEEP):
+            ys = ys + (xs[r] * factor,)
         if B.COLUMNS:
-            y = interleaved(g0 * factor, g1 * factor, g2 * factor, g3 * factor)
-            y = y.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-            store_columns(y, place(new_codes, batch, 0, N, W), row0, last, col0, N, W, TILE, TILE)
+            y = tl.reshape(_joined(ys, 4), (4, 16, 2, 8, DEEP))
+            _store_columns(y, place(new_codes, batch, 0, N, W), row0, last, col0, N, W)
         else:
-            to = place(new_codes, batch, row0, M, W) + col0
-            _store_quarter(to, g0 * factor, 0, last - row0, inside, W)
-            _store_quarter(to, g1 * factor, 1, last - row0, inside, W)
-            _store_quarter(to, g2 * factor, 2, last - row0, inside, W)
-            _store_quarter(to, g3 * factor, 3, last - row0, inside, W)
+            to = place(new_codes, batch, row0, M, W) + col0 + first_row * W + at_column
+            for r in tl.static_range(DEEP):
+                tl.store(to + r * W, _codes(ys[r]), (first_row + r < last - row0) & (col0 + at_column < N))
         store_scales(
             stored(new, B), new_scales, offsets, batch, tile, row0, exists, live, first, segment, col0, M, N, E, R,
             GROUPED, LIVE, SEGMENTS, B, TILE, TILE,
@@ -222,10 +270,21 @@ def _turn(
 
 
 @triton.jit
-def _store_quarter(codes, y, r, rows, inside, W):
-    row = (4 * tl.arange(0, QUADS) + r)[:, None]
-    code = y.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-    tl.store(codes + row * W + tl.arange(0, TILE)[None, :], code, (row < rows) & inside)
+def _codes(x):
+    return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+
+
+@triton.jit
+def _store_columns(y, codes, row0, last, col0, N, W):
+    # [w, cg, h, c, r...] -> [w, h r, cg, c]
+    y = tl.permute(y, (0, 2, 4, 1, 3))
+    ys = _split(tl.reshape(y, (4, 32, 16, 2, 2, 2)), 3)
+    row = 32 * tl.arange(0, 4)[:, None, None] + tl.arange(0, 32)[None, :, None]
+    column = 8 * tl.arange(0, 16)[None, None, :]
+    inside = (row < (last - row0 + 15) // 16 * 16) & (col0 + column < N)
+    to = codes + col0.to(tl.int64) * W + row0 // 16 * 16 + row + column * W
+    for j in tl.static_range(8):
+        tl.store(to + j * W, _codes(ys[j]), inside)
 
 
 def transpose_scaled(
@@ -276,13 +335,13 @@ def specimens() -> list[Specimen]:
         Specimen(
             "tile_max [65536, 2048]",
             call((65536, 2048), "tile_max", 128),
-            ("F2FP.SATFINITE", "LDG.128", "STG.128"),
+            ("F2FP.SATFINITE", "LDG.128|LDG.64", "STG.128|STG.64"),
             registers=96,
         ),
         Specimen(
             "tile_max [65536, 7168]",
             call((65536, 7168), "tile_max"),
-            ("F2FP.SATFINITE", "LDG.128", "STG.128"),
+            ("F2FP.SATFINITE", "LDG.128|LDG.64", "STG.128|STG.64"),
             registers=96,
         ),
         Specimen("tight [65536, 2048]", call((65536, 2048), "tight", 128), wide),

@@ -7,9 +7,13 @@ A tile is 128 x 128 codes for 128 threads. fp16 holds every E4M3 number exactly 
 relative to its largest scale, are multiples of 2^-24 below 2^16 if rows differ by less than HEAD + 15 = 22 binades. So
 three instructions on pairs do what four on single fp32 numbers did: codes to fp16, times a power of two for the row,
 times one for the column, and back, rounded by the hardware (fp16 rounds before that only what is far below the smallest
-code). Each thread reads 16 columns of rows 4 i to 4 i + 3, so that four rows of a column become one word, and a tile
-turns by words in shared memory, not by bytes. 256 threads with 64 codes each need two thirds more instructions. Four
-programs fit on a multiprocessor with 128 registers, three with 168, which MX blocks need: one loads while others store.
+code).
+
+A thread has 8 columns of 16 rows that follow each other, in 16 loads of 8 bytes, all issued before the first is used:
+what it writes of a column is 16 bytes, and no code passes through shared memory. Two threads of a warp share a column,
+so that each store fills whole sectors of 32 bytes. Those 16 rows are 16 tensors to the compiler, which so has no say in
+where they lie. 256 threads with 64 codes each need two thirds more instructions. Four programs fit on a multiprocessor
+with 128 registers: one loads while others store.
 
 Tiles for which that does not hold go through `_turn_slowly`, 32 columns at a time, so that few registers are needed:
 those with NaN or infinite scales, rows further apart, a column whose largest number is more than 2^-14 below the tile's
@@ -68,53 +72,61 @@ def _joined(xs, LEVELS: tl.constexpr):
     for level in tl.static_range(LEVELS):
         pairs = ()
         for i in tl.static_range(2 ** (LEVELS - level - 1)):
-            pairs = pairs + (tl.join(xs[i], xs[i + 2 ** (LEVELS - level - 1)]),)
+            pairs += (tl.join(xs[i], xs[i + 2 ** (LEVELS - level - 1)]),)
         xs = pairs
     return xs[0]
 
 
 @triton.jit
 def _split(x, LEVELS: tl.constexpr):
-    """What was joined."""
+    """The 2^LEVELS tensors that were joined."""
     xs = (x,)
     for level in tl.static_range(LEVELS):
         low, high = (), ()
         for i in tl.static_range(2**level):
             a, b = tl.split(xs[i])
-            low, high = low + (a,), high + (b,)
+            low += (a,)
+            high += (b,)
         xs = low + high
     return xs
 
 
 @triton.jit
-def _by_row(s):
-    """What blocks of a tile's rows have [128, C] as 16 tensors that broadcast to [4, 16, 2, 8]; see `_turn`."""
-    C: tl.constexpr = s.shape[1]
-    x = tl.permute(tl.reshape(s, (4, 2, 2, 2, 2, 2, C)), (0, 6, 1, 2, 3, 4, 5))
-    if C > 1:
-        x = tl.broadcast_to(tl.expand_dims(x, 2), (4, C, 16 // C, 2, 2, 2, 2, 2))
-        x = tl.reshape(x, (4, 16, 2, 2, 2, 2, 2))
-    return _split(tl.expand_dims(x, 3), 4)
-
-
-@triton.jit
 def _fields(scales, rows, col0, N, C: tl.constexpr, A: tl.constexpr):
-    """Exponent fields of scales of rows 4 i + r as four tensors [32, C], C to a row, which may be the same."""
+    """Exponent fields of the scales of rows 4 i + r, four [32, C]; C = 4 names that of each 32 columns."""
     at = tl.arange(0, C)[None, :] * 32
     fields = ()
     for r in tl.static_range(4):
         row = (4 * tl.arange(0, TILE // 4) + r)[:, None]
         scale = tl.load(scales + row * tl.cdiv(N, A.BC) + at // A.BC, (row < rows) & (col0 + at < N), other=0)
-        fields = fields + (field_of(scale, A),)
+        fields += (field_of(scale, A),)
     return fields
+
+
+@triton.jit
+def _by_row(s):
+    """What rows have for each 32 columns [128, 4], as 16 tensors [4, 16, 2, 1] that go with `_turn`'s."""
+    x = tl.permute(tl.reshape(s, (4, 2, 2, 2, 2, 2, 4)), (0, 6, 1, 2, 3, 4, 5))
+    x = tl.broadcast_to(tl.expand_dims(x, 2), (4, 4, 4, 2, 2, 2, 2, 2))
+    return _split(tl.reshape(x, (4, 16, 2, 1, 2, 2, 2, 2)), 4)
 
 
 @triton.jit
 def _times(xs, factors):
     ys = ()
     for r in tl.static_range(DEEP):
-        ys = ys + (xs[r] * factors[r],)
+        ys += (xs[r] * factors[r],)
     return ys
+
+
+@triton.jit
+def _over_all(a, b, c, d, LARGEST: tl.constexpr):
+    """The largest element, or the smallest, of four matrices."""
+    n: tl.constexpr = a.shape[0] * a.shape[1]
+    if LARGEST:
+        return tl.max(tl.reshape(tl.maximum(tl.maximum(a, b), tl.maximum(c, d)), (n,)), 0)
+    else:
+        return tl.min(tl.reshape(tl.minimum(tl.minimum(a, b), tl.minimum(c, d)), (n,)), 0)
 
 
 @triton.jit
@@ -129,9 +141,27 @@ def _bits(xs):
     for level in tl.static_range(4):
         halves = ()
         for i in tl.static_range(2 ** (3 - level)):
-            halves = halves + (_larger(xs[i], xs[i + 2 ** (3 - level)]),)
+            halves += (_larger(xs[i], xs[i + 2 ** (3 - level)]),)
         xs = halves
     return xs[0].to(tl.int16, bitcast=True).to(tl.int32)
+
+
+@triton.jit
+def _codes(x):
+    return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+
+
+@triton.jit
+def _store_columns(ys, codes, row0, last, col0, N, W):
+    """As `tiles.store_columns`: one 16-byte store for each of a thread's columns, two threads to a sector."""
+    y = tl.permute(tl.reshape(_joined(ys, 4), (4, 16, 2, 8, DEEP)), (0, 2, 4, 1, 3))
+    ys = _split(tl.reshape(y, (4, 32, 16, 2, 2, 2)), 3)
+    row = 32 * tl.arange(0, 4)[:, None, None] + tl.arange(0, 32)[None, :, None]
+    column = 8 * tl.arange(0, 16)[None, None, :]
+    inside = (row < (last - row0 + 15) // 16 * 16) & (col0 + column < N)
+    to = codes + col0.to(tl.int64) * W + row0 // 16 * 16 + row + column * W
+    for j in tl.static_range(8):
+        tl.store(to + j * W.to(tl.int64), _codes(ys[j]), inside)
 
 
 @triton.jit
@@ -203,26 +233,24 @@ def _turn(
     codes = place(codes, batch, row0, M, N) + col0
     scales = place(scales, batch, row0, M, tl.cdiv(N, A.BC)) + col0 // A.BC
     fields = _fields(scales, rows, col0, N, 4, A)
-    # [4, 16, 2, 8]: warp, eight columns, and sixteen rows of 32
-    first_row = 32 * tl.arange(0, 4)[:, None, None, None] + 16 * tl.arange(0, 2)[None, None, :, None]
+    # [4, 16, 2, 8]: warp, columns 8 j to 8 j + 7, rows 16 i to 16 i + 15 of which each tensor has one
+    top_row = 32 * tl.arange(0, 4)[:, None, None, None] + DEEP * tl.arange(0, 2)[None, None, :, None]
     at_column = 8 * tl.arange(0, 16)[None, :, None, None] + tl.arange(0, 8)[None, None, None, :]
-    bound = tl.where(col0 + at_column < N, rows, 0)
-    to_codes = codes + first_row * N + at_column
+    left = tl.where(col0 + at_column < N, rows, 0) - top_row
+    step = N.to(tl.int64)
+    at = codes + top_row * N + at_column
     xs = ()
     for r in tl.static_range(DEEP):
-        code = tl.load(to_codes + r * N, first_row + r < bound, other=0)
-        xs = xs + (code.to(tl.float8e4nv, bitcast=True).to(tl.float16),)
-    some = fields if A.BC == 32 else _fields(scales, rows, col0, N, 1, A)
-    base = tl.maximum(tl.maximum(some[0], some[1]), tl.maximum(some[2], some[3]))
-    base = tl.max(tl.reshape(base, (base.shape[0] * base.shape[1],)), 0)
-    if TIGHT:
-        least = tl.minimum(tl.minimum(some[0], some[1]), tl.minimum(some[2], some[3]))
-        least = tl.min(tl.reshape(least, (least.shape[0] * least.shape[1],)), 0)
+        code = tl.load(at + r * step, r < left, other=0)
+        xs += (code.to(tl.float8e4nv, bitcast=True).to(tl.float16),)
+    # Where a row has one scale, each warp reads all for itself, and needs no barrier.
+    own = fields if A.BC == 32 else _fields(scales, rows, col0, N, 1, A)
+    base = _over_all(own[0], own[1], own[2], own[3], True)
     field = tl.reshape(tl.permute(_joined(fields, 2), (0, 2, 3, 1)), (TILE, 4))
     base = tl.maximum(base, LOWEST)
-    slow = base == 255
-    if TIGHT:
-        if least < base - (HEAD + 14):
+    slow = base >= 254  # one more, by which "ceil" may exceed it, would be no number
+    if TIGHT:  # noqa: SIM102  the one is known to the compiler, the other on the device
+        if _over_all(own[0], own[1], own[2], own[3], False) < base - (HEAD + 14):
             far = _times(xs, _by_row(tl.where(base - field > HEAD + 14, 1.0, 0.0).to(tl.float16)))
             slow = slow | (tl.max(tl.reshape(_bits(far), (TILE * TILE // DEEP,)), 0) > 0)
     xs = _times(xs, _by_row(_power(-tl.minimum(base - field, HEAD + 14) + HEAD)))
@@ -255,36 +283,17 @@ def _turn(
     else:
         ys = ()
         for r in tl.static_range(DEEP):
-            ys = ys + (xs[r] * factor,)
+            ys += (xs[r] * factor,)
         if B.COLUMNS:
-            y = tl.reshape(_joined(ys, 4), (4, 16, 2, 8, DEEP))
-            _store_columns(y, place(new_codes, batch, 0, N, W), row0, last, col0, N, W)
+            _store_columns(ys, place(new_codes, batch, 0, N, W), row0, last, col0, N, W)
         else:
-            to = place(new_codes, batch, row0, M, W) + col0 + first_row * W + at_column
+            to = place(new_codes, batch, row0, M, W) + col0 + top_row * W + at_column
             for r in tl.static_range(DEEP):
-                tl.store(to + r * W, _codes(ys[r]), (first_row + r < last - row0) & (col0 + at_column < N))
+                tl.store(to + r * W, _codes(ys[r]), (top_row + r < last - row0) & (col0 + at_column < N))
         store_scales(
             stored(new, B), new_scales, offsets, batch, tile, row0, exists, live, first, segment, col0, M, N, E, R,
             GROUPED, LIVE, SEGMENTS, B, TILE, TILE,
         )  # fmt: skip
-
-
-@triton.jit
-def _codes(x):
-    return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-
-
-@triton.jit
-def _store_columns(y, codes, row0, last, col0, N, W):
-    # [w, cg, h, c, r...] -> [w, h r, cg, c]
-    y = tl.permute(y, (0, 2, 4, 1, 3))
-    ys = _split(tl.reshape(y, (4, 32, 16, 2, 2, 2)), 3)
-    row = 32 * tl.arange(0, 4)[:, None, None] + tl.arange(0, 32)[None, :, None]
-    column = 8 * tl.arange(0, 16)[None, None, :]
-    inside = (row < (last - row0 + 15) // 16 * 16) & (col0 + column < N)
-    to = codes + col0.to(tl.int64) * W + row0 // 16 * 16 + row + column * W
-    for j in tl.static_range(8):
-        tl.store(to + j * W, _codes(ys[j]), inside)
 
 
 def transpose_scaled(
@@ -304,7 +313,7 @@ def transpose_scaled(
         _turn, (tall * cdiv(N, 128) * math.prod(front),), as_bytes(codes), as_bytes(scales), offsets, as_bytes(new),
         as_bytes(new_scales), M, N, tiles.line(new, b), E, new_scales.shape[-2], tall,
         A=a, B=b, TIGHT=rule == "tight", num_warps=4,
-        maxnreg=128 if a.BC == 128 else 168, **how,
+        maxnreg=128, **how,
     )  # fmt: skip
     return new, new_scales
 

@@ -29,10 +29,13 @@ _recorded: list[Compiled] | None = None
 def launch(kernel: Any, grid: Sequence[int], *args: Any, **kw: Any) -> None:
     """Run `kernel[grid](*args, **kw)` on the device of its first tensor; a grid with a zero runs nothing.
 
-    `kw` are constexprs by name, and Triton's options `num_warps` and `num_stages`.
+    `kw` are constexprs by name, and Triton's options `num_warps`, `num_stages` and `maxnreg`, which ROCm's lacks.
     """
     if 0 in grid:
         return
+    recorded_hip = _recorded is not None and driver.active.get_current_target().backend == "hip"
+    if recorded_hip or torch.version.hip is not None:
+        kw.pop("maxnreg", None)
     if _recorded is not None:
         _recorded.append(Compiled(kernel.__name__, kernel.warmup(*args, grid=tuple(grid), **kw)))
         return

@@ -7,9 +7,13 @@ A tile is 128 x 128 codes for 128 threads. fp16 holds every E4M3 number exactly 
 relative to its largest scale, are multiples of 2^-24 below 2^16 if rows differ by less than HEAD + 15 = 22 binades. So
 three instructions on pairs do what four on single fp32 numbers did: codes to fp16, times a power of two for the row,
 times one for the column, and back, rounded by the hardware (fp16 rounds before that only what is far below the smallest
-code). Each thread reads 16 columns of rows 4 i to 4 i + 3, so that four rows of a column become one word, and a tile
-turns by words in shared memory, not by bytes. 256 threads with 64 codes each need two thirds more instructions. Four
-programs fit on a multiprocessor with 128 registers, three with 168, which MX blocks need: one loads while others store.
+code).
+
+A thread has 8 columns of 16 rows that follow each other, in 16 loads of 8 bytes, all issued before the first is used:
+what it writes of a column is 16 bytes, and no code passes through shared memory. Two threads of a warp share a column,
+so that each store fills whole sectors of 32 bytes. Those 16 rows are 16 tensors to the compiler, which so has no say in
+where they lie. 256 threads with 64 codes each need two thirds more instructions. Four programs fit on a multiprocessor
+with 128 registers: one loads while others store.
 
 Tiles for which that does not hold go through `_turn_slowly`, 32 columns at a time, so that few registers are needed:
 those with NaN or infinite scales, rows further apart, a column whose largest number is more than 2^-14 below the tile's
@@ -36,7 +40,6 @@ from .tiles import (
     at_elements,
     field_of,
     grid_of,
-    interleaved,
     limited,
     place,
     store_columns,
@@ -49,7 +52,7 @@ from .tiles import (
 
 Tensor = torch.Tensor
 TILE = tl.constexpr(128)
-QUADS = tl.constexpr(32)  # of four rows in a tile
+DEEP = tl.constexpr(16)  # rows of a thread
 PIECE = tl.constexpr(16)  # columns
 HEAD = tl.constexpr(7)  # binades from 448 up to fp16's largest number
 INFINITY = tl.constexpr(0x7C00)  # fp16, as all below
@@ -64,25 +67,66 @@ def _power(exponent):
 
 
 @triton.jit
-def _quarter(codes, scales, r, rows, inside, blocks, N, A: tl.constexpr):
-    """Of rows 4 i + r of a tile: codes as numbers [QUADS, TILE], and exponent fields of their scales."""
-    row = (4 * tl.arange(0, QUADS) + r)[:, None]
-    code = tl.load(codes + row * N + tl.arange(0, TILE)[None, :], (row < rows) & inside, other=0)
-    at = tl.arange(0, TILE // A.BC)[None, :]
-    scale = tl.load(scales + row * tl.cdiv(N, A.BC) + at, (row < rows) & blocks, other=0)
-    return code.to(tl.float8e4nv, bitcast=True).to(tl.float16), field_of(scale, A)
+def _joined(xs, LEVELS: tl.constexpr):
+    """Of 2^LEVELS tensors one with as many axes of two behind theirs, without moving any element."""
+    for level in tl.static_range(LEVELS):
+        pairs = ()
+        for i in tl.static_range(2 ** (LEVELS - level - 1)):
+            pairs += (tl.join(xs[i], xs[i + 2 ** (LEVELS - level - 1)]),)
+        xs = pairs
+    return xs[0]
 
 
 @triton.jit
-def _relative(x, field, base, A: tl.constexpr):
-    """Numbers over 2^(base - 127 - HEAD), and, of rows HEAD + 14 binades and more below `base`, larger ones."""
-    return x * at_elements(_power(-tl.minimum(base - field, HEAD + 14) + HEAD), 1, A.BC)
+def _split(x, LEVELS: tl.constexpr):
+    """The 2^LEVELS tensors that were joined."""
+    xs = (x,)
+    for level in tl.static_range(LEVELS):
+        low, high = (), ()
+        for i in tl.static_range(2**level):
+            a, b = tl.split(xs[i])
+            low += (a,)
+            high += (b,)
+        xs = low + high
+    return xs
 
 
 @triton.jit
-def _far(x, field, base, A: tl.constexpr):
-    """Numbers in such rows, and zeros elsewhere."""
-    return x * at_elements(tl.where(base - field > HEAD + 14, 1.0, 0.0).to(tl.float16), 1, A.BC)
+def _fields(scales, rows, col0, N, C: tl.constexpr, A: tl.constexpr):
+    """Exponent fields of the scales of rows 4 i + r, four [32, C]; C = 4 names that of each 32 columns."""
+    at = tl.arange(0, C)[None, :] * 32
+    fields = ()
+    for r in tl.static_range(4):
+        row = (4 * tl.arange(0, TILE // 4) + r)[:, None]
+        scale = tl.load(scales + row * tl.cdiv(N, A.BC) + at // A.BC, (row < rows) & (col0 + at < N), other=0)
+        fields += (field_of(scale, A),)
+    return fields
+
+
+@triton.jit
+def _by_row(s):
+    """What rows have for each 32 columns [128, 4], as 16 tensors [4, 16, 2, 1] that go with `_turn`'s."""
+    x = tl.permute(tl.reshape(s, (4, 2, 2, 2, 2, 2, 4)), (0, 6, 1, 2, 3, 4, 5))
+    x = tl.broadcast_to(tl.expand_dims(x, 2), (4, 4, 4, 2, 2, 2, 2, 2))
+    return _split(tl.reshape(x, (4, 16, 2, 1, 2, 2, 2, 2)), 4)
+
+
+@triton.jit
+def _times(xs, factors):
+    ys = ()
+    for r in tl.static_range(DEEP):
+        ys += (xs[r] * factors[r],)
+    return ys
+
+
+@triton.jit
+def _over_all(a, b, c, d, LARGEST: tl.constexpr):
+    """The largest element, or the smallest, of four matrices."""
+    n: tl.constexpr = a.shape[0] * a.shape[1]
+    if LARGEST:
+        return tl.max(tl.reshape(tl.maximum(tl.maximum(a, b), tl.maximum(c, d)), (n,)), 0)
+    else:
+        return tl.min(tl.reshape(tl.minimum(tl.minimum(a, b), tl.minimum(c, d)), (n,)), 0)
 
 
 @triton.jit
@@ -92,9 +136,32 @@ def _larger(a, b):
 
 
 @triton.jit
-def _bits(x0, x1, x2, x3):
-    """The largest magnitudes of four matrices, as integers that order them, NaN above infinity."""
-    return _larger(_larger(x0, x1), _larger(x2, x3)).to(tl.int16, bitcast=True).to(tl.int32)
+def _bits(xs):
+    """The largest magnitudes of 16 matrices, as integers that order them, NaN above infinity."""
+    for level in tl.static_range(4):
+        halves = ()
+        for i in tl.static_range(2 ** (3 - level)):
+            halves += (_larger(xs[i], xs[i + 2 ** (3 - level)]),)
+        xs = halves
+    return xs[0].to(tl.int16, bitcast=True).to(tl.int32)
+
+
+@triton.jit
+def _codes(x):
+    return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+
+
+@triton.jit
+def _store_columns(ys, codes, row0, last, col0, N, W):
+    """As `tiles.store_columns`: one 16-byte store for each of a thread's columns, two threads to a sector."""
+    y = tl.permute(tl.reshape(_joined(ys, 4), (4, 16, 2, 8, DEEP)), (0, 2, 4, 1, 3))
+    ys = _split(tl.reshape(y, (4, 32, 16, 2, 2, 2)), 3)
+    row = 32 * tl.arange(0, 4)[:, None, None] + tl.arange(0, 32)[None, :, None]
+    column = 8 * tl.arange(0, 16)[None, None, :]
+    inside = (row < (last - row0 + 15) // 16 * 16) & (col0 + column < N)
+    to = codes + col0.to(tl.int64) * W + row0 // 16 * 16 + row + column * W
+    for j in tl.static_range(8):
+        tl.store(to + j * W.to(tl.int64), _codes(ys[j]), inside)
 
 
 @triton.jit
@@ -163,27 +230,36 @@ def _turn(
             )  # fmt: skip
             return
         rows = tl.where((segment >= 1) & (segment <= E), rows, 0)
-    inside = (col0 + tl.arange(0, TILE) < N)[None, :]
-    blocks = (col0 + tl.arange(0, TILE // A.BC) * A.BC < N)[None, :]
     codes = place(codes, batch, row0, M, N) + col0
     scales = place(scales, batch, row0, M, tl.cdiv(N, A.BC)) + col0 // A.BC
-    x0, f0 = _quarter(codes, scales, 0, rows, inside, blocks, N, A)
-    x1, f1 = _quarter(codes, scales, 1, rows, inside, blocks, N, A)
-    x2, f2 = _quarter(codes, scales, 2, rows, inside, blocks, N, A)
-    x3, f3 = _quarter(codes, scales, 3, rows, inside, blocks, N, A)
-    highest = tl.maximum(tl.maximum(f0, f1), tl.maximum(f2, f3))
-    base = tl.maximum(tl.max(tl.max(highest, 1), 0), LOWEST)
-    slow = base == 255
+    fields = _fields(scales, rows, col0, N, 4, A)
+    # [4, 16, 2, 8]: warp, columns 8 j to 8 j + 7, rows 16 i to 16 i + 15 of which each tensor has one
+    top_row = 32 * tl.arange(0, 4)[:, None, None, None] + DEEP * tl.arange(0, 2)[None, None, :, None]
+    at_column = 8 * tl.arange(0, 16)[None, :, None, None] + tl.arange(0, 8)[None, None, None, :]
+    left = tl.where(col0 + at_column < N, rows, 0) - top_row
+    step = N.to(tl.int64)
+    at = codes + top_row * N + at_column
+    xs = ()
+    for r in tl.static_range(DEEP):
+        code = tl.load(at + r * step, r < left, other=0)
+        xs += (code.to(tl.float8e4nv, bitcast=True).to(tl.float16),)
+    # Where a row has one scale, each warp reads all for itself, and needs no barrier.
+    own = fields if A.BC == 32 else _fields(scales, rows, col0, N, 1, A)
+    base = _over_all(own[0], own[1], own[2], own[3], True)
+    field = tl.reshape(tl.permute(_joined(fields, 2), (0, 2, 3, 1)), (TILE, 4))
+    base = tl.maximum(base, LOWEST)
+    slow = base >= 254  # one more, by which "ceil" may exceed it, would be no number
+    if TIGHT:  # noqa: SIM102  the one is known to the compiler, the other on the device
+        if _over_all(own[0], own[1], own[2], own[3], False) < base - (HEAD + 14):
+            far = _times(xs, _by_row(tl.where(base - field > HEAD + 14, 1.0, 0.0).to(tl.float16)))
+            slow = slow | (tl.max(tl.reshape(_bits(far), (TILE * TILE // DEEP,)), 0) > 0)
+    xs = _times(xs, _by_row(_power(-tl.minimum(base - field, HEAD + 14) + HEAD)))
+    top = _bits(xs)
     if TIGHT:
-        lowest = tl.minimum(tl.minimum(f0, f1), tl.minimum(f2, f3))
-        if tl.min(tl.min(lowest, 1), 0) < base - (HEAD + 14):
-            far = _bits(_far(x0, f0, base, A), _far(x1, f1, base, A), _far(x2, f2, base, A), _far(x3, f3, base, A))
-            slow = slow | (tl.max(tl.max(far, 1), 0) > 0)
-    g0, g1 = _relative(x0, f0, base, A), _relative(x1, f1, base, A)
-    g2, g3 = _relative(x2, f2, base, A), _relative(x3, f3, base, A)
-    top = _bits(g0, g1, g2, g3)
-    if TIGHT:
-        top = tl.max(tl.reshape(top, (TILE // B.BR, B.BR // 4, TILE)), 1)  # [TILE / BR, TILE]
+        top = tl.max(top, 2)
+        if B.BR > 32:
+            top = tl.max(top, 0)
+        top = tl.reshape(top, (TILE // B.BR, TILE))
         # Numbers of a column become at most 448: times 2^(EMAX + 15 - e), or as much as the smallest scale allows.
         some = tl.where(top == 0, -(1 << 20), top)
         e = (some + (0x3FF - (B.BOUND >> 13))) >> 10  # exponent field, one more where the fraction is above the bound
@@ -191,13 +267,13 @@ def _turn(
         new = base - up
         if B.ZERO_ONE:
             new = tl.where(top == 0, max(127, LOWEST), new)
-        factor = at_elements(_power(tl.minimum(up, 15 + HEAD) - HEAD), B.BR // 4, 1)
+        factor = tl.reshape(_power(tl.minimum(up, 15 + HEAD) - HEAD), (TILE // B.BR, 16, 1, 8))
         known = (tl.where(top == 0, SMALL, top) - SMALL).to(tl.uint32)
         slow = slow | (tl.max(tl.max(known, 1), 0) > INFINITY - SMALL)
     else:
         new = tl.broadcast_to(base, (1, TILE))
-        factor = _power(tl.zeros((1, 1), tl.int32) - HEAD)
-        top = tl.max(tl.max(top, 1), 0)
+        factor = _power(tl.zeros((1, 1, 1, 1), tl.int32) - HEAD)
+        top = tl.max(tl.reshape(top, (TILE * TILE // DEEP,)), 0)
         slow = slow | (top <= FULL) | (top > INFINITY)
     if slow:
         _turn_slowly(
@@ -205,27 +281,19 @@ def _turn(
             col0, M, N, W, E, R, A, B, TIGHT, GROUPED, LIVE, SEGMENTS,
         )  # fmt: skip
     else:
+        ys = ()
+        for r in tl.static_range(DEEP):
+            ys += (xs[r] * factor,)
         if B.COLUMNS:
-            y = interleaved(g0 * factor, g1 * factor, g2 * factor, g3 * factor)
-            y = y.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-            store_columns(y, place(new_codes, batch, 0, N, W), row0, last, col0, N, W, TILE, TILE)
+            _store_columns(ys, place(new_codes, batch, 0, N, W), row0, last, col0, N, W)
         else:
-            to = place(new_codes, batch, row0, M, W) + col0
-            _store_quarter(to, g0 * factor, 0, last - row0, inside, W)
-            _store_quarter(to, g1 * factor, 1, last - row0, inside, W)
-            _store_quarter(to, g2 * factor, 2, last - row0, inside, W)
-            _store_quarter(to, g3 * factor, 3, last - row0, inside, W)
+            to = place(new_codes, batch, row0, M, W) + col0 + top_row * W + at_column
+            for r in tl.static_range(DEEP):
+                tl.store(to + r * W, _codes(ys[r]), (top_row + r < last - row0) & (col0 + at_column < N))
         store_scales(
             stored(new, B), new_scales, offsets, batch, tile, row0, exists, live, first, segment, col0, M, N, E, R,
             GROUPED, LIVE, SEGMENTS, B, TILE, TILE,
         )  # fmt: skip
-
-
-@triton.jit
-def _store_quarter(codes, y, r, rows, inside, W):
-    row = (4 * tl.arange(0, QUADS) + r)[:, None]
-    code = y.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-    tl.store(codes + row * W + tl.arange(0, TILE)[None, :], code, (row < rows) & inside)
 
 
 def transpose_scaled(
@@ -245,7 +313,7 @@ def transpose_scaled(
         _turn, (tall * cdiv(N, 128) * math.prod(front),), as_bytes(codes), as_bytes(scales), offsets, as_bytes(new),
         as_bytes(new_scales), M, N, tiles.line(new, b), E, new_scales.shape[-2], tall,
         A=a, B=b, TIGHT=rule == "tight", num_warps=4,
-        maxnreg=128 if a.BC == 128 else 168, **how,
+        maxnreg=128, **how,
     )  # fmt: skip
     return new, new_scales
 
@@ -276,13 +344,13 @@ def specimens() -> list[Specimen]:
         Specimen(
             "tile_max [65536, 2048]",
             call((65536, 2048), "tile_max", 128),
-            ("F2FP.SATFINITE", "LDG.128", "STG.128"),
+            ("F2FP.SATFINITE", "LDG.128|LDG.64", "STG.128|STG.64"),
             registers=96,
         ),
         Specimen(
             "tile_max [65536, 7168]",
             call((65536, 7168), "tile_max"),
-            ("F2FP.SATFINITE", "LDG.128", "STG.128"),
+            ("F2FP.SATFINITE", "LDG.128|LDG.64", "STG.128|STG.64"),
             registers=96,
         ),
         Specimen("tight [65536, 2048]", call((65536, 2048), "tight", 128), wide),

@@ -8,8 +8,8 @@ the choices, so that no atomics are needed and every run gives the same bits.
 program holds a token's k inner products <dout, y> to their end, so that they are deterministic as well. As in
 `permute`, rows without a token are searched for and zeroed by programs of their own.
 
-What is in flight: up to eight rows, 128 bytes a thread; at up to 96 registers, 80 KiB a multiprocessor. Not yet
-measured.
+What is in flight: up to eight rows, 128 bytes a thread; at 64 registers, 128 KiB a multiprocessor (backward: at 96, 80
+KiB). Not yet measured.
 """
 
 from __future__ import annotations
@@ -96,6 +96,7 @@ def unpermute(y_SH: Tensor, token_S: Tensor, order_S: Tensor, slot_Tk: Tensor, w
         _unpermute, (cdiv(T, tile // block) * cdiv(H, block),),
         y_SH.contiguous(), slot_Tk.contiguous(), y_SH if w_Tk is None else w_Tk.contiguous(), out_TH, T,
         K=k, WEIGHTED=w_Tk is not None, H=H, BLOCK=block, TOKENS=tile // block, UNROLL=min(max(k, 1), 8), num_warps=4,
+        maxnreg=64,  # left to itself, the compiler takes 34 to 40, and waits for rows two by two
     )  # fmt: skip
     return out_TH
 

@@ -69,6 +69,16 @@ def test_scales_at_the_ends_of_their_range(to_spec: str) -> None:
     same(got, transpose_scaled(codes, scales, ROW, to_spec, rule="tile_max"))
 
 
+@pytest.mark.parametrize(("spec", "to_spec"), [(ROW, COLUMN), (MX, MX_COLUMN)])
+def test_largest_scale_under_the_rule_that_exceeds_it(spec: str, to_spec: str) -> None:
+    spec, to_spec = spec.replace("rceil", "ceil"), to_spec.replace("rceil", "ceil")
+    codes, scales = coded(spec, (128, 128))
+    codes.view(torch.uint8)[5, 7] = 0x7E  # 448, whose scale would be 2^128
+    scales = torch.exp2(torch.full(scales.shape, 127.0)).to(scales.dtype)
+    got = kernel.transpose_scaled(codes, scales, None, spec, to_spec)
+    same(got, transpose_scaled(codes, scales, spec, to_spec, rule="tight"))
+
+
 def every_code(step: int, nan: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """A row of all codes for each of 128 / step shifts, and more of the largest scale."""
     codes = torch.arange(256, dtype=torch.uint8).repeat(128, 1)

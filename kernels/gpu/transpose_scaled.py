@@ -15,7 +15,7 @@ so that each store fills whole sectors of 32 bytes. Those 16 rows are 16 tensors
 where they lie. 256 threads with 64 codes each need two thirds more instructions. Four programs fit on a multiprocessor
 with 128 registers: one loads while others store.
 
-Tiles for which that does not hold go through `_turn_slowly`, 32 columns at a time, so that few registers are needed:
+Tiles for which that does not hold go through `_turn_slowly`, 16 columns at a time, so that few registers are needed:
 those with NaN or infinite scales, rows further apart, a column whose largest number is more than 2^-14 below the tile's
 largest scale or, under `tile_max`, a largest scale whose row does not use it (E4M3 numbers under `rceil` do).
 """

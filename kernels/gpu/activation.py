@@ -28,7 +28,8 @@ def constants(kind: str) -> dict[str, Any]:
 @triton.jit
 def sigmoid(x):
     """1 / (1 + exp(-x))."""
-    return 1.0 / (1.0 + tl.exp(-x))
+    r = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
+    return r * r
 
 
 @triton.jit

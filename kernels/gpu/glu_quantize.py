@@ -29,6 +29,7 @@ from .cast_tile import (
     Outputs,
     cast_columns,
     cast_rows,
+    store_row_scales,
     find_tile,
     first_scale_row,
     least_scales,
@@ -44,46 +45,6 @@ Tensor = torch.Tensor
 
 
 @triton.jit
-def _cast(
-    x, y, row_codes, row_scales, column_codes, column_scales,
-    first, end, live, scale_row, column, end_column, S, N, ROW: tl.constexpr, COLUMN: tl.constexpr,
-):  # fmt: skip
-    """Store what is wanted of `x` (and `y`, its odd columns): codes by ROW, by COLUMN, or both."""
-    inside = tl.arange(0, TILE) < end - first
-    if ROW is not None:
-        cast_rows(x, y, row_codes, row_scales, first, inside, live, column, end_column, N, ROW)
-    if COLUMN is not None:
-        cast_columns(x, y, column_codes, column_scales, first, end, live, column, end_column, S, N, scale_row, COLUMN)
-
-
-@triton.jit
-def _cast_pair(
-    gate, up, row_codes, row_scales, column_codes, column_scales,
-    first, end, live, scale_row, column, S, I, LAYOUT: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr,
-):  # fmt: skip
-    """`_cast` of a value that lies as h does."""
-    if LAYOUT == "interleaved":
-        _cast(
-            gate, up, row_codes, row_scales, column_codes, column_scales,
-            first, end, live, scale_row, 2 * column, 2 * I, S, 2 * I, ROW, COLUMN,
-        )  # fmt: skip
-    elif LAYOUT == "halves":
-        _cast(
-            gate, None, row_codes, row_scales, column_codes, column_scales,
-            first, end, live, scale_row, column, I, S, 2 * I, ROW, COLUMN,
-        )  # fmt: skip
-        _cast(
-            up, None, row_codes, row_scales, column_codes, column_scales,
-            first, end, live, scale_row, I + column, 2 * I, S, 2 * I, ROW, COLUMN,
-        )  # fmt: skip
-    else:
-        _cast(
-            gate, None, row_codes, row_scales, column_codes, column_scales,
-            first, end, live, scale_row, column, I, S, I, ROW, COLUMN,
-        )  # fmt: skip
-
-
-@triton.jit
 def _unused_scales(
     scales, offsets, t, S, column, I, E, LAYOUT: tl.constexpr, SEGMENTS: tl.constexpr, CAST: tl.constexpr
 ):  # fmt: skip
@@ -95,20 +56,129 @@ def _unused_scales(
 
 
 @triton.jit
-def _pair(h, rows, column, I, COLUMNS: tl.constexpr, LAYOUT: tl.constexpr, QUADS: tl.constexpr):
-    """`load_pair` of the first `rows` rows of a tile; with QUADS, each thread has four rows of a column."""
-    if QUADS:
-        row = 4 * tl.arange(0, TILE // 4)
-        gate0, up0 = load_pair(h, row, row < rows, column, I, COLUMNS, LAYOUT)
-        gate1, up1 = load_pair(h, row + 1, row + 1 < rows, column, I, COLUMNS, LAYOUT)
-        gate2, up2 = load_pair(h, row + 2, row + 2 < rows, column, I, COLUMNS, LAYOUT)
-        gate3, up3 = load_pair(h, row + 3, row + 3 < rows, column, I, COLUMNS, LAYOUT)
-        gate = interleaved(gate0, gate1, gate2, gate3)
-        up = gate if LAYOUT == "plain" else interleaved(up0, up1, up2, up3)
+def _decoded(codes, scales, row, wanted, column, N, DTYPE: tl.constexpr, CAST: tl.constexpr):
+    """Numbers in DTYPE of codes [R, W] from `column` of N on, times their scales."""
+    ELEM: tl.constexpr = CAST.elem
+    BLOCKS: tl.constexpr = codes.shape[1] // CAST.block
+    at = column // CAST.block + tl.arange(0, BLOCKS)
+    mask = wanted[:, None] & (at * CAST.block < N)[None, :]
+    per_row = (N + CAST.block - 1) // CAST.block
+    s = tl.load(scales + row[:, None] * per_row + at[None, :], mask=mask, other=0)
+    s = scale_value(s.to(tl.int32)) if CAST.bytes else s
+    blocks = tl.reshape(decode8(codes, ELEM), (codes.shape[0], BLOCKS, CAST.block)) * s[:, :, None]
+    return tl.reshape(blocks, codes.shape).to(DTYPE)
+
+
+@triton.jit
+def _load(
+    h, h_scales, w, row, rows, column, I, COLUMNS: tl.constexpr,
+    DTYPE: tl.constexpr, LAYOUT: tl.constexpr, CAST: tl.constexpr,
+):  # fmt: skip
+    """Of those of the rows `row` that are below `rows`, in fp32: gate and up [.., COLUMNS], numbers of DTYPE, also
+    where h is codes, and weights [.., 1], 1 without. Up is None when plain."""
+    wanted = row < rows
+    gate, up = load_pair(h, row, wanted, column, I, COLUMNS, LAYOUT)
+    if CAST is not None:
+        tl.static_assert(LAYOUT != "interleaved")
+        N = I if LAYOUT == "plain" else 2 * I
+        gate = _decoded(gate, h_scales, row, wanted, column, N, DTYPE, CAST)
+        up = gate if LAYOUT == "plain" else _decoded(up, h_scales, row, wanted, I + column, N, DTYPE, CAST)
+    weight = 1.0 if w is None else tl.load(w + row, mask=wanted, other=0).to(tl.float32)[:, None]
+    return gate.to(tl.float32), None if LAYOUT == "plain" else up.to(tl.float32), weight
+
+
+@triton.jit
+def _part(
+    da, h, h_scales, w, codes, first, row, inside, rows, live, column, I, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
+    ACT: tl.constexpr, LAYOUT: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, H: tl.constexpr,
+    VALUE: tl.constexpr, ROW: tl.constexpr,
+):  # fmt: skip
+    """Of the rows `row` of a tile, the first of which is `first`: VALUE ("h", "a", "dh"), one or two tensors in DTYPE,
+    sums over the columns for the gradient of the weights, and fields of the scales of codes within rows, which are
+    stored below `inside`. Zero from `rows` on."""
+    gate, up, weight = _load(h, h_scales, w, row, rows, column, I, COLUMNS, DTYPE, LAYOUT, H)
+    PAIR: tl.constexpr = VALUE != "a" and LAYOUT != "plain"
+    sums = tl.zeros((row.shape[0], 1), tl.float32)
+    if VALUE == "h":
+        x, y = gate, up if PAIR else gate
+    elif VALUE == "a":
+        x = glu_value(gate, up, ACT, LIMIT, ALPHA)
+        x = x if w is None else x * weight
+        y = x
     else:
-        row = tl.arange(0, TILE)
-        gate, up = load_pair(h, row, row < rows, column, I, COLUMNS, LAYOUT)
-    return gate, up
+        d, _ = load_pair(da, row, row < rows, column, I, COLUMNS, "plain")
+        d = d.to(tl.float32)
+        sums = tl.sum(d * glu_value(gate, up, ACT, LIMIT, ALPHA), 1, keep_dims=True)
+        x, y = glu_gradients(d if w is None else d * weight, gate, up, ACT, LIMIT, ALPHA)
+    x, y = x.to(DTYPE).to(tl.float32), y.to(DTYPE).to(tl.float32)
+    x_field, y_field = sums, sums
+    if ROW is not None:
+        if PAIR and LAYOUT == "interleaved":
+            x_field = cast_rows(x, y, codes, first, row, inside, live, 2 * column, 2 * I, 2 * I, ROW)
+        elif PAIR:
+            x_field = cast_rows(x, None, codes, first, row, inside, live, column, I, 2 * I, ROW)
+            y_field = cast_rows(y, None, codes, first, row, inside, live, I + column, 2 * I, 2 * I, ROW)
+        else:
+            x_field = cast_rows(x, None, codes, first, row, inside, live, column, I, I, ROW)
+    return x, y, x_field, y_field, sums
+
+
+@triton.jit
+def _tile(
+    da, h, h_scales, w, chunks, row_codes, row_scales, column_codes, column_scales, first, end, live, scale_row, column, S, I,
+    R: tl.constexpr, DTYPE: tl.constexpr,
+    ACT: tl.constexpr, LAYOUT: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, H: tl.constexpr,
+    VALUE: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr,
+):  # fmt: skip
+    rows = tl.where(live, end - first, 0)
+    if R == TILE:
+        row = 4 * tl.arange(0, R // 4)
+        x0, y0, xf0, yf0, s0 = _part(
+            da, h, h_scales, w, row_codes, first, row, end - first, rows, live, column, I, TILE, DTYPE,
+            ACT, LAYOUT, LIMIT, ALPHA, H, VALUE, ROW,
+        )
+        x1, y1, xf1, yf1, s1 = _part(
+            da, h, h_scales, w, row_codes, first, row + 1, end - first, rows, live, column, I, TILE, DTYPE,
+            ACT, LAYOUT, LIMIT, ALPHA, H, VALUE, ROW,
+        )
+        x2, y2, xf2, yf2, s2 = _part(
+            da, h, h_scales, w, row_codes, first, row + 2, end - first, rows, live, column, I, TILE, DTYPE,
+            ACT, LAYOUT, LIMIT, ALPHA, H, VALUE, ROW,
+        )
+        x3, y3, xf3, yf3, s3 = _part(
+            da, h, h_scales, w, row_codes, first, row + 3, end - first, rows, live, column, I, TILE, DTYPE,
+            ACT, LAYOUT, LIMIT, ALPHA, H, VALUE, ROW,
+        )
+        x, y, sums = interleaved(x0, x1, x2, x3), interleaved(y0, y1, y2, y3), interleaved(s0, s1, s2, s3)
+        x_field, y_field = interleaved(xf0, xf1, xf2, xf3), interleaved(yf0, yf1, yf2, yf3)
+    else:
+        x, y, x_field, y_field, sums = _part(
+            da, h, h_scales, w, row_codes, first, tl.arange(0, R), end - first, rows, live, column, I, TILE, DTYPE,
+            ACT, LAYOUT, LIMIT, ALPHA, H, VALUE, ROW,
+        )
+    if chunks is not None:
+        row = tl.arange(0, R)
+        tl.store(chunks + row, tl.reshape(sums, (R,)), mask=row < rows)
+    PAIR: tl.constexpr = VALUE != "a" and LAYOUT != "plain"
+    PAIRS: tl.constexpr = VALUE != "a" and LAYOUT == "interleaved"
+    N = 2 * I if PAIR else I
+    if PAIRS:
+        column, end_column = 2 * column, 2 * I
+    else:
+        end_column = I
+    if ROW is not None:
+        store_row_scales(x_field, row_scales, first, end - first, column, end_column, N, ROW)
+        if PAIR and not PAIRS:
+            store_row_scales(y_field, row_scales, first, end - first, I + column, 2 * I, N, ROW)
+    if COLUMN is not None:
+        cast_columns(
+            x, y if PAIRS else None, column_codes, column_scales,
+            first, end, live, column, end_column, S, N, scale_row, COLUMN,
+        )  # fmt: skip
+        if PAIR and not PAIRS:
+            cast_columns(
+                y, None, column_codes, column_scales, first, end, live, I + column, 2 * I, S, N, scale_row, COLUMN
+            )
 
 
 @triton.jit
@@ -119,8 +189,9 @@ def _glu_quantize(
     S, I, E,
     ACT: tl.constexpr, LAYOUT: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
     A_ROW: tl.constexpr, A_COLUMN: tl.constexpr, H_ROW: tl.constexpr, H_COLUMN: tl.constexpr, SEGMENTS: tl.constexpr,
-    QUADS: tl.constexpr,
+    R: tl.constexpr,
 ):  # fmt: skip
+    DTYPE: tl.constexpr = h.dtype.element_ty
     across = (I + TILE - 1) // TILE
     t, column = tl.program_id(0) // across, tl.program_id(0) % across * TILE
     first, end, live, segment, k = find_tile(t, offsets, S, E, SEGMENTS)
@@ -130,74 +201,42 @@ def _glu_quantize(
         return
     a_at = first_scale_row(offsets, segment, k, E, SEGMENTS, A_COLUMN)
     h_at = first_scale_row(offsets, segment, k, E, SEGMENTS, H_COLUMN)
-    row = tl.arange(0, TILE)
-    wanted = (row < end - first) & live
-    WIDTH = I if LAYOUT == "plain" else 2 * I
-    rows = tl.where(live, end - first, 0)
-    narrow_gate, narrow_up = _pair(h + first.to(tl.int64) * WIDTH, rows, column, I, TILE, LAYOUT, QUADS)
-    gate = narrow_gate.to(tl.float32)
-    up = None if LAYOUT == "plain" else narrow_up.to(tl.float32)
-    if H_ROW is not None or H_COLUMN is not None:
-        _cast_pair(
-            gate, up, h_row_codes, h_row_scales, h_column_codes, h_column_scales,
-            first, end, live, h_at, column, S, I, LAYOUT, H_ROW, H_COLUMN,
-        )  # fmt: skip
-    if A_ROW is not None or A_COLUMN is not None:
-        a = glu_value(gate, up, ACT, LIMIT, ALPHA)
-        if w is not None:
-            a *= tl.load(w + first + row, mask=wanted, other=0).to(tl.float32)[:, None]
-        _cast(
-            a.to(h.dtype.element_ty).to(tl.float32), None, a_row_codes, a_row_scales, a_column_codes, a_column_scales,
-            first, end, live, a_at, column, I, S, I, A_ROW, A_COLUMN,
-        )  # fmt: skip
-
-
-@triton.jit
-def _decoded(codes, scales, row, wanted, column, N, DTYPE: tl.constexpr, CAST: tl.constexpr):
-    """Numbers in DTYPE of codes [TILE, W] from `column` of N on, times their scales."""
-    ELEM: tl.constexpr = CAST.elem
-    BLOCKS: tl.constexpr = codes.shape[1] // CAST.block
-    at = column // CAST.block + tl.arange(0, BLOCKS)
-    mask = wanted[:, None] & (at * CAST.block < N)[None, :]
-    per_row = (N + CAST.block - 1) // CAST.block
-    s = tl.load(scales + row[:, None] * per_row + at[None, :], mask=mask, other=0)
-    s = scale_value(s.to(tl.int32)) if CAST.bytes else s
-    blocks = tl.reshape(decode8(codes, ELEM), (TILE, BLOCKS, CAST.block)) * s[:, :, None]
-    return tl.reshape(blocks, codes.shape).to(DTYPE)
-
-
-@triton.jit
-def _load_wide(
-    h, h_scales, rows, column, I, COLUMNS: tl.constexpr,
-    DTYPE: tl.constexpr, LAYOUT: tl.constexpr, CAST: tl.constexpr, QUADS: tl.constexpr,
-):  # fmt: skip
-    """Gate and up in DTYPE [TILE, COLUMNS]; codes are read with their scales."""
-    gate, up = _pair(h, rows, column, I, COLUMNS, LAYOUT, QUADS)
-    if CAST is not None:
-        row = tl.arange(0, TILE)
-        wanted = row < rows
-        tl.static_assert(LAYOUT != "interleaved")
-        N = I if LAYOUT == "plain" else 2 * I
-        gate = _decoded(gate, h_scales, row, wanted, column, N, DTYPE, CAST)
-        up = gate if LAYOUT == "plain" else _decoded(up, h_scales, row, wanted, I + column, N, DTYPE, CAST)
-    return gate, up
-
-
-@triton.jit
-def _gradients(
-    da, h, h_scales, w, rows, column, I, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
-    ACT: tl.constexpr, LAYOUT: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, H: tl.constexpr,
-    QUADS: tl.constexpr,
-):  # fmt: skip
-    """Gradients of gate and up, rounded to DTYPE, in fp32 [TILE, COLUMNS]; zero behind the first `rows` rows."""
-    gate, up = _load_wide(h, h_scales, rows, column, I, COLUMNS, DTYPE, LAYOUT, H, QUADS)
-    d, _ = _pair(da, rows, column, I, COLUMNS, "plain", QUADS)
-    row = tl.arange(0, TILE)
-    gate, d = gate.to(tl.float32), d.to(tl.float32)
+    h += first.to(tl.int64) * (I if LAYOUT == "plain" else 2 * I)
     if w is not None:
-        d *= tl.load(w + row, mask=row < rows, other=0).to(tl.float32)[:, None]
-    dgate, dup = glu_gradients(d, gate, None if LAYOUT == "plain" else up.to(tl.float32), ACT, LIMIT, ALPHA)
-    return dgate.to(DTYPE).to(tl.float32), dup.to(DTYPE).to(tl.float32)
+        w += first
+    for _ in range(0, TILE, R):
+        if H_ROW is not None or H_COLUMN is not None:
+            _tile(
+                None, h, None, None, None, h_row_codes, h_row_scales, h_column_codes, h_column_scales,
+                first, end, live, h_at, column, S, I,
+                R, DTYPE, ACT, LAYOUT, LIMIT, ALPHA, None, "h", H_ROW, H_COLUMN,
+            )  # fmt: skip
+        if A_ROW is not None or A_COLUMN is not None:
+            _tile(
+                None, h, None, w, None, a_row_codes, a_row_scales, a_column_codes, a_column_scales,
+                first, end, live, a_at, column, S, I,
+                R, DTYPE, ACT, LAYOUT, LIMIT, ALPHA, None, "a", A_ROW, A_COLUMN,
+            )  # fmt: skip
+        first += R
+        h += R * (I if LAYOUT == "plain" else 2 * I)
+        if w is not None:
+            w += R
+
+
+@triton.jit
+def _sums_of_nobody(
+    da, h, sums, rows, column, I,
+    ACT: tl.constexpr, LAYOUT: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, H: tl.constexpr,
+):  # fmt: skip
+    """Rows of nobody have a gradient of their weight, as in the wide op; their codes read as zero."""
+    row = tl.arange(0, TILE)
+    total = tl.zeros((TILE,), tl.float32)
+    if H is None:
+        for at in range(column, tl.minimum(column + TILE, I), 8):
+            gate, up, _ = _load(h, None, None, row, rows, at, I, 8, None, LAYOUT, None)
+            d, _ = load_pair(da, row, row < rows, at, I, 8, "plain")
+            total += tl.sum(d.to(tl.float32) * glu_value(gate, up, ACT, LIMIT, ALPHA), 1)
+    tl.store(sums + row, total, mask=row < rows)
 
 
 @triton.jit
@@ -208,7 +247,7 @@ def _glu_backward_quantize(
     S, I, E,
     ACT: tl.constexpr, LAYOUT: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, H: tl.constexpr,
     D_ROW: tl.constexpr, D_COLUMN: tl.constexpr, A_ROW: tl.constexpr, A_COLUMN: tl.constexpr, SEGMENTS: tl.constexpr,
-    QUADS: tl.constexpr,
+    R: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = da.dtype.element_ty
     across = (I + TILE - 1) // TILE
@@ -219,50 +258,42 @@ def _glu_backward_quantize(
     _unused_scales(a_column_scales, offsets, t, S, column, I, E, "plain", SEGMENTS, A_COLUMN)
     if first >= end:
         return
-    start = first.to(tl.int64)
+    start, N = first.to(tl.int64), I if LAYOUT == "plain" else 2 * I
     da += start * I
-    h += start * (I if LAYOUT == "plain" else 2 * I)
+    h += start * N
     if H is not None:
-        h_scales += start * (((I if LAYOUT == "plain" else 2 * I) + H.block - 1) // H.block)
+        h_scales += start * ((N + H.block - 1) // H.block)
     if w is not None:
         w += start
+    if chunks is not None:
+        chunks += chunk.to(tl.int64) * S + first
+        if offsets is not None:  # noqa: SIM102  the one is known to the compiler, the other on the device
+            if not live:
+                _sums_of_nobody(da, h, chunks, end - first, column, I, ACT, LAYOUT, LIMIT, ALPHA, H)
     a_at = first_scale_row(offsets, segment, k, E, SEGMENTS, A_COLUMN)
     d_at = first_scale_row(offsets, segment, k, E, SEGMENTS, D_COLUMN)
-    row = tl.arange(0, TILE)
-    inside = row < end - first
-    rows = tl.where(live, end - first, 0)
-    if chunks is not None or A_ROW is not None or A_COLUMN is not None:
-        # Rows of nobody have a gradient of their weight, as in the wide op; codes of nobody's rows read as zero.
-        held = end - first if H is None else rows
-        gate, up = _load_wide(h, h_scales, held, column, I, TILE, DTYPE, LAYOUT, H, QUADS)
-        a = glu_value(gate.to(tl.float32), None if LAYOUT == "plain" else up.to(tl.float32), ACT, LIMIT, ALPHA)
-        if chunks is not None:
-            d, _ = _pair(da, end - first, column, I, TILE, "plain", QUADS)
-            tl.store(chunks + chunk.to(tl.int64) * S + first + row, tl.sum(d.to(tl.float32) * a, 1), mask=inside)
-        if w is not None:
-            a *= tl.load(w + row, mask=inside, other=0).to(tl.float32)[:, None]
+    for _ in range(0, TILE, R):
         if A_ROW is not None or A_COLUMN is not None:
-            a = tl.where(live, a.to(DTYPE), 0.0).to(tl.float32)
-            _cast(
-                a, None, a_row_codes, a_row_scales, a_column_codes, a_column_scales,
-                first, end, live, a_at, column, I, S, I, A_ROW, A_COLUMN,
+            _tile(
+                None, h, h_scales, w, None, a_row_codes, a_row_scales, a_column_codes, a_column_scales,
+                first, end, live, a_at, column, S, I,
+                R, DTYPE, ACT, LAYOUT, LIMIT, ALPHA, H, "a", A_ROW, A_COLUMN,
             )  # fmt: skip
-    # The operands are read again, from the cache, for each half of dh: kept in registers, they would spill. The halves
-    # are gate and up or, where these alternate, the left and right of both.
-    PAIRS: tl.constexpr = LAYOUT == "interleaved"
-    WIDTH: tl.constexpr = TILE // 2 if PAIRS else TILE
-    N = I if LAYOUT == "plain" else 2 * I
-    for half in tl.static_range(0 if D_ROW is None and D_COLUMN is None else 1 if LAYOUT == "plain" else 2):
-        at = column + half * WIDTH if PAIRS else column
-        tl.debug_barrier()  # without it, codes by columns spill on sm_90
-        dgate, dup = _gradients(
-            da, h, h_scales, w, rows, at, I, WIDTH, DTYPE, ACT, LAYOUT, LIMIT, ALPHA, H, QUADS
+            tl.debug_barrier()
+        _tile(
+            da, h, h_scales, w, chunks, d_row_codes, d_row_scales, d_column_codes, d_column_scales,
+            first, end, live, d_at, column, S, I,
+            R, DTYPE, ACT, LAYOUT, LIMIT, ALPHA, H, "dh", D_ROW, D_COLUMN,
         )  # fmt: skip
-        _cast(
-            dup if half == 1 and not PAIRS else dgate, dup if PAIRS else None,
-            d_row_codes, d_row_scales, d_column_codes, d_column_scales, first, end, live, d_at,
-            2 * at if PAIRS else half * I + column, 2 * I if PAIRS else half * I + I, S, N, D_ROW, D_COLUMN,
-        )  # fmt: skip
+        if chunks is not None:
+            chunks += R
+        first += R
+        da += R * I
+        h += R * N
+        if H is not None:
+            h_scales += R * ((N + H.block - 1) // H.block)
+        if w is not None:
+            w += R
 
 
 @triton.jit
@@ -275,14 +306,15 @@ def _sum_chunks(chunks, dw, S, n, BLOCK: tl.constexpr):
     tl.store(dw + row, total.to(dw.dtype.element_ty), mask=row < S)
 
 
-def _options(x: Tensor, layout: str, codes: bool, *written: Outputs) -> dict[str, Any]:
+def _options(layout: str, *written: Outputs) -> dict[str, Any]:
     """How a tile is read (`_pair`), and Triton's options. Four rows of a column in a thread take registers that pairs
-    that alternate do not leave. Two programs fit on a multiprocessor with 64 registers, which suffice
-    where no block goes across rows; what is between 64 and 128 would only be used for one."""
+    that alternate do not leave."""
     columns = [o.columns[2] for o in written if o.columns[2] is not None]
-    quads = layout != "interleaved" and any(c.columns for c in columns)
-    few = {} if columns or codes or x.element_size() != 2 or layout != "halves" else {"maxnreg": 64}
-    return {"QUADS": quads, "num_warps": 16, **few}
+    import os
+    X = eval(os.environ.get("X", "{}"))
+    if not columns:
+        return {"R": 16, "num_warps": 4, **X}
+    return {"R": ROWS, "num_warps": 16, **X}
 
 
 def glu_quantize(
@@ -303,7 +335,7 @@ def glu_quantize(
         *a.rows[:2], *a.columns[:2], *own.rows[:2], *own.columns[:2],
         S, I, E, **c,
         A_ROW=a.rows[2], A_COLUMN=a.columns[2], H_ROW=own.rows[2], H_COLUMN=own.columns[2],
-        SEGMENTS=segments(offsets), **_options(h, c["LAYOUT"], False, a, own), **EXACT,
+        SEGMENTS=segments(offsets), **_options(c["LAYOUT"], a, own), **EXACT,
     )  # fmt: skip
     return a.returned + own.returned
 
@@ -334,7 +366,7 @@ def glu_backward_quantize(
             H=None if h_scales is None else Cast.of(h_spec),
             D_ROW=of_h.rows[2], D_COLUMN=of_h.columns[2], A_ROW=of_a.rows[2], A_COLUMN=of_a.columns[2],
             SEGMENTS=segments(offsets),
-            **_options(da, c["LAYOUT"], h_scales is not None, of_h, of_a), **EXACT,
+            **_options(c["LAYOUT"], of_h, of_a), **EXACT,
         )  # fmt: skip
     if w is not None:
         launch(_sum_chunks, (cdiv(S, 256),), chunks, dw, S, n, BLOCK=256, num_warps=4)

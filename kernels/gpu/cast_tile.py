@@ -127,7 +127,7 @@ def scale_rows(first, end, live, at, BLOCK: tl.constexpr):
 def _fields(bits, live, CAST: tl.constexpr):
     amax = bits.to(tl.float32, bitcast=True)
     field = po2_field(amax, CAST.emax, CAST.bound, CAST.least, CAST.eps, CAST.zero_one)
-    return tl.where(live, field, CAST.least + 127)
+    return tl.where(live, field, CAST.least + 127) if CAST.zero_one or CAST.eps > 0 else field
 
 
 @triton.jit
@@ -157,8 +157,8 @@ def _store_codes(codes, out, first, row, rows, column, end_column, N):
 
 @triton.jit
 def cast_rows(x, y, codes, first, row, rows, live, column, end_column, N, CAST: tl.constexpr):
-    """Store codes of `x` fp32 [R, W], columns `column`.. of N below `end_column`, in blocks within rows, and return the
-    exponent fields of their scales [R, blocks], for `store_row_scales`.
+    """Store codes of `x` fp32 [R, W], columns `column`.. of N below `end_column`, in blocks within rows, and return their
+    scales [R, blocks] as stored.
 
     The rows are `row` [R] from `first` on, of which those below `rows` are stored. With `y` the values are pairs: x the
     even, y the odd columns of 2W. Where not `live`, x and y must be zero.

@@ -111,7 +111,7 @@ def _part(
         sums = tl.sum(d * glu_value(gate, up, ACT, LIMIT, ALPHA), 1, keep_dims=True)
         x, y = glu_gradients(d if w is None else d * weight, gate, up, ACT, LIMIT, ALPHA)
     x, y = x.to(DTYPE).to(tl.float32), y.to(DTYPE).to(tl.float32)
-    x_field, y_field = sums, sums
+    x_field, y_field = sums.to(tl.int32), sums.to(tl.int32)
     if ROW is not None:
         if PAIR and LAYOUT == "interleaved":
             x_field = cast_rows(x, y, codes, first, row, inside, live, 2 * column, 2 * I, 2 * I, ROW)
@@ -121,6 +121,11 @@ def _part(
         else:
             x_field = cast_rows(x, None, codes, first, row, inside, live, column, I, I, ROW)
     return x, y, x_field, y_field, sums
+
+
+@triton.jit
+def _unpacked(bytes):
+    return interleaved(bytes & 255, bytes >> 8 & 255, bytes >> 16 & 255, bytes >> 24 & 255)
 
 
 @triton.jit
@@ -150,7 +155,7 @@ def _tile(
             ACT, LAYOUT, LIMIT, ALPHA, H, VALUE, ROW,
         )
         x, y, sums = interleaved(x0, x1, x2, x3), interleaved(y0, y1, y2, y3), interleaved(s0, s1, s2, s3)
-        x_field, y_field = interleaved(xf0, xf1, xf2, xf3), interleaved(yf0, yf1, yf2, yf3)
+        x_field, y_field = _unpacked(xf0 | xf1 << 8 | xf2 << 16 | xf3 << 24), _unpacked(yf0 | yf1 << 8 | yf2 << 16 | yf3 << 24)
     else:
         x, y, x_field, y_field, sums = _part(
             da, h, h_scales, w, row_codes, first, tl.arange(0, R), end - first, rows, live, column, I, TILE, DTYPE,

@@ -29,11 +29,11 @@ from .cast_tile import (
     Outputs,
     cast_columns,
     cast_rows,
-    store_row_scales,
     find_tile,
     first_scale_row,
     least_scales,
     outputs,
+    store_row_scales,
     tiles,
 )
 from .codec import as_bytes, decode8, scale_value
@@ -42,6 +42,9 @@ from .sass import Specimen
 from .tiles import interleaved, segments
 
 Tensor = torch.Tensor
+_ABSENT = None, None, None
+_NOTHING = Outputs([], _ABSENT, _ABSENT)
+_TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit
@@ -59,13 +62,13 @@ def _unused_scales(
 def _decoded(codes, scales, row, wanted, column, N, DTYPE: tl.constexpr, CAST: tl.constexpr):
     """Numbers in DTYPE of codes [R, W] from `column` of N on, times their scales."""
     ELEM: tl.constexpr = CAST.elem
-    BLOCKS: tl.constexpr = codes.shape[1] // CAST.block
+    BLOCKS: tl.constexpr = codes.shape[1] // CAST.block if codes.shape[1] > CAST.block else 1
     at = column // CAST.block + tl.arange(0, BLOCKS)
     mask = wanted[:, None] & (at * CAST.block < N)[None, :]
     per_row = (N + CAST.block - 1) // CAST.block
     s = tl.load(scales + row[:, None] * per_row + at[None, :], mask=mask, other=0)
     s = scale_value(s.to(tl.int32)) if CAST.bytes else s
-    blocks = tl.reshape(decode8(codes, ELEM), (codes.shape[0], BLOCKS, CAST.block)) * s[:, :, None]
+    blocks = tl.reshape(decode8(codes, ELEM), (codes.shape[0], BLOCKS, codes.shape[1] // BLOCKS)) * s[:, :, None]
     return tl.reshape(blocks, codes.shape).to(DTYPE)
 
 
@@ -89,15 +92,18 @@ def _load(
 
 @triton.jit
 def _part(
-    da, h, h_scales, w, codes, first, row, inside, rows, live, column, I, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
+    da, h, h_scales, w, codes, first, row, inside, live, column, I, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
     ACT: tl.constexpr, LAYOUT: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, H: tl.constexpr,
     VALUE: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
-    """Of the rows `row` of a tile, the first of which is `first`: VALUE ("h", "a", "dh"), one or two tensors in DTYPE,
-    sums over the columns for the gradient of the weights, and fields of the scales of codes within rows, which are
-    stored below `inside`. Zero from `rows` on."""
-    gate, up, weight = _load(h, h_scales, w, row, rows, column, I, COLUMNS, DTYPE, LAYOUT, H)
+    """VALUE ("h", "a" or "dh") in the rows `row` of a tile, rounded to DTYPE, in fp32: gate and up, or the same twice.
+
+    Codes within rows are stored where `row` is below `inside`, and the fields of their scales returned, as are the sums
+    over columns of which the gradient of the weights is made.
+    """
     PAIR: tl.constexpr = VALUE != "a" and LAYOUT != "plain"
+    rows = tl.where(live, inside, 0)
+    gate, up, weight = _load(h, h_scales, w, row, rows, column, I, COLUMNS, DTYPE, LAYOUT, H)
     sums = tl.zeros((row.shape[0], 1), tl.float32)
     if VALUE == "h":
         x, y = gate, up if PAIR else gate
@@ -108,8 +114,10 @@ def _part(
     else:
         d, _ = load_pair(da, row, row < rows, column, I, COLUMNS, "plain")
         d = d.to(tl.float32)
-        sums = tl.sum(d * glu_value(gate, up, ACT, LIMIT, ALPHA), 1, keep_dims=True)
-        x, y = glu_gradients(d if w is None else d * weight, gate, up, ACT, LIMIT, ALPHA)
+        if w is not None:
+            sums = tl.sum(d * glu_value(gate, up, ACT, LIMIT, ALPHA), 1, keep_dims=True)
+            d *= weight
+        x, y = glu_gradients(d, gate, up, ACT, LIMIT, ALPHA)
     x, y = x.to(DTYPE).to(tl.float32), y.to(DTYPE).to(tl.float32)
     x_field, y_field = sums.to(tl.int32), sums.to(tl.int32)
     if ROW is not None:
@@ -124,79 +132,84 @@ def _part(
 
 
 @triton.jit
-def _unpacked(bytes):
-    return interleaved(bytes & 255, bytes >> 8 & 255, bytes >> 16 & 255, bytes >> 24 & 255)
+def _four_fields(f0, f1, f2, f3):
+    """`interleaved` fields; until they are stored, four of a byte each take one register."""
+    four = f0 | f1 << 8 | f2 << 16 | f3 << 24
+    return interleaved(four & 255, four >> 8 & 255, four >> 16 & 255, four >> 24 & 255)
 
 
 @triton.jit
-def _tile(
-    da, h, h_scales, w, chunks, row_codes, row_scales, column_codes, column_scales, first, end, live, scale_row, column, S, I,
-    R: tl.constexpr, DTYPE: tl.constexpr,
+def _cast(
+    da, h, h_scales, w, sums, row_codes, row_scales, column_codes, column_scales,
+    first, end, live, scale_row, column, S, I, R: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
     ACT: tl.constexpr, LAYOUT: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, H: tl.constexpr,
     VALUE: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.where(live, end - first, 0)
+    """Store what is wanted of VALUE in R rows: codes by ROW, by COLUMN, or both, and the rows' `sums`.
+
+    A whole tile is made of four parts, each thread having four rows of a column: each part stores its rows before the
+    next begins, which leaves no more in registers than what columns need.
+    """
+    inside = end - first
     if R == TILE:
         row = 4 * tl.arange(0, R // 4)
-        x0, y0, xf0, yf0, s0 = _part(
-            da, h, h_scales, w, row_codes, first, row, end - first, rows, live, column, I, TILE, DTYPE,
+        x0, y0, xf0, yf0, sums0 = _part(
+            da, h, h_scales, w, row_codes, first, row, inside, live, column, I, COLUMNS, DTYPE,
             ACT, LAYOUT, LIMIT, ALPHA, H, VALUE, ROW,
-        )
-        x1, y1, xf1, yf1, s1 = _part(
-            da, h, h_scales, w, row_codes, first, row + 1, end - first, rows, live, column, I, TILE, DTYPE,
+        )  # fmt: skip
+        x1, y1, xf1, yf1, sums1 = _part(
+            da, h, h_scales, w, row_codes, first, row + 1, inside, live, column, I, COLUMNS, DTYPE,
             ACT, LAYOUT, LIMIT, ALPHA, H, VALUE, ROW,
-        )
-        x2, y2, xf2, yf2, s2 = _part(
-            da, h, h_scales, w, row_codes, first, row + 2, end - first, rows, live, column, I, TILE, DTYPE,
+        )  # fmt: skip
+        x2, y2, xf2, yf2, sums2 = _part(
+            da, h, h_scales, w, row_codes, first, row + 2, inside, live, column, I, COLUMNS, DTYPE,
             ACT, LAYOUT, LIMIT, ALPHA, H, VALUE, ROW,
-        )
-        x3, y3, xf3, yf3, s3 = _part(
-            da, h, h_scales, w, row_codes, first, row + 3, end - first, rows, live, column, I, TILE, DTYPE,
+        )  # fmt: skip
+        x3, y3, xf3, yf3, sums3 = _part(
+            da, h, h_scales, w, row_codes, first, row + 3, inside, live, column, I, COLUMNS, DTYPE,
             ACT, LAYOUT, LIMIT, ALPHA, H, VALUE, ROW,
-        )
-        x, y, sums = interleaved(x0, x1, x2, x3), interleaved(y0, y1, y2, y3), interleaved(s0, s1, s2, s3)
-        x_field, y_field = _unpacked(xf0 | xf1 << 8 | xf2 << 16 | xf3 << 24), _unpacked(yf0 | yf1 << 8 | yf2 << 16 | yf3 << 24)
+        )  # fmt: skip
+        x, y, total = interleaved(x0, x1, x2, x3), interleaved(y0, y1, y2, y3), interleaved(sums0, sums1, sums2, sums3)
+        x_field, y_field = _four_fields(xf0, xf1, xf2, xf3), _four_fields(yf0, yf1, yf2, yf3)
     else:
-        x, y, x_field, y_field, sums = _part(
-            da, h, h_scales, w, row_codes, first, tl.arange(0, R), end - first, rows, live, column, I, TILE, DTYPE,
+        x, y, x_field, y_field, total = _part(
+            da, h, h_scales, w, row_codes, first, tl.arange(0, R), inside, live, column, I, COLUMNS, DTYPE,
             ACT, LAYOUT, LIMIT, ALPHA, H, VALUE, ROW,
-        )
-    if chunks is not None:
+        )  # fmt: skip
+    if sums is not None:
         row = tl.arange(0, R)
-        tl.store(chunks + row, tl.reshape(sums, (R,)), mask=row < rows)
+        tl.store(sums + row, tl.reshape(total, (R,)), mask=live & (row < inside))
     PAIR: tl.constexpr = VALUE != "a" and LAYOUT != "plain"
-    PAIRS: tl.constexpr = VALUE != "a" and LAYOUT == "interleaved"
+    PAIRS: tl.constexpr = PAIR and LAYOUT == "interleaved"
+    TWICE: tl.constexpr = PAIR and not PAIRS
     N = 2 * I if PAIR else I
     if PAIRS:
-        column, end_column = 2 * column, 2 * I
+        at, end_column = 2 * column, 2 * I
     else:
-        end_column = I
+        at, end_column = column, I
     if ROW is not None:
-        store_row_scales(x_field, row_scales, first, end - first, column, end_column, N, ROW)
-        if PAIR and not PAIRS:
-            store_row_scales(y_field, row_scales, first, end - first, I + column, 2 * I, N, ROW)
+        store_row_scales(x_field, row_scales, first, inside, at, end_column, N, ROW)
+        if TWICE:
+            store_row_scales(y_field, row_scales, first, inside, I + at, N, N, ROW)
     if COLUMN is not None:
         cast_columns(
             x, y if PAIRS else None, column_codes, column_scales,
-            first, end, live, column, end_column, S, N, scale_row, COLUMN,
+            first, end, live, at, end_column, S, N, scale_row, COLUMN,
         )  # fmt: skip
-        if PAIR and not PAIRS:
-            cast_columns(
-                y, None, column_codes, column_scales, first, end, live, I + column, 2 * I, S, N, scale_row, COLUMN
-            )
+        if TWICE:
+            cast_columns(y, None, column_codes, column_scales, first, end, live, I + at, N, S, N, scale_row, COLUMN)
 
 
 @triton.jit
 def _glu_quantize(
-    h, w, offsets,
+    h, h_scales, w, offsets,
     a_row_codes, a_row_scales, a_column_codes, a_column_scales,
     h_row_codes, h_row_scales, h_column_codes, h_column_scales,
     S, I, E,
-    ACT: tl.constexpr, LAYOUT: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
-    A_ROW: tl.constexpr, A_COLUMN: tl.constexpr, H_ROW: tl.constexpr, H_COLUMN: tl.constexpr, SEGMENTS: tl.constexpr,
-    R: tl.constexpr,
+    DTYPE: tl.constexpr, ACT: tl.constexpr, LAYOUT: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
+    H: tl.constexpr, A_ROW: tl.constexpr, A_COLUMN: tl.constexpr, H_ROW: tl.constexpr, H_COLUMN: tl.constexpr,
+    SEGMENTS: tl.constexpr, R: tl.constexpr, A_PARTS: tl.constexpr, H_PARTS: tl.constexpr,
 ):  # fmt: skip
-    DTYPE: tl.constexpr = h.dtype.element_ty
     across = (I + TILE - 1) // TILE
     t, column = tl.program_id(0) // across, tl.program_id(0) % across * TILE
     first, end, live, segment, k = find_tile(t, offsets, S, E, SEGMENTS)
@@ -204,40 +217,47 @@ def _glu_quantize(
     _unused_scales(h_column_scales, offsets, t, S, column, I, E, LAYOUT, SEGMENTS, H_COLUMN)
     if first >= end:
         return
-    a_at = first_scale_row(offsets, segment, k, E, SEGMENTS, A_COLUMN)
-    h_at = first_scale_row(offsets, segment, k, E, SEGMENTS, H_COLUMN)
-    h += first.to(tl.int64) * (I if LAYOUT == "plain" else 2 * I)
+    N = I if LAYOUT == "plain" else 2 * I
+    h += first.to(tl.int64) * N
+    if H is not None:
+        h_scales += first.to(tl.int64) * ((N + H.block - 1) // H.block)
     if w is not None:
         w += first
-    for _ in range(0, TILE, R):
+    a_at = first_scale_row(offsets, segment, k, E, SEGMENTS, A_COLUMN)
+    h_at = first_scale_row(offsets, segment, k, E, SEGMENTS, H_COLUMN)
+    for _ in range(0, TILE if R == TILE else tl.minimum(end - first, TILE), R):
         if H_ROW is not None or H_COLUMN is not None:
-            _tile(
-                None, h, None, None, None, h_row_codes, h_row_scales, h_column_codes, h_column_scales,
-                first, end, live, h_at, column, S, I,
-                R, DTYPE, ACT, LAYOUT, LIMIT, ALPHA, None, "h", H_ROW, H_COLUMN,
-            )  # fmt: skip
+            for part in tl.static_range(H_PARTS):
+                _cast(
+                    None, h, None, None, None, h_row_codes, h_row_scales, h_column_codes, h_column_scales,
+                    first, end, live, h_at, column + part * (TILE // H_PARTS), S, I, R, TILE // H_PARTS, DTYPE,
+                    ACT, LAYOUT, LIMIT, ALPHA, None, "h", H_ROW, H_COLUMN,
+                )  # fmt: skip
         if A_ROW is not None or A_COLUMN is not None:
-            _tile(
-                None, h, None, w, None, a_row_codes, a_row_scales, a_column_codes, a_column_scales,
-                first, end, live, a_at, column, S, I,
-                R, DTYPE, ACT, LAYOUT, LIMIT, ALPHA, None, "a", A_ROW, A_COLUMN,
-            )  # fmt: skip
+            for part in tl.static_range(A_PARTS):
+                _cast(
+                    None, h, h_scales, w, None, a_row_codes, a_row_scales, a_column_codes, a_column_scales,
+                    first, end, live, a_at, column + part * (TILE // A_PARTS), S, I, R, TILE // A_PARTS, DTYPE,
+                    ACT, LAYOUT, LIMIT, ALPHA, H, "a", A_ROW, A_COLUMN,
+                )  # fmt: skip
         first += R
-        h += R * (I if LAYOUT == "plain" else 2 * I)
+        h += R * N
+        if H is not None:
+            h_scales += R * ((N + H.block - 1) // H.block)
         if w is not None:
             w += R
 
 
 @triton.jit
 def _sums_of_nobody(
-    da, h, sums, rows, column, I,
+    da, h, sums, rows, column, I, COLUMNS: tl.constexpr,
     ACT: tl.constexpr, LAYOUT: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, H: tl.constexpr,
 ):  # fmt: skip
-    """Rows of nobody have a gradient of their weight, as in the wide op; their codes read as zero."""
+    """Rows of nobody have a gradient of their weight, as in the wide op; where h is codes, theirs read as zero."""
     row = tl.arange(0, TILE)
     total = tl.zeros((TILE,), tl.float32)
     if H is None:
-        for at in range(column, tl.minimum(column + TILE, I), 8):
+        for at in range(column, tl.minimum(column + COLUMNS, I), 8):
             gate, up, _ = _load(h, None, None, row, rows, at, I, 8, None, LAYOUT, None)
             d, _ = load_pair(da, row, row < rows, at, I, 8, "plain")
             total += tl.sum(d.to(tl.float32) * glu_value(gate, up, ACT, LIMIT, ALPHA), 1)
@@ -246,21 +266,17 @@ def _sums_of_nobody(
 
 @triton.jit
 def _glu_backward_quantize(
-    da, h, h_scales, w, offsets, chunks,
-    d_row_codes, d_row_scales, d_column_codes, d_column_scales,
-    a_row_codes, a_row_scales, a_column_codes, a_column_scales,
-    S, I, E,
+    da, h, h_scales, w, offsets, chunks, row_codes, row_scales, column_codes, column_scales, S, I, E,
     ACT: tl.constexpr, LAYOUT: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, H: tl.constexpr,
-    D_ROW: tl.constexpr, D_COLUMN: tl.constexpr, A_ROW: tl.constexpr, A_COLUMN: tl.constexpr, SEGMENTS: tl.constexpr,
-    R: tl.constexpr,
+    ROW: tl.constexpr, COLUMN: tl.constexpr, SEGMENTS: tl.constexpr, R: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = da.dtype.element_ty
+    COLUMNS: tl.constexpr = TILE // PARTS
     across = (I + TILE - 1) // TILE
     t, chunk = tl.program_id(0) // across, tl.program_id(0) % across
     column = chunk * TILE
     first, end, live, segment, k = find_tile(t, offsets, S, E, SEGMENTS)
-    _unused_scales(d_column_scales, offsets, t, S, column, I, E, LAYOUT, SEGMENTS, D_COLUMN)
-    _unused_scales(a_column_scales, offsets, t, S, column, I, E, "plain", SEGMENTS, A_COLUMN)
+    _unused_scales(column_scales, offsets, t, S, column, I, E, LAYOUT, SEGMENTS, COLUMN)
     if first >= end:
         return
     start, N = first.to(tl.int64), I if LAYOUT == "plain" else 2 * I
@@ -271,27 +287,23 @@ def _glu_backward_quantize(
     if w is not None:
         w += start
     if chunks is not None:
-        chunks += chunk.to(tl.int64) * S + first
+        chunks += chunk.to(tl.int64) * PARTS * S + first
         if offsets is not None:  # noqa: SIM102  the one is known to the compiler, the other on the device
             if not live:
-                _sums_of_nobody(da, h, chunks, end - first, column, I, ACT, LAYOUT, LIMIT, ALPHA, H)
-    a_at = first_scale_row(offsets, segment, k, E, SEGMENTS, A_COLUMN)
-    d_at = first_scale_row(offsets, segment, k, E, SEGMENTS, D_COLUMN)
-    for _ in range(0, TILE, R):
-        if A_ROW is not None or A_COLUMN is not None:
-            _tile(
-                None, h, h_scales, w, None, a_row_codes, a_row_scales, a_column_codes, a_column_scales,
-                first, end, live, a_at, column, S, I,
-                R, DTYPE, ACT, LAYOUT, LIMIT, ALPHA, H, "a", A_ROW, A_COLUMN,
+                for part in tl.static_range(PARTS):
+                    _sums_of_nobody(
+                        da, h, chunks + part * S, end - first, column + part * COLUMNS, I, COLUMNS,
+                        ACT, LAYOUT, LIMIT, ALPHA, H,
+                    )  # fmt: skip
+    scale_row = first_scale_row(offsets, segment, k, E, SEGMENTS, COLUMN)
+    for _ in range(0, TILE if R == TILE else tl.minimum(end - first, TILE), R):
+        for part in tl.static_range(PARTS):
+            _cast(
+                da, h, h_scales, w, None if chunks is None else chunks + part * S,
+                row_codes, row_scales, column_codes, column_scales,
+                first, end, live, scale_row, column + part * COLUMNS, S, I, R, COLUMNS, DTYPE,
+                ACT, LAYOUT, LIMIT, ALPHA, H, "dh", ROW, COLUMN,
             )  # fmt: skip
-            tl.debug_barrier()
-        _tile(
-            da, h, h_scales, w, chunks, d_row_codes, d_row_scales, d_column_codes, d_column_scales,
-            first, end, live, d_at, column, S, I,
-            R, DTYPE, ACT, LAYOUT, LIMIT, ALPHA, H, "dh", D_ROW, D_COLUMN,
-        )  # fmt: skip
-        if chunks is not None:
-            chunks += R
         first += R
         da += R * I
         h += R * N
@@ -299,6 +311,8 @@ def _glu_backward_quantize(
             h_scales += R * ((N + H.block - 1) // H.block)
         if w is not None:
             w += R
+        if chunks is not None:
+            chunks += R
 
 
 @triton.jit
@@ -311,15 +325,36 @@ def _sum_chunks(chunks, dw, S, n, BLOCK: tl.constexpr):
     tl.store(dw + row, total.to(dw.dtype.element_ty), mask=row < S)
 
 
-def _options(layout: str, *written: Outputs) -> dict[str, Any]:
-    """How a tile is read (`_pair`), and Triton's options. Four rows of a column in a thread take registers that pairs
-    that alternate do not leave."""
-    columns = [o.columns[2] for o in written if o.columns[2] is not None]
-    import os
-    X = eval(os.environ.get("X", "{}"))
-    if not columns:
-        return {"R": 16, "num_warps": 4, **X}
-    return {"R": ROWS, "num_warps": 16, **X}
+def _parts(x: Outputs, pairs: bool) -> int:
+    """Passes over a tile, of half its columns each where blocks within rows allow it and registers would not suffice:
+    for pairs that alternate, and where no rows are stored between parts (`_cast`)."""
+    return 2 if x.columns[2] is not None and (pairs or x.rows[2] is None) else 1
+
+
+def _options(wide: bool, *written: Outputs) -> dict[str, Any]:
+    """Rows at a time, and Triton's options. Where no block goes across rows, 128 threads go through the tile in steps
+    of 16 rows. Else 256 threads have 64 of its elements each, or, if those are `wide`, 512 threads 32."""
+    if all(o.columns[2] is None for o in written):
+        return {"R": 16, "num_warps": 4}
+    return {"R": ROWS, "num_warps": 16} if wide else {"R": ROWS, "num_warps": 8, "maxnreg": 128}
+
+
+def _activation(
+    h: Tensor, h_scales: Tensor | None, w: Tensor | None, offsets: Tensor | None, kind: str, h_spec: str, dtype: Any,
+    a: Outputs, own: Outputs, I: int,
+) -> None:  # fmt: skip
+    """Casts of the activation and of h."""
+    c = constants(kind)
+    E = 0 if offsets is None else offsets.shape[0] - 1
+    launch(
+        _glu_quantize, (tiles(h.shape[0], offsets) * cdiv(I, ROWS),), as_bytes(h.contiguous()),
+        None if h_scales is None else as_bytes(h_scales.contiguous()), None if w is None else w.contiguous(), offsets,
+        *a.rows[:2], *a.columns[:2], *own.rows[:2], *own.columns[:2],
+        h.shape[0], I, E, **c, DTYPE=_TRITON[dtype], H=None if h_scales is None else Cast.of(h_spec),
+        A_ROW=a.rows[2], A_COLUMN=a.columns[2], H_ROW=own.rows[2], H_COLUMN=own.columns[2],
+        SEGMENTS=segments(offsets), A_PARTS=_parts(a, False), H_PARTS=_parts(own, c["LAYOUT"] == "interleaved"),
+        **_options(dtype.itemsize > 2, a, own), **EXACT,
+    )  # fmt: skip
 
 
 def glu_quantize(
@@ -329,19 +364,10 @@ def glu_quantize(
     """`moefx.glu_quantize`: h [S, 2I] (I when plain) in fp32, bf16 or fp16, w [S] or None, offsets int [E+1] or None ->
     codes and scales of the activation [S, I] for each of `specs`, then of h for each of `h_specs`.
     """
-    c = constants(kind)
     S, width = h.shape
-    I = width if c["LAYOUT"] == "plain" else width // 2
+    I = width if kind.startswith("plain") else width // 2
     a, own = outputs(h, (S, I), specs, offsets, align), outputs(h, (S, width), h_specs, offsets, align)
-    E = 0 if offsets is None else offsets.shape[0] - 1
-    w = None if w is None else w.contiguous()
-    launch(
-        _glu_quantize, (tiles(S, offsets) * cdiv(I, ROWS),), h.contiguous(), w, offsets,
-        *a.rows[:2], *a.columns[:2], *own.rows[:2], *own.columns[:2],
-        S, I, E, **c,
-        A_ROW=a.rows[2], A_COLUMN=a.columns[2], H_ROW=own.rows[2], H_COLUMN=own.columns[2],
-        SEGMENTS=segments(offsets), **_options(c["LAYOUT"], a, own), **EXACT,
-    )  # fmt: skip
+    _activation(h, None, w, offsets, kind, "", h.dtype, a, own, I)
     return a.returned + own.returned
 
 
@@ -359,22 +385,22 @@ def glu_backward_quantize(
     d, a = outputs(da, (S, h.shape[1]), specs, offsets, align), outputs(da, (S, I), act_specs, offsets, align)
     n, E = cdiv(I, ROWS), 0 if offsets is None else offsets.shape[0] - 1
     dw = da.new_empty(0) if w is None else w.new_empty(w.shape)
-    chunks = None if w is None else da.new_empty((n, S), dtype=torch.float32)
-    absent = Outputs([], (None, None, None), (None, None, None))
-    apart = h_scales is not None and a.columns[2] is not None and a.columns[2].columns  # together, they spill
-    for of_h, of_a, sums in ((absent, a, chunks), (d, absent, None)) if apart else ((d, a, chunks),):
+    if act_specs:
+        _activation(h, h_scales, w, offsets, kind, h_spec, da.dtype, a, _NOTHING, I)
+    # Codes of fp32 operands in both orientations are two launches: one program of both spills.
+    both = (Outputs([], _ABSENT, d.columns), Outputs([], d.rows, _ABSENT))
+    for x in both if da.element_size() > 2 and d.rows[2] and d.columns[2] else (d,):
+        parts = _parts(x, c["LAYOUT"] == "interleaved")
+        chunks = None if w is None else da.new_empty((n * parts, S), dtype=torch.float32)
         launch(
             _glu_backward_quantize, (tiles(S, offsets) * n,), da.contiguous(), as_bytes(h.contiguous()),
             None if h_scales is None else as_bytes(h_scales.contiguous()), None if w is None else w.contiguous(),
-            offsets, sums, *of_h.rows[:2], *of_h.columns[:2], *of_a.rows[:2], *of_a.columns[:2],
-            S, I, E, **c,
-            H=None if h_scales is None else Cast.of(h_spec),
-            D_ROW=of_h.rows[2], D_COLUMN=of_h.columns[2], A_ROW=of_a.rows[2], A_COLUMN=of_a.columns[2],
-            SEGMENTS=segments(offsets),
-            **_options(c["LAYOUT"], of_h, of_a), **EXACT,
+            offsets, chunks, *x.rows[:2], *x.columns[:2], S, I, E, **c,
+            H=None if h_scales is None else Cast.of(h_spec), ROW=x.rows[2], COLUMN=x.columns[2],
+            SEGMENTS=segments(offsets), PARTS=parts, **_options(True, x), **EXACT,
         )  # fmt: skip
     if w is not None:
-        launch(_sum_chunks, (cdiv(S, 256),), chunks, dw, S, n, BLOCK=256, num_warps=4)
+        launch(_sum_chunks, (cdiv(S, 256),), chunks, dw, S, n * parts, BLOCK=256, num_warps=4)
     return [dw, *d.returned, *a.returned]
 
 

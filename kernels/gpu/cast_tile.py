@@ -127,6 +127,7 @@ def scale_rows(first, end, live, at, BLOCK: tl.constexpr):
 def _fields(bits, live, CAST: tl.constexpr):
     amax = bits.to(tl.float32, bitcast=True)
     field = po2_field(amax, CAST.emax, CAST.bound, CAST.least, CAST.eps, CAST.zero_one)
+    # Nobody's zeros have the smallest scale anyway, if no zeros are given another.
     return tl.where(live, field, CAST.least + 127) if CAST.zero_one or CAST.eps > 0 else field
 
 

@@ -3,13 +3,18 @@
 A program takes a tile of 128 rows of one expert and 128 columns of the activation, and writes codes in blocks within
 rows and within columns from the same registers; the values themselves are never stored. Bytes with bf16 operands and
 both orientations, without scales (1/32 byte per code): forward (4 + 2) S I, and 2 S I more for codes of h; backward
-(6 + 4) S I, 2 S I less if h comes as codes, and 2 S I more for the activation's codes.
+(6 + 4) S I, 2 S I less if h comes as codes. The activation's codes in the backward are a launch of the forward kernel,
+which reads h again: with dh in one program, operands would be read again from the cache, and spill on sm_90.
 
-512 threads share a tile, 32 elements each: the largest magnitudes need all of it at once, and 256 threads would spill.
+Instructions bound these kernels before memory does (docs/kernels.md has the counts), hence the order of things: a tile
+is made of four parts (`_cast`) that share one sigmoid among all that needs it. Blocks within columns take a whole tile
+at once, 512 threads with 32 elements each; 64 elements, for which each thread's share of what a tile costs is half, fit
+into 128 registers where one value is cast. Rows alone take 128 threads through the tile, 16 rows at a time, in 40 to
+96 registers (Triton 3.7.1).
+
 Widths that 16 does not divide are moved element by element, correctly and slowly. The gradient of a row weight is
-summed over 128 columns by each program, and over programs by `_sum_chunks`, both in a fixed order: no atomics. Bound by
-memory; the speed on a device is not yet measured. With h as codes, dh and the activation's codes by columns are two
-launches: one program of both spills.
+summed over 128 columns (64 of alternating pairs) by each program, and over programs by `_sum_chunks`, both in a fixed
+order: no atomics. The speed on a device is not yet measured.
 """
 
 from __future__ import annotations
@@ -325,18 +330,19 @@ def _sum_chunks(chunks, dw, S, n, BLOCK: tl.constexpr):
     tl.store(dw + row, total.to(dw.dtype.element_ty), mask=row < S)
 
 
-def _parts(x: Outputs, pairs: bool) -> int:
-    """Passes over a tile, of half its columns each where blocks within rows allow it and registers would not suffice:
-    for pairs that alternate, and where no rows are stored between parts (`_cast`)."""
-    return 2 if x.columns[2] is not None and (pairs or x.rows[2] is None) else 1
-
-
-def _options(wide: bool, *written: Outputs) -> dict[str, Any]:
+def _options(x: Outputs, wide: bool) -> dict[str, Any]:
     """Rows at a time, and Triton's options. Where no block goes across rows, 128 threads go through the tile in steps
-    of 16 rows. Else 256 threads have 64 of its elements each, or, if those are `wide`, 512 threads 32."""
-    if all(o.columns[2] is None for o in written):
+    of 16 rows. Else 512 threads have 32 of its elements each, or 256 threads 64 of what is not `wide`."""
+    if x.columns[2] is None:
         return {"R": 16, "num_warps": 4}
-    return {"R": ROWS, "num_warps": 16} if wide else {"R": ROWS, "num_warps": 8, "maxnreg": 128}
+    few = not wide and x.columns[2].columns
+    return {"R": ROWS, "num_warps": 8, "maxnreg": 128} if few else {"R": ROWS, "num_warps": 16}
+
+
+def _parts(R: int, x: Outputs, pairs: bool) -> int:
+    """Passes over R rows, of half the columns each where registers would not suffice: for pairs that alternate, and
+    where a whole tile's parts (`_cast`) have no rows to store, which puts them in order."""
+    return 2 if R == ROWS and (pairs or x.rows[2] is None) else 1
 
 
 def _activation(
@@ -344,7 +350,8 @@ def _activation(
     a: Outputs, own: Outputs, I: int,
 ) -> None:  # fmt: skip
     """Casts of the activation and of h."""
-    c = constants(kind)
+    c, wide = constants(kind), dtype.itemsize > 2 or own is not _NOTHING
+    options = _options(own if a.columns[2] is None else a, wide)
     E = 0 if offsets is None else offsets.shape[0] - 1
     launch(
         _glu_quantize, (tiles(h.shape[0], offsets) * cdiv(I, ROWS),), as_bytes(h.contiguous()),
@@ -352,8 +359,8 @@ def _activation(
         *a.rows[:2], *a.columns[:2], *own.rows[:2], *own.columns[:2],
         h.shape[0], I, E, **c, DTYPE=_TRITON[dtype], H=None if h_scales is None else Cast.of(h_spec),
         A_ROW=a.rows[2], A_COLUMN=a.columns[2], H_ROW=own.rows[2], H_COLUMN=own.columns[2],
-        SEGMENTS=segments(offsets), A_PARTS=_parts(a, False), H_PARTS=_parts(own, c["LAYOUT"] == "interleaved"),
-        **_options(dtype.itemsize > 2, a, own), **EXACT,
+        SEGMENTS=segments(offsets), A_PARTS=_parts(options["R"], a, False),
+        H_PARTS=_parts(options["R"], own, c["LAYOUT"] == "interleaved"), **options, **EXACT,
     )  # fmt: skip
 
 
@@ -366,7 +373,8 @@ def glu_quantize(
     """
     S, width = h.shape
     I = width if kind.startswith("plain") else width // 2
-    a, own = outputs(h, (S, I), specs, offsets, align), outputs(h, (S, width), h_specs, offsets, align)
+    a = outputs(h, (S, I), specs, offsets, align)
+    own = outputs(h, (S, width), h_specs, offsets, align) if h_specs else _NOTHING
     _activation(h, None, w, offsets, kind, "", h.dtype, a, own, I)
     return a.returned + own.returned
 
@@ -390,14 +398,15 @@ def glu_backward_quantize(
     # Codes of fp32 operands in both orientations are two launches: one program of both spills.
     both = (Outputs([], _ABSENT, d.columns), Outputs([], d.rows, _ABSENT))
     for x in both if da.element_size() > 2 and d.rows[2] and d.columns[2] else (d,):
-        parts = _parts(x, c["LAYOUT"] == "interleaved")
+        options = _options(x, True)
+        parts = _parts(options["R"], x, c["LAYOUT"] == "interleaved")
         chunks = None if w is None else da.new_empty((n * parts, S), dtype=torch.float32)
         launch(
             _glu_backward_quantize, (tiles(S, offsets) * n,), da.contiguous(), as_bytes(h.contiguous()),
             None if h_scales is None else as_bytes(h_scales.contiguous()), None if w is None else w.contiguous(),
             offsets, chunks, *x.rows[:2], *x.columns[:2], S, I, E, **c,
             H=None if h_scales is None else Cast.of(h_spec), ROW=x.rows[2], COLUMN=x.columns[2],
-            SEGMENTS=segments(offsets), PARTS=parts, **_options(True, x), **EXACT,
+            SEGMENTS=segments(offsets), PARTS=parts, **options, **EXACT,
         )  # fmt: skip
     if w is not None:
         launch(_sum_chunks, (cdiv(S, 256),), chunks, dw, S, n * parts, BLOCK=256, num_warps=4)

@@ -232,16 +232,6 @@ def interleaved(x0, x1, x2, x3):
 
 
 @triton.jit
-def quarters(x):
-    """The four of which `interleaved` made [4 R, C]."""
-    both = tl.permute(tl.reshape(x, (x.shape[0] // 4, 2, 2, x.shape[1])), (0, 3, 1, 2))
-    even, odd = tl.split(both)  # rows 4 i and 4 i + 2, rows 4 i + 1 and 4 i + 3
-    x0, x2 = tl.split(even)
-    x1, x3 = tl.split(odd)
-    return x0, x1, x2, x3
-
-
-@triton.jit
 def block_max(x, BR: tl.constexpr, BC: tl.constexpr):
     """The largest element of each block of a tile: [BM / BR, BN / BC]."""
     if BC > 1:

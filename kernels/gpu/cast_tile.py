@@ -158,8 +158,8 @@ def _store_codes(codes, out, first, row, rows, column, end_column, N):
 
 @triton.jit
 def cast_rows(x, y, codes, first, row, rows, live, column, end_column, N, CAST: tl.constexpr):
-    """Store codes of `x` fp32 [R, W], columns `column`.. of N below `end_column`, in blocks within rows, and return their
-    scales [R, blocks] as stored.
+    """Store codes of `x` fp32 [R, W], columns `column`.. of N below `end_column`, in blocks within rows, and return the
+    exponent fields of their scales [R, blocks].
 
     The rows are `row` [R] from `first` on, of which those below `rows` are stored. With `y` the values are pairs: x the
     even, y the odd columns of 2W. Where not `live`, x and y must be zero.
@@ -201,7 +201,7 @@ def _column_codes(x, live, CAST: tl.constexpr):
 def cast_columns(
     x, y, codes, scales, first, end, live, column, end_column, S, N, scale_row, CAST: tl.constexpr
 ):  # fmt: skip
-    """Store codes and scales of `x` [TILE, W], and of `y`, as `cast_rows` has them, in blocks within columns; rows to be
+    """Store codes and scales of `x` [TILE, W], and of `y`, as in `cast_rows`, in blocks within columns; rows to be
     stored end before `end`, and all before S; `scale_row` is that of `first_scale_row`."""
     WIDE: tl.constexpr = x.shape[1] if y is None else 2 * x.shape[1]
     out, field = _column_codes(x, live, CAST)

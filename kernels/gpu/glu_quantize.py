@@ -83,7 +83,7 @@ def _load(
     DTYPE: tl.constexpr, LAYOUT: tl.constexpr, CAST: tl.constexpr,
 ):  # fmt: skip
     """Of those of the rows `row` that are below `rows`, in fp32: gate and up [.., COLUMNS], numbers of DTYPE, also
-    where h is codes, and weights [.., 1], 1 without. Up is None when plain."""
+    where h is codes, and weights [.., 1], 1 without. Up is gate when plain."""
     wanted = row < rows
     gate, up = load_pair(h, row, wanted, column, I, COLUMNS, LAYOUT)
     if CAST is not None:
@@ -92,7 +92,7 @@ def _load(
         gate = _decoded(gate, h_scales, row, wanted, column, N, DTYPE, CAST)
         up = gate if LAYOUT == "plain" else _decoded(up, h_scales, row, wanted, I + column, N, DTYPE, CAST)
     weight = 1.0 if w is None else tl.load(w + row, mask=wanted, other=0).to(tl.float32)[:, None]
-    return gate.to(tl.float32), None if LAYOUT == "plain" else up.to(tl.float32), weight
+    return gate.to(tl.float32), up.to(tl.float32), weight
 
 
 @triton.jit
@@ -113,16 +113,17 @@ def _part(
     if VALUE == "h":
         x, y = gate, up if PAIR else gate
     elif VALUE == "a":
-        x = glu_value(gate, up, ACT, LIMIT, ALPHA)
+        x = glu_value(gate, None if LAYOUT == "plain" else up, ACT, LIMIT, ALPHA)
         x = x if w is None else x * weight
         y = x
     else:
         d, _ = load_pair(da, row, row < rows, column, I, COLUMNS, "plain")
         d = d.to(tl.float32)
         if w is not None:
-            sums = tl.sum(d * glu_value(gate, up, ACT, LIMIT, ALPHA), 1, keep_dims=True)
+            a = glu_value(gate, None if LAYOUT == "plain" else up, ACT, LIMIT, ALPHA)
+            sums = tl.sum(d * a, 1, keep_dims=True)
             d *= weight
-        x, y = glu_gradients(d, gate, up, ACT, LIMIT, ALPHA)
+        x, y = glu_gradients(d, gate, None if LAYOUT == "plain" else up, ACT, LIMIT, ALPHA)
     x, y = x.to(DTYPE).to(tl.float32), y.to(DTYPE).to(tl.float32)
     x_field, y_field = sums.to(tl.int32), sums.to(tl.int32)
     if ROW is not None:
@@ -265,7 +266,8 @@ def _sums_of_nobody(
         for at in range(column, tl.minimum(column + COLUMNS, I), 8):
             gate, up, _ = _load(h, None, None, row, rows, at, I, 8, None, LAYOUT, None)
             d, _ = load_pair(da, row, row < rows, at, I, 8, "plain")
-            total += tl.sum(d.to(tl.float32) * glu_value(gate, up, ACT, LIMIT, ALPHA), 1)
+            a = glu_value(gate, None if LAYOUT == "plain" else up, ACT, LIMIT, ALPHA)
+            total += tl.sum(d.to(tl.float32) * a, 1)
     tl.store(sums + row, total, mask=row < rows)
 
 

@@ -286,6 +286,7 @@ def _glu_backward_quantize(
     _unused_scales(column_scales, offsets, t, S, column, I, E, LAYOUT, SEGMENTS, COLUMN)
     if first >= end:
         return
+    scale_row = first_scale_row(offsets, segment, k, E, SEGMENTS, COLUMN)
     start, N = first.to(tl.int64), I if LAYOUT == "plain" else 2 * I
     da += start * I
     h += start * N
@@ -302,7 +303,6 @@ def _glu_backward_quantize(
                         da, h, chunks + part * S, end - first, column + part * COLUMNS, I, COLUMNS,
                         ACT, LAYOUT, LIMIT, ALPHA, H,
                     )  # fmt: skip
-    scale_row = first_scale_row(offsets, segment, k, E, SEGMENTS, COLUMN)
     for _ in range(0, TILE if R == TILE else tl.minimum(end - first, TILE), R):
         for part in tl.static_range(PARTS):
             _cast(

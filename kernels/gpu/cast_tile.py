@@ -127,7 +127,8 @@ def scale_rows(first, end, live, at, BLOCK: tl.constexpr):
 def _fields(bits, live, CAST: tl.constexpr):
     amax = bits.to(tl.float32, bitcast=True)
     field = po2_field(amax, CAST.emax, CAST.bound, CAST.least, CAST.eps, CAST.zero_one)
-    return tl.where(live, field, CAST.least + 127)
+    # Nobody's zeros have the smallest scale anyway, if no zeros are given another.
+    return tl.where(live, field, CAST.least + 127) if CAST.zero_one or CAST.eps > 0 else field
 
 
 @triton.jit
@@ -137,32 +138,32 @@ def _stored(field, CAST: tl.constexpr):
 
 @triton.jit
 def _row_bits(x, BLOCK: tl.constexpr):
-    return tl.max(tl.reshape(magnitude_bits(x), (TILE, x.shape[1] // BLOCK, BLOCK)), 2)
+    return tl.max(tl.reshape(magnitude_bits(x), (x.shape[0], x.shape[1] // BLOCK, BLOCK)), 2)
 
 
 @triton.jit
 def _row_codes(x, field, BLOCK: tl.constexpr, CAST: tl.constexpr):
     ELEM: tl.constexpr = CAST.elem  # Triton 3.6 takes no str that is part of a tuple as an argument
-    blocks = tl.reshape(x, (TILE, x.shape[1] // BLOCK, BLOCK))
+    blocks = tl.reshape(x, (x.shape[0], x.shape[1] // BLOCK, BLOCK))
     return tl.reshape(encode8(blocks * inverse(field)[:, :, None], ELEM), x.shape)
 
 
 @triton.jit
-def _store_codes(codes, out, first, inside, column, end_column, N):
-    at = column + tl.arange(0, out.shape[1])
+def _store_codes(codes, out, first, row, rows, column, end_column, N):
     codes += first.to(tl.int64) * N  # within a tile, 32 bits hold the rest
-    mask = inside[:, None] & (at < end_column)[None, :]
-    tl.store(codes + tl.arange(0, TILE)[:, None] * N + at[None, :], out, mask=mask)
+    at = column + tl.arange(0, out.shape[1])
+    mask = (row < rows)[:, None] & (at < end_column)[None, :]
+    tl.store(codes + row[:, None] * N + at[None, :], out, mask=mask)
 
 
 @triton.jit
-def cast_rows(x, y, codes, scales, first, inside, live, column, end_column, N, CAST: tl.constexpr):
-    """Store codes and scales of `x` fp32 [TILE, W], columns `column`.. of N below `end_column`, in blocks within rows.
+def cast_rows(x, y, codes, first, row, rows, live, column, end_column, N, CAST: tl.constexpr):
+    """Store codes of `x` fp32 [R, W], columns `column`.. of N below `end_column`, in blocks within rows, and return the
+    exponent fields of their scales [R, blocks].
 
-    The tile begins in row `first`; its rows `inside` are stored. With `y` the values are pairs: x the even, y the odd
-    columns of 2W. Where not `live`, x and y must be zero.
+    The rows are `row` [R] from `first` on, of which those below `rows` are stored. With `y` the values are pairs: x the
+    even, y the odd columns of 2W. Where not `live`, x and y must be zero.
     """
-    WIDE: tl.constexpr = x.shape[1] if y is None else 2 * x.shape[1]
     if y is None:
         field = _fields(_row_bits(x, CAST.block), live, CAST)
         out = _row_codes(x, field, CAST.block, CAST)
@@ -171,12 +172,19 @@ def cast_rows(x, y, codes, scales, first, inside, live, column, end_column, N, C
         HALF: tl.constexpr = CAST.block // 2
         field = _fields(tl.maximum(_row_bits(x, HALF), _row_bits(y, HALF)), live, CAST)
         out = tl.interleave(_row_codes(x, field, HALF, CAST), _row_codes(y, field, HALF, CAST))
-    _store_codes(codes, out, first, inside, column, end_column, N)
-    at = column // CAST.block + tl.arange(0, WIDE // CAST.block)
-    mask = inside[:, None] & (at * CAST.block < end_column)[None, :]
+    _store_codes(codes, out, first, row, rows, column, end_column, N)
+    return field
+
+
+@triton.jit
+def store_row_scales(field, scales, first, rows, column, end_column, N, CAST: tl.constexpr):
+    """Store the scales of the first `rows` rows from `first` on."""
+    at = column // CAST.block + tl.arange(0, field.shape[1])
+    row = tl.arange(0, field.shape[0])
+    mask = (row < rows)[:, None] & (at * CAST.block < end_column)[None, :]
     per_row = (N + CAST.block - 1) // CAST.block
     scales += first.to(tl.int64) * per_row
-    tl.store(scales + tl.arange(0, TILE)[:, None] * per_row + at[None, :], _stored(field, CAST), mask=mask)
+    tl.store(scales + row[:, None] * per_row + at[None, :], _stored(field, CAST), mask=mask)
 
 
 @triton.jit
@@ -193,15 +201,15 @@ def _column_codes(x, live, CAST: tl.constexpr):
 def cast_columns(
     x, y, codes, scales, first, end, live, column, end_column, S, N, scale_row, CAST: tl.constexpr
 ):  # fmt: skip
-    """As `cast_rows`, in blocks within columns; rows to be stored end before `end`, and all before S; `scale_row` is
-    that of `first_scale_row`."""
+    """Store codes and scales of `x` [TILE, W], and of `y`, as in `cast_rows`, in blocks within columns; rows to be
+    stored end before `end`, and all before S; `scale_row` is that of `first_scale_row`."""
     WIDE: tl.constexpr = x.shape[1] if y is None else 2 * x.shape[1]
     out, field = _column_codes(x, live, CAST)
     if y is not None:
         odd, odd_field = _column_codes(y, live, CAST)
         out, field = tl.interleave(out, odd), tl.interleave(field, odd_field)
     if not CAST.columns:
-        _store_codes(codes, out, first, tl.arange(0, TILE) < end - first, column, end_column, N)
+        _store_codes(codes, out, first, tl.arange(0, TILE), end - first, column, end_column, N)
     at = column + tl.arange(0, WIDE)
     scale_at, used = scale_rows(first, end, live, scale_row, CAST.block)
     mask = used[:, None] & (at < end_column)[None, :]

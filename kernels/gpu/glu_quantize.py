@@ -3,13 +3,18 @@
 A program takes a tile of 128 rows of one expert and 128 columns of the activation, and writes codes in blocks within
 rows and within columns from the same registers; the values themselves are never stored. Bytes with bf16 operands and
 both orientations, without scales (1/32 byte per code): forward (4 + 2) S I, and 2 S I more for codes of h; backward
-(6 + 4) S I, 2 S I less if h comes as codes, and 2 S I more for the activation's codes.
+(6 + 4) S I, 2 S I less if h comes as codes. The activation's codes in the backward are a launch of the forward kernel,
+which reads h again: with dh in one program, operands would be read again from the cache, and spill on sm_90.
 
-512 threads share a tile, 32 elements each: the largest magnitudes need all of it at once, and 256 threads would spill.
+Instructions bound these kernels before memory does (docs/kernels.md has the counts), hence the order of things: a tile
+is made of four parts (`_cast`) that share one sigmoid among all that needs it. Blocks within columns take a whole tile
+at once, 512 threads with 32 elements each; 64 elements, for which each thread's share of what a tile costs is half, fit
+into 128 registers where one value is cast. Rows alone take 128 threads through the tile, 16 rows at a time, in 40 to
+96 registers (Triton 3.7.1).
+
 Widths that 16 does not divide are moved element by element, correctly and slowly. The gradient of a row weight is
-summed over 128 columns by each program, and over programs by `_sum_chunks`, both in a fixed order: no atomics. Bound by
-memory; the speed on a device is not yet measured. With h as codes, dh and the activation's codes by columns are two
-launches: one program of both spills.
+summed over 128 columns (64 of alternating pairs) by each program, and over programs by `_sum_chunks`, both in a fixed
+order: no atomics. The speed on a device is not yet measured.
 """
 
 from __future__ import annotations
@@ -33,6 +38,7 @@ from .cast_tile import (
     first_scale_row,
     least_scales,
     outputs,
+    store_row_scales,
     tiles,
 )
 from .codec import as_bytes, decode8, scale_value
@@ -41,46 +47,9 @@ from .sass import Specimen
 from .tiles import interleaved, segments
 
 Tensor = torch.Tensor
-
-
-@triton.jit
-def _cast(
-    x, y, row_codes, row_scales, column_codes, column_scales,
-    first, end, live, scale_row, column, end_column, S, N, ROW: tl.constexpr, COLUMN: tl.constexpr,
-):  # fmt: skip
-    """Store what is wanted of `x` (and `y`, its odd columns): codes by ROW, by COLUMN, or both."""
-    inside = tl.arange(0, TILE) < end - first
-    if ROW is not None:
-        cast_rows(x, y, row_codes, row_scales, first, inside, live, column, end_column, N, ROW)
-    if COLUMN is not None:
-        cast_columns(x, y, column_codes, column_scales, first, end, live, column, end_column, S, N, scale_row, COLUMN)
-
-
-@triton.jit
-def _cast_pair(
-    gate, up, row_codes, row_scales, column_codes, column_scales,
-    first, end, live, scale_row, column, S, I, LAYOUT: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr,
-):  # fmt: skip
-    """`_cast` of a value that lies as h does."""
-    if LAYOUT == "interleaved":
-        _cast(
-            gate, up, row_codes, row_scales, column_codes, column_scales,
-            first, end, live, scale_row, 2 * column, 2 * I, S, 2 * I, ROW, COLUMN,
-        )  # fmt: skip
-    elif LAYOUT == "halves":
-        _cast(
-            gate, None, row_codes, row_scales, column_codes, column_scales,
-            first, end, live, scale_row, column, I, S, 2 * I, ROW, COLUMN,
-        )  # fmt: skip
-        _cast(
-            up, None, row_codes, row_scales, column_codes, column_scales,
-            first, end, live, scale_row, I + column, 2 * I, S, 2 * I, ROW, COLUMN,
-        )  # fmt: skip
-    else:
-        _cast(
-            gate, None, row_codes, row_scales, column_codes, column_scales,
-            first, end, live, scale_row, column, I, S, I, ROW, COLUMN,
-        )  # fmt: skip
+_ABSENT = None, None, None
+_NOTHING = Outputs([], _ABSENT, _ABSENT)
+_TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit
@@ -95,31 +64,157 @@ def _unused_scales(
 
 
 @triton.jit
-def _pair(h, rows, column, I, COLUMNS: tl.constexpr, LAYOUT: tl.constexpr, QUADS: tl.constexpr):
-    """`load_pair` of the first `rows` rows of a tile; with QUADS, each thread has four rows of a column."""
-    if QUADS:
-        row = 4 * tl.arange(0, TILE // 4)
-        gate0, up0 = load_pair(h, row, row < rows, column, I, COLUMNS, LAYOUT)
-        gate1, up1 = load_pair(h, row + 1, row + 1 < rows, column, I, COLUMNS, LAYOUT)
-        gate2, up2 = load_pair(h, row + 2, row + 2 < rows, column, I, COLUMNS, LAYOUT)
-        gate3, up3 = load_pair(h, row + 3, row + 3 < rows, column, I, COLUMNS, LAYOUT)
-        gate = interleaved(gate0, gate1, gate2, gate3)
-        up = gate if LAYOUT == "plain" else interleaved(up0, up1, up2, up3)
+def _decoded(codes, scales, row, wanted, column, N, DTYPE: tl.constexpr, CAST: tl.constexpr):
+    """Numbers in DTYPE of codes [R, W] from `column` of N on, times their scales."""
+    ELEM: tl.constexpr = CAST.elem
+    BLOCKS: tl.constexpr = codes.shape[1] // CAST.block if codes.shape[1] > CAST.block else 1
+    at = column // CAST.block + tl.arange(0, BLOCKS)
+    mask = wanted[:, None] & (at * CAST.block < N)[None, :]
+    per_row = (N + CAST.block - 1) // CAST.block
+    s = tl.load(scales + row[:, None] * per_row + at[None, :], mask=mask, other=0)
+    s = scale_value(s.to(tl.int32)) if CAST.bytes else s
+    blocks = tl.reshape(decode8(codes, ELEM), (codes.shape[0], BLOCKS, codes.shape[1] // BLOCKS)) * s[:, :, None]
+    return tl.reshape(blocks, codes.shape).to(DTYPE)
+
+
+@triton.jit
+def _load(
+    h, h_scales, w, row, rows, column, I, COLUMNS: tl.constexpr,
+    DTYPE: tl.constexpr, LAYOUT: tl.constexpr, CAST: tl.constexpr,
+):  # fmt: skip
+    """Of those of the rows `row` that are below `rows`, in fp32: gate and up [.., COLUMNS], numbers of DTYPE, also
+    where h is codes, and weights [.., 1], 1 without. Up is gate when plain."""
+    wanted = row < rows
+    gate, up = load_pair(h, row, wanted, column, I, COLUMNS, LAYOUT)
+    if CAST is not None:
+        tl.static_assert(LAYOUT != "interleaved")
+        N = I if LAYOUT == "plain" else 2 * I
+        gate = _decoded(gate, h_scales, row, wanted, column, N, DTYPE, CAST)
+        up = gate if LAYOUT == "plain" else _decoded(up, h_scales, row, wanted, I + column, N, DTYPE, CAST)
+    weight = 1.0 if w is None else tl.load(w + row, mask=wanted, other=0).to(tl.float32)[:, None]
+    return gate.to(tl.float32), up.to(tl.float32), weight
+
+
+@triton.jit
+def _part(
+    da, h, h_scales, w, codes, first, row, inside, live, column, I, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
+    ACT: tl.constexpr, LAYOUT: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, H: tl.constexpr,
+    VALUE: tl.constexpr, ROW: tl.constexpr,
+):  # fmt: skip
+    """VALUE ("h", "a" or "dh") in the rows `row` of a tile, rounded to DTYPE, in fp32: gate and up, or the same twice.
+
+    Codes within rows are stored where `row` is below `inside`, and the fields of their scales returned, as are the sums
+    over columns of which the gradient of the weights is made.
+    """
+    PAIR: tl.constexpr = VALUE != "a" and LAYOUT != "plain"
+    rows = tl.where(live, inside, 0)
+    gate, up, weight = _load(h, h_scales, w, row, rows, column, I, COLUMNS, DTYPE, LAYOUT, H)
+    sums = tl.zeros((row.shape[0], 1), tl.float32)
+    if VALUE == "h":
+        x, y = gate, up if PAIR else gate
+    elif VALUE == "a":
+        x = glu_value(gate, None if LAYOUT == "plain" else up, ACT, LIMIT, ALPHA)
+        x = x if w is None else x * weight
+        y = x
     else:
-        row = tl.arange(0, TILE)
-        gate, up = load_pair(h, row, row < rows, column, I, COLUMNS, LAYOUT)
-    return gate, up
+        d, _ = load_pair(da, row, row < rows, column, I, COLUMNS, "plain")
+        d = d.to(tl.float32)
+        if w is not None:
+            a = glu_value(gate, None if LAYOUT == "plain" else up, ACT, LIMIT, ALPHA)
+            sums = tl.sum(d * a, 1, keep_dims=True)
+            d *= weight
+        x, y = glu_gradients(d, gate, None if LAYOUT == "plain" else up, ACT, LIMIT, ALPHA)
+    x, y = x.to(DTYPE).to(tl.float32), y.to(DTYPE).to(tl.float32)
+    x_field, y_field = sums.to(tl.int32), sums.to(tl.int32)
+    if ROW is not None:
+        if PAIR and LAYOUT == "interleaved":
+            x_field = cast_rows(x, y, codes, first, row, inside, live, 2 * column, 2 * I, 2 * I, ROW)
+        elif PAIR:
+            x_field = cast_rows(x, None, codes, first, row, inside, live, column, I, 2 * I, ROW)
+            y_field = cast_rows(y, None, codes, first, row, inside, live, I + column, 2 * I, 2 * I, ROW)
+        else:
+            x_field = cast_rows(x, None, codes, first, row, inside, live, column, I, I, ROW)
+    return x, y, x_field, y_field, sums
+
+
+@triton.jit
+def _four_fields(f0, f1, f2, f3):
+    """`interleaved` fields; until they are stored, four of a byte each take one register."""
+    four = f0 | f1 << 8 | f2 << 16 | f3 << 24
+    return interleaved(four & 255, four >> 8 & 255, four >> 16 & 255, four >> 24 & 255)
+
+
+@triton.jit
+def _cast(
+    da, h, h_scales, w, sums, row_codes, row_scales, column_codes, column_scales,
+    first, end, live, scale_row, column, S, I, R: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
+    ACT: tl.constexpr, LAYOUT: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, H: tl.constexpr,
+    VALUE: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr,
+):  # fmt: skip
+    """Store what is wanted of VALUE in R rows: codes by ROW, by COLUMN, or both, and the rows' `sums`.
+
+    A whole tile is made of four parts, each thread having four rows of a column: each part stores its rows before the
+    next begins, which leaves no more in registers than what columns need.
+    """
+    inside = end - first
+    if R == TILE:
+        row = 4 * tl.arange(0, R // 4)
+        x0, y0, xf0, yf0, sums0 = _part(
+            da, h, h_scales, w, row_codes, first, row, inside, live, column, I, COLUMNS, DTYPE,
+            ACT, LAYOUT, LIMIT, ALPHA, H, VALUE, ROW,
+        )  # fmt: skip
+        x1, y1, xf1, yf1, sums1 = _part(
+            da, h, h_scales, w, row_codes, first, row + 1, inside, live, column, I, COLUMNS, DTYPE,
+            ACT, LAYOUT, LIMIT, ALPHA, H, VALUE, ROW,
+        )  # fmt: skip
+        x2, y2, xf2, yf2, sums2 = _part(
+            da, h, h_scales, w, row_codes, first, row + 2, inside, live, column, I, COLUMNS, DTYPE,
+            ACT, LAYOUT, LIMIT, ALPHA, H, VALUE, ROW,
+        )  # fmt: skip
+        x3, y3, xf3, yf3, sums3 = _part(
+            da, h, h_scales, w, row_codes, first, row + 3, inside, live, column, I, COLUMNS, DTYPE,
+            ACT, LAYOUT, LIMIT, ALPHA, H, VALUE, ROW,
+        )  # fmt: skip
+        x, y, total = interleaved(x0, x1, x2, x3), interleaved(y0, y1, y2, y3), interleaved(sums0, sums1, sums2, sums3)
+        x_field, y_field = _four_fields(xf0, xf1, xf2, xf3), _four_fields(yf0, yf1, yf2, yf3)
+    else:
+        x, y, x_field, y_field, total = _part(
+            da, h, h_scales, w, row_codes, first, tl.arange(0, R), inside, live, column, I, COLUMNS, DTYPE,
+            ACT, LAYOUT, LIMIT, ALPHA, H, VALUE, ROW,
+        )  # fmt: skip
+    if sums is not None:
+        row = tl.arange(0, R)
+        tl.store(sums + row, tl.reshape(total, (R,)), mask=live & (row < inside))
+    PAIR: tl.constexpr = VALUE != "a" and LAYOUT != "plain"
+    PAIRS: tl.constexpr = PAIR and LAYOUT == "interleaved"
+    TWICE: tl.constexpr = PAIR and not PAIRS
+    N = 2 * I if PAIR else I
+    if PAIRS:
+        at, end_column = 2 * column, 2 * I
+    else:
+        at, end_column = column, I
+    if ROW is not None:
+        store_row_scales(x_field, row_scales, first, inside, at, end_column, N, ROW)
+        if TWICE:
+            store_row_scales(y_field, row_scales, first, inside, I + at, N, N, ROW)
+    if COLUMN is not None:
+        cast_columns(
+            x, y if PAIRS else None, column_codes, column_scales,
+            first, end, live, at, end_column, S, N, scale_row, COLUMN,
+        )  # fmt: skip
+        if TWICE:
+            cast_columns(y, None, column_codes, column_scales, first, end, live, I + at, N, S, N, scale_row, COLUMN)
 
 
 @triton.jit
 def _glu_quantize(
-    h, w, offsets,
+    h, h_scales, w, offsets,
     a_row_codes, a_row_scales, a_column_codes, a_column_scales,
     h_row_codes, h_row_scales, h_column_codes, h_column_scales,
     S, I, E,
-    ACT: tl.constexpr, LAYOUT: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
-    A_ROW: tl.constexpr, A_COLUMN: tl.constexpr, H_ROW: tl.constexpr, H_COLUMN: tl.constexpr, SEGMENTS: tl.constexpr,
-    QUADS: tl.constexpr,
+    DTYPE: tl.constexpr, ACT: tl.constexpr, LAYOUT: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
+    H: tl.constexpr, A_ROW: tl.constexpr, A_COLUMN: tl.constexpr, H_ROW: tl.constexpr, H_COLUMN: tl.constexpr,
+    SEGMENTS: tl.constexpr, R: tl.constexpr, A_PARTS: tl.constexpr, H_PARTS: tl.constexpr,
 ):  # fmt: skip
     across = (I + TILE - 1) // TILE
     t, column = tl.program_id(0) // across, tl.program_id(0) % across * TILE
@@ -128,141 +223,103 @@ def _glu_quantize(
     _unused_scales(h_column_scales, offsets, t, S, column, I, E, LAYOUT, SEGMENTS, H_COLUMN)
     if first >= end:
         return
+    N = I if LAYOUT == "plain" else 2 * I
+    h += first.to(tl.int64) * N
+    if H is not None:
+        h_scales += first.to(tl.int64) * ((N + H.block - 1) // H.block)
+    if w is not None:
+        w += first
     a_at = first_scale_row(offsets, segment, k, E, SEGMENTS, A_COLUMN)
     h_at = first_scale_row(offsets, segment, k, E, SEGMENTS, H_COLUMN)
-    row = tl.arange(0, TILE)
-    wanted = (row < end - first) & live
-    WIDTH = I if LAYOUT == "plain" else 2 * I
-    rows = tl.where(live, end - first, 0)
-    narrow_gate, narrow_up = _pair(h + first.to(tl.int64) * WIDTH, rows, column, I, TILE, LAYOUT, QUADS)
-    gate = narrow_gate.to(tl.float32)
-    up = None if LAYOUT == "plain" else narrow_up.to(tl.float32)
-    if H_ROW is not None or H_COLUMN is not None:
-        _cast_pair(
-            gate, up, h_row_codes, h_row_scales, h_column_codes, h_column_scales,
-            first, end, live, h_at, column, S, I, LAYOUT, H_ROW, H_COLUMN,
-        )  # fmt: skip
-    if A_ROW is not None or A_COLUMN is not None:
-        a = glu_value(gate, up, ACT, LIMIT, ALPHA)
+    for _ in range(0, TILE if R == TILE else tl.minimum(end - first, TILE), R):
+        if H_ROW is not None or H_COLUMN is not None:
+            for part in tl.static_range(H_PARTS):
+                _cast(
+                    None, h, None, None, None, h_row_codes, h_row_scales, h_column_codes, h_column_scales,
+                    first, end, live, h_at, column + part * (TILE // H_PARTS), S, I, R, TILE // H_PARTS, DTYPE,
+                    ACT, LAYOUT, LIMIT, ALPHA, None, "h", H_ROW, H_COLUMN,
+                )  # fmt: skip
+        if A_ROW is not None or A_COLUMN is not None:
+            for part in tl.static_range(A_PARTS):
+                _cast(
+                    None, h, h_scales, w, None, a_row_codes, a_row_scales, a_column_codes, a_column_scales,
+                    first, end, live, a_at, column + part * (TILE // A_PARTS), S, I, R, TILE // A_PARTS, DTYPE,
+                    ACT, LAYOUT, LIMIT, ALPHA, H, "a", A_ROW, A_COLUMN,
+                )  # fmt: skip
+        first += R
+        h += R * N
+        if H is not None:
+            h_scales += R * ((N + H.block - 1) // H.block)
         if w is not None:
-            a *= tl.load(w + first + row, mask=wanted, other=0).to(tl.float32)[:, None]
-        _cast(
-            a.to(h.dtype.element_ty).to(tl.float32), None, a_row_codes, a_row_scales, a_column_codes, a_column_scales,
-            first, end, live, a_at, column, I, S, I, A_ROW, A_COLUMN,
-        )  # fmt: skip
+            w += R
 
 
 @triton.jit
-def _decoded(codes, scales, row, wanted, column, N, DTYPE: tl.constexpr, CAST: tl.constexpr):
-    """Numbers in DTYPE of codes [TILE, W] from `column` of N on, times their scales."""
-    ELEM: tl.constexpr = CAST.elem
-    BLOCKS: tl.constexpr = codes.shape[1] // CAST.block
-    at = column // CAST.block + tl.arange(0, BLOCKS)
-    mask = wanted[:, None] & (at * CAST.block < N)[None, :]
-    per_row = (N + CAST.block - 1) // CAST.block
-    s = tl.load(scales + row[:, None] * per_row + at[None, :], mask=mask, other=0)
-    s = scale_value(s.to(tl.int32)) if CAST.bytes else s
-    blocks = tl.reshape(decode8(codes, ELEM), (TILE, BLOCKS, CAST.block)) * s[:, :, None]
-    return tl.reshape(blocks, codes.shape).to(DTYPE)
-
-
-@triton.jit
-def _load_wide(
-    h, h_scales, rows, column, I, COLUMNS: tl.constexpr,
-    DTYPE: tl.constexpr, LAYOUT: tl.constexpr, CAST: tl.constexpr, QUADS: tl.constexpr,
-):  # fmt: skip
-    """Gate and up in DTYPE [TILE, COLUMNS]; codes are read with their scales."""
-    gate, up = _pair(h, rows, column, I, COLUMNS, LAYOUT, QUADS)
-    if CAST is not None:
-        row = tl.arange(0, TILE)
-        wanted = row < rows
-        tl.static_assert(LAYOUT != "interleaved")
-        N = I if LAYOUT == "plain" else 2 * I
-        gate = _decoded(gate, h_scales, row, wanted, column, N, DTYPE, CAST)
-        up = gate if LAYOUT == "plain" else _decoded(up, h_scales, row, wanted, I + column, N, DTYPE, CAST)
-    return gate, up
-
-
-@triton.jit
-def _gradients(
-    da, h, h_scales, w, rows, column, I, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
+def _sums_of_nobody(
+    da, h, sums, rows, column, I, COLUMNS: tl.constexpr,
     ACT: tl.constexpr, LAYOUT: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, H: tl.constexpr,
-    QUADS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of gate and up, rounded to DTYPE, in fp32 [TILE, COLUMNS]; zero behind the first `rows` rows."""
-    gate, up = _load_wide(h, h_scales, rows, column, I, COLUMNS, DTYPE, LAYOUT, H, QUADS)
-    d, _ = _pair(da, rows, column, I, COLUMNS, "plain", QUADS)
+    """Rows of nobody have a gradient of their weight, as in the wide op; where h is codes, theirs read as zero."""
     row = tl.arange(0, TILE)
-    gate, d = gate.to(tl.float32), d.to(tl.float32)
-    if w is not None:
-        d *= tl.load(w + row, mask=row < rows, other=0).to(tl.float32)[:, None]
-    dgate, dup = glu_gradients(d, gate, None if LAYOUT == "plain" else up.to(tl.float32), ACT, LIMIT, ALPHA)
-    return dgate.to(DTYPE).to(tl.float32), dup.to(DTYPE).to(tl.float32)
+    total = tl.zeros((TILE,), tl.float32)
+    if H is None:
+        for at in range(column, tl.minimum(column + COLUMNS, I), 8):
+            gate, up, _ = _load(h, None, None, row, rows, at, I, 8, None, LAYOUT, None)
+            d, _ = load_pair(da, row, row < rows, at, I, 8, "plain")
+            a = glu_value(gate, None if LAYOUT == "plain" else up, ACT, LIMIT, ALPHA)
+            total += tl.sum(d.to(tl.float32) * a, 1)
+    tl.store(sums + row, total, mask=row < rows)
 
 
 @triton.jit
 def _glu_backward_quantize(
-    da, h, h_scales, w, offsets, chunks,
-    d_row_codes, d_row_scales, d_column_codes, d_column_scales,
-    a_row_codes, a_row_scales, a_column_codes, a_column_scales,
-    S, I, E,
+    da, h, h_scales, w, offsets, chunks, row_codes, row_scales, column_codes, column_scales, S, I, E,
     ACT: tl.constexpr, LAYOUT: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, H: tl.constexpr,
-    D_ROW: tl.constexpr, D_COLUMN: tl.constexpr, A_ROW: tl.constexpr, A_COLUMN: tl.constexpr, SEGMENTS: tl.constexpr,
-    QUADS: tl.constexpr,
+    ROW: tl.constexpr, COLUMN: tl.constexpr, SEGMENTS: tl.constexpr, R: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = da.dtype.element_ty
+    COLUMNS: tl.constexpr = TILE // PARTS
     across = (I + TILE - 1) // TILE
     t, chunk = tl.program_id(0) // across, tl.program_id(0) % across
     column = chunk * TILE
     first, end, live, segment, k = find_tile(t, offsets, S, E, SEGMENTS)
-    _unused_scales(d_column_scales, offsets, t, S, column, I, E, LAYOUT, SEGMENTS, D_COLUMN)
-    _unused_scales(a_column_scales, offsets, t, S, column, I, E, "plain", SEGMENTS, A_COLUMN)
+    _unused_scales(column_scales, offsets, t, S, column, I, E, LAYOUT, SEGMENTS, COLUMN)
     if first >= end:
         return
-    start = first.to(tl.int64)
+    scale_row = first_scale_row(offsets, segment, k, E, SEGMENTS, COLUMN)
+    start, N = first.to(tl.int64), I if LAYOUT == "plain" else 2 * I
     da += start * I
-    h += start * (I if LAYOUT == "plain" else 2 * I)
+    h += start * N
     if H is not None:
-        h_scales += start * (((I if LAYOUT == "plain" else 2 * I) + H.block - 1) // H.block)
+        h_scales += start * ((N + H.block - 1) // H.block)
     if w is not None:
         w += start
-    a_at = first_scale_row(offsets, segment, k, E, SEGMENTS, A_COLUMN)
-    d_at = first_scale_row(offsets, segment, k, E, SEGMENTS, D_COLUMN)
-    row = tl.arange(0, TILE)
-    inside = row < end - first
-    rows = tl.where(live, end - first, 0)
-    if chunks is not None or A_ROW is not None or A_COLUMN is not None:
-        # Rows of nobody have a gradient of their weight, as in the wide op; codes of nobody's rows read as zero.
-        held = end - first if H is None else rows
-        gate, up = _load_wide(h, h_scales, held, column, I, TILE, DTYPE, LAYOUT, H, QUADS)
-        a = glu_value(gate.to(tl.float32), None if LAYOUT == "plain" else up.to(tl.float32), ACT, LIMIT, ALPHA)
-        if chunks is not None:
-            d, _ = _pair(da, end - first, column, I, TILE, "plain", QUADS)
-            tl.store(chunks + chunk.to(tl.int64) * S + first + row, tl.sum(d.to(tl.float32) * a, 1), mask=inside)
-        if w is not None:
-            a *= tl.load(w + row, mask=inside, other=0).to(tl.float32)[:, None]
-        if A_ROW is not None or A_COLUMN is not None:
-            a = tl.where(live, a.to(DTYPE), 0.0).to(tl.float32)
+    if chunks is not None:
+        chunks += chunk.to(tl.int64) * PARTS * S + first
+        if offsets is not None:  # noqa: SIM102  the one is known to the compiler, the other on the device
+            if not live:
+                for part in tl.static_range(PARTS):
+                    _sums_of_nobody(
+                        da, h, chunks + part * S, end - first, column + part * COLUMNS, I, COLUMNS,
+                        ACT, LAYOUT, LIMIT, ALPHA, H,
+                    )  # fmt: skip
+    for _ in range(0, TILE if R == TILE else tl.minimum(end - first, TILE), R):
+        for part in tl.static_range(PARTS):
             _cast(
-                a, None, a_row_codes, a_row_scales, a_column_codes, a_column_scales,
-                first, end, live, a_at, column, I, S, I, A_ROW, A_COLUMN,
+                da, h, h_scales, w, None if chunks is None else chunks + part * S,
+                row_codes, row_scales, column_codes, column_scales,
+                first, end, live, scale_row, column + part * COLUMNS, S, I, R, COLUMNS, DTYPE,
+                ACT, LAYOUT, LIMIT, ALPHA, H, "dh", ROW, COLUMN,
             )  # fmt: skip
-    # The operands are read again, from the cache, for each half of dh: kept in registers, they would spill. The halves
-    # are gate and up or, where these alternate, the left and right of both.
-    PAIRS: tl.constexpr = LAYOUT == "interleaved"
-    WIDTH: tl.constexpr = TILE // 2 if PAIRS else TILE
-    N = I if LAYOUT == "plain" else 2 * I
-    for half in tl.static_range(0 if D_ROW is None and D_COLUMN is None else 1 if LAYOUT == "plain" else 2):
-        at = column + half * WIDTH if PAIRS else column
-        tl.debug_barrier()  # without it, codes by columns spill on sm_90
-        dgate, dup = _gradients(
-            da, h, h_scales, w, rows, at, I, WIDTH, DTYPE, ACT, LAYOUT, LIMIT, ALPHA, H, QUADS
-        )  # fmt: skip
-        _cast(
-            dup if half == 1 and not PAIRS else dgate, dup if PAIRS else None,
-            d_row_codes, d_row_scales, d_column_codes, d_column_scales, first, end, live, d_at,
-            2 * at if PAIRS else half * I + column, 2 * I if PAIRS else half * I + I, S, N, D_ROW, D_COLUMN,
-        )  # fmt: skip
+        first += R
+        da += R * I
+        h += R * N
+        if H is not None:
+            h_scales += R * ((N + H.block - 1) // H.block)
+        if w is not None:
+            w += R
+        if chunks is not None:
+            chunks += R
 
 
 @triton.jit
@@ -275,14 +332,38 @@ def _sum_chunks(chunks, dw, S, n, BLOCK: tl.constexpr):
     tl.store(dw + row, total.to(dw.dtype.element_ty), mask=row < S)
 
 
-def _options(x: Tensor, layout: str, codes: bool, *written: Outputs) -> dict[str, Any]:
-    """How a tile is read (`_pair`), and Triton's options. Four rows of a column in a thread take registers that pairs
-    that alternate do not leave. Two programs fit on a multiprocessor with 64 registers, which suffice
-    where no block goes across rows; what is between 64 and 128 would only be used for one."""
-    columns = [o.columns[2] for o in written if o.columns[2] is not None]
-    quads = layout != "interleaved" and any(c.columns for c in columns)
-    few = {} if columns or codes or x.element_size() != 2 or layout != "halves" else {"maxnreg": 64}
-    return {"QUADS": quads, "num_warps": 16, **few}
+def _options(x: Outputs, wide: bool) -> dict[str, Any]:
+    """Rows at a time, and Triton's options. Where no block goes across rows, 128 threads go through the tile in steps
+    of 16 rows. Else 512 threads have 32 of its elements each, or 256 threads 64 of what is not `wide`."""
+    if x.columns[2] is None:
+        return {"R": 16, "num_warps": 4}
+    few = not wide and x.columns[2].columns
+    return {"R": ROWS, "num_warps": 8, "maxnreg": 128} if few else {"R": ROWS, "num_warps": 16}
+
+
+def _parts(R: int, x: Outputs, pairs: bool) -> int:
+    """Passes over R rows, of half the columns each where registers would not suffice: for pairs that alternate, and
+    where a whole tile's parts (`_cast`) have no rows to store, which puts them in order."""
+    return 2 if R == ROWS and (pairs or x.rows[2] is None) else 1
+
+
+def _activation(
+    h: Tensor, h_scales: Tensor | None, w: Tensor | None, offsets: Tensor | None, kind: str, h_spec: str, dtype: Any,
+    a: Outputs, own: Outputs, I: int,
+) -> None:  # fmt: skip
+    """Casts of the activation and of h."""
+    c, wide = constants(kind), dtype.itemsize > 2 or own is not _NOTHING
+    options = _options(own if a.columns[2] is None else a, wide)
+    E = 0 if offsets is None else offsets.shape[0] - 1
+    launch(
+        _glu_quantize, (tiles(h.shape[0], offsets) * cdiv(I, ROWS),), as_bytes(h.contiguous()),
+        None if h_scales is None else as_bytes(h_scales.contiguous()), None if w is None else w.contiguous(), offsets,
+        *a.rows[:2], *a.columns[:2], *own.rows[:2], *own.columns[:2],
+        h.shape[0], I, E, **c, DTYPE=_TRITON[dtype], H=None if h_scales is None else Cast.of(h_spec),
+        A_ROW=a.rows[2], A_COLUMN=a.columns[2], H_ROW=own.rows[2], H_COLUMN=own.columns[2],
+        SEGMENTS=segments(offsets), A_PARTS=_parts(options["R"], a, False),
+        H_PARTS=_parts(options["R"], own, c["LAYOUT"] == "interleaved"), **options, **EXACT,
+    )  # fmt: skip
 
 
 def glu_quantize(
@@ -292,19 +373,11 @@ def glu_quantize(
     """`moefx.glu_quantize`: h [S, 2I] (I when plain) in fp32, bf16 or fp16, w [S] or None, offsets int [E+1] or None ->
     codes and scales of the activation [S, I] for each of `specs`, then of h for each of `h_specs`.
     """
-    c = constants(kind)
     S, width = h.shape
-    I = width if c["LAYOUT"] == "plain" else width // 2
-    a, own = outputs(h, (S, I), specs, offsets, align), outputs(h, (S, width), h_specs, offsets, align)
-    E = 0 if offsets is None else offsets.shape[0] - 1
-    w = None if w is None else w.contiguous()
-    launch(
-        _glu_quantize, (tiles(S, offsets) * cdiv(I, ROWS),), h.contiguous(), w, offsets,
-        *a.rows[:2], *a.columns[:2], *own.rows[:2], *own.columns[:2],
-        S, I, E, **c,
-        A_ROW=a.rows[2], A_COLUMN=a.columns[2], H_ROW=own.rows[2], H_COLUMN=own.columns[2],
-        SEGMENTS=segments(offsets), **_options(h, c["LAYOUT"], False, a, own), **EXACT,
-    )  # fmt: skip
+    I = width if kind.startswith("plain") else width // 2
+    a = outputs(h, (S, I), specs, offsets, align)
+    own = outputs(h, (S, width), h_specs, offsets, align) if h_specs else _NOTHING
+    _activation(h, None, w, offsets, kind, "", h.dtype, a, own, I)
     return a.returned + own.returned
 
 
@@ -322,22 +395,23 @@ def glu_backward_quantize(
     d, a = outputs(da, (S, h.shape[1]), specs, offsets, align), outputs(da, (S, I), act_specs, offsets, align)
     n, E = cdiv(I, ROWS), 0 if offsets is None else offsets.shape[0] - 1
     dw = da.new_empty(0) if w is None else w.new_empty(w.shape)
-    chunks = None if w is None else da.new_empty((n, S), dtype=torch.float32)
-    absent = Outputs([], (None, None, None), (None, None, None))
-    apart = h_scales is not None and a.columns[2] is not None and a.columns[2].columns  # together, they spill
-    for of_h, of_a, sums in ((absent, a, chunks), (d, absent, None)) if apart else ((d, a, chunks),):
+    if act_specs:
+        _activation(h, h_scales, w, offsets, kind, h_spec, da.dtype, a, _NOTHING, I)
+    # Codes of fp32 operands in both orientations are two launches: one program of both spills.
+    both = (Outputs([], _ABSENT, d.columns), Outputs([], d.rows, _ABSENT))
+    for x in both if da.element_size() > 2 and d.rows[2] and d.columns[2] else (d,):
+        options = _options(x, True)
+        parts = _parts(options["R"], x, c["LAYOUT"] == "interleaved")
+        chunks = None if w is None else da.new_empty((n * parts, S), dtype=torch.float32)
         launch(
             _glu_backward_quantize, (tiles(S, offsets) * n,), da.contiguous(), as_bytes(h.contiguous()),
             None if h_scales is None else as_bytes(h_scales.contiguous()), None if w is None else w.contiguous(),
-            offsets, sums, *of_h.rows[:2], *of_h.columns[:2], *of_a.rows[:2], *of_a.columns[:2],
-            S, I, E, **c,
-            H=None if h_scales is None else Cast.of(h_spec),
-            D_ROW=of_h.rows[2], D_COLUMN=of_h.columns[2], A_ROW=of_a.rows[2], A_COLUMN=of_a.columns[2],
-            SEGMENTS=segments(offsets),
-            **_options(da, c["LAYOUT"], h_scales is not None, of_h, of_a), **EXACT,
+            offsets, chunks, *x.rows[:2], *x.columns[:2], S, I, E, **c,
+            H=None if h_scales is None else Cast.of(h_spec), ROW=x.rows[2], COLUMN=x.columns[2],
+            SEGMENTS=segments(offsets), PARTS=parts, **options, **EXACT,
         )  # fmt: skip
     if w is not None:
-        launch(_sum_chunks, (cdiv(S, 256),), chunks, dw, S, n, BLOCK=256, num_warps=4)
+        launch(_sum_chunks, (cdiv(S, 256),), chunks, dw, S, n * parts, BLOCK=256, num_warps=4)
     return [dw, *d.returned, *a.returned]
 
 

@@ -125,8 +125,9 @@ class Exemption:
 
 EXEMPTIONS = (
     Exemption(
-        "the backward of gated activations with its casts", "glu_quantize", r"backward (?!plain)", "sm_100",
-        "spills 8 to 24 bytes in four of six specimens: gradients of gate and up are live at once",
+        "the backward of some gated activations with casts in both orientations", "glu_quantize",
+        r"backward (both, act .* by columns|of codes, .* by columns|mx by columns .*|clamp I=2880)$", "sm_100",
+        "spills 8 to 24 bytes: gradients of gate and up are live at once",
     ),
 )  # fmt: skip
 

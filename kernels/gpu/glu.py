@@ -1,11 +1,10 @@
 """`glu` and its gradients: elementwise, bound by memory, computed in fp32 and rounded once.
 
 Bytes of b-byte elements: forward b (2 + 1) S I, backward b (3 + 2) S I, with the activation again b (3 + 3) S I; each
-element is moved once. Tiles are a few rows
-of up to 512 columns, 2048 elements: each of 128 threads has two 16-byte loads of every 16-bit operand in flight; where
-the activation is written, too, 1024, which take at most 72 registers. The backward walks along its rows: the
-gradient of a row weight is one sum over the row in a fixed order, without atomics or a second kernel, and S = 65536
-rows are still thousands of programs.
+element is moved once. Tiles are a few rows of up to 512 columns, 2048 elements: each of 128 threads has two 16-byte
+loads of every 16-bit operand in flight; where the activation is written, too, 1024, which take at most 72 registers.
+The backward walks along its rows: the gradient of a row weight is one sum over the row in a fixed order, without
+atomics or a second kernel, and S = 65536 rows are still thousands of programs.
 
 The speed on a device is not yet measured.
 """

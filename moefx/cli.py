@@ -49,7 +49,9 @@ def train(
     router: Annotated[
         str, typer.Option(help="learned, distilled (docs/grouter.md), or a Grouter's folder.")
     ] = "learned",
-    losses: Annotated[str, typer.Option(help="Losses of routing, and metrics: sp=1e-3,cp,metrics.")] = "",
+    losses: Annotated[
+        str, typer.Option(help="Losses of routing, and metrics: sp=1e-3,cp,metrics. With --router: lb,z unless given.")
+    ] = "",
     codegen: Annotated[str, typer.Option(help="inductor or eager.")] = "inductor",
     compare: Annotated[str, typer.Option(help="Train the original too: all, none, or a number of steps.")] = "all",
     precision_every: Annotated[int, typer.Option(help="Log what casts lose every so many steps; 0: never.")] = 0,

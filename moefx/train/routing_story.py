@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import nn
 
 from ..files import json_text
-from ..losses import Item
+from ..losses import Item, LoadBalance
 from ..routing import Routing, fit_vocabulary, vocab_size_of, vocabulary_of
 from .aside import CHECKPOINTS, RESULTS, make_room, say
 from .checkpoint import checkpoints, compare
@@ -60,8 +60,9 @@ def run_routing(
         router: "distilled": a teacher is trained first (other weights, other order of data), and a causal Grouter
             distilled from its first MoE layer and tuned. Or the folder of a Grouter, or a `moefx.Routing` around one
             (with `causal=False` for one that sees later tokens: validation then reports prefix-only routing, too).
-        losses: short names of `moefx.losses`, for the teacher and the target with learned routers; the routed target
-            gets those of them that need no router of a layer.
+        losses: short names of `moefx.losses`, for the teacher and the target with learned routers, whose own balance
+            loss (`output_router_logits`) "lb" switches off; the routed target has none, and gets those of them that
+            need no router of a layer.
         distill_steps: None for as many as `cfg.steps`; a fifth as many for tuning.
         resume: go on with what was interrupted; model, recipe, losses and settings must be its own. Otherwise earlier
             results are moved to `previous-N` once the first model is compiled.
@@ -76,9 +77,10 @@ def run_routing(
     """
     cfg, console = cfg or TrainConfig(), console or Console()
     tokens = data if isinstance(data, TokenDataset) else open_dataset(data)
-    target = _target(model, cfg.seed, tokens.vocab_size)
-    tokens.check(seq=cfg.seq, model_vocab=vocab_size_of(target))
     shared, wanted = {"recipe": recipe, **(options or {})}, with_choices(losses, cfg.places)
+    target = _target(model, cfg.seed, tokens.vocab_size, wanted)
+    tokens.check(seq=cfg.seq, model_vocab=vocab_size_of(target))
+    targets = {LEARNED: target, ROUTED: _routed(target)}
     left = {item.name: UNROUTED for item in wanted if item.needs_router}
     if left:
         say(console, f"{ROUTED}: without the losses {', '.join(left)}: {UNROUTED}")
@@ -96,13 +98,13 @@ def run_routing(
         ROUTED: {**shared, "router": grouter, "losses": _unrouted(wanted)},
     }
     # Both before either is trained: a Grouter that does not fit the model is no news for after the learned arm.
-    arms = {arm: optimized(copy.deepcopy(target), tokens, cfg, None, given) for arm, given in asked.items()}
+    arms = {arm: optimized(copy.deepcopy(targets[arm]), tokens, cfg, None, given) for arm, given in asked.items()}
     if router != DISTILLED and not resume:
         _make_room(cfg.out, console, [])  # the Grouter that is there may be the one that was named
     results, reports = {}, {}
     for arm, given in asked.items():
         opt = arms.pop(arm)  # its weights are freed when it is trained
-        known = identity(target, model if isinstance(model, str) else None, given)
+        known = identity(targets[arm], model if isinstance(model, str) else None, given)
         results[arm] = _train(opt, tokens, cfg, arm, resume, console, known)
         reports[arm] = opt.report.to_dict()
     content = {
@@ -180,7 +182,7 @@ def _distilled(
         if not compare(folder, {} if stored is None else was, now):
             say(console, f"{folder} does not say how it was made (an earlier version of moefx wrote it); it is used")
         return Grouter.from_pretrained(folder), made
-    teacher = _target(model, seed, tokens.vocab_size)
+    teacher = _target(model, seed, tokens.vocab_size, losses)
     own = replace(cfg, seed=seed)
     trained = optimized(teacher, tokens, own, None, {**shared, "losses": losses})
     _try_routing(teacher, target, tokens, cfg, losses, shared)
@@ -228,7 +230,7 @@ def _try_routing(
     ids = next(tokens.batches("train", cfg.batch, cfg.seq, cfg.seed))
     grouter = _network(target, vocabulary_of(target) or tokens.vocab_size, tap(teacher, ids)(ids).shape[-1])
     given = {**shared, "codegen": "eager", "router": grouter, "losses": _unrouted(losses)}
-    optimized(copy.deepcopy(target), tokens, cfg, None, given)
+    optimized(_routed(target), tokens, cfg, None, given)
 
 
 def _network(target: nn.Module, vocab_size: int, experts: int) -> Any:
@@ -262,11 +264,22 @@ def _make_room(out: Path, console: Console, more: list[str]) -> None:
     make_room(out, console, [*trained, *more, REPORT])
 
 
-def _target(model: str | nn.Module, seed: int, vocab_size: int) -> nn.Module:
-    """The model in train mode, a copy of a given one; it leaves the losses of its routers to `moefx.losses`."""
+def _target(model: str | nn.Module, seed: int, vocab_size: int, losses: Sequence[Item]) -> nn.Module:
+    """The model in train mode, a copy of a given one; with "lb" it leaves the balance of its routers to `moefx.losses`.
+
+    Without, it keeps a balance loss of its own, as in a plain `moefx train`: nothing else would balance it.
+    """
     built = load_model(model, seed, vocab_size) if isinstance(model, str) else copy.deepcopy(model).train()
-    leave_balance_out(built)
+    if any(isinstance(item, LoadBalance) for item in losses):
+        leave_balance_out(built)
     return built
+
+
+def _routed(target: nn.Module) -> nn.Module:
+    """A copy of the target for the Grouter: without a balance loss, which would be of routers that it does not use."""
+    copied = copy.deepcopy(target)
+    leave_balance_out(copied)
+    return copied
 
 
 def _unrouted(losses: Sequence[Item]) -> list[Item]:

@@ -190,6 +190,30 @@ def test_a_grouter_that_does_not_fit_is_refused_before_anything_is_trained(
         tell(tmp_path, "both-run", router=str(tmp_path / "both"))
 
 
+@pytest.mark.parametrize(("losses", "kept"), [("metrics", True), ("z", True), ("lb,z", False)])
+def test_the_models_own_balance_loss_goes_only_where_lb_takes_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, losses: str, kept: bool
+) -> None:
+    """Of the teacher and the learned arm; the routed one, which uses no router, never has it."""
+    from moefx.train import routing_story
+
+    balanced: list[bool] = []
+
+    def optimized(model: Any, *_: Any) -> None:
+        balanced.append(model.config.output_router_logits)
+
+    def stops(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(routing_story, "optimized", optimized)
+    monkeypatch.setattr(routing_story, "train", stops)
+    moefx.Grouter.from_config(vocab_size=VOCAB, num_experts=4, **SIZES).save_pretrained(tmp_path / "grouter")
+    for router in ("distilled", str(tmp_path / "grouter")):  # the teacher and what it will route; both arms
+        with pytest.raises(KeyboardInterrupt):
+            tell(tmp_path, router=router, losses=losses)
+    assert balanced == [kept, False] * 2
+
+
 def test_a_model_that_cannot_be_routed_is_refused_before_the_teacher_is_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, untrained: Any
 ) -> None:

@@ -66,17 +66,16 @@ def train(
     --router distilled, a teacher is trained first, and the model is trained with learned routers and routed by a
     Grouter that imitates the teacher's.
     """
-    from rich.console import Console
-
     from .train import story
     from .train.config import TrainConfig
+    from .train.console import LastingConsole
     from .train.interrupt import stoppable
 
     cfg = TrainConfig(
         steps=steps, batch=batch, seq=seq, grad_accum=grad_accum, lr=lr, seed=seed, dtype=dtype, optim=optim, out=out,
         threads=threads, precision_every=precision_every, places=places,
     )  # fmt: skip
-    console = Console(stderr=True) if as_json else Console()
+    console = LastingConsole(stderr=as_json)
     common: dict[str, Any] = {"model": model, "data": data or (), "cfg": cfg, "recipe": recipe, "resume": resume}
     with stoppable(cfg.out, resume):
         if router != "learned":

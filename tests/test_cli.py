@@ -11,6 +11,7 @@ import pytest
 
 import moefx
 from moefx.precision.recipe import get_recipe
+from moefx.train.console import LastingConsole
 
 from .command import moefx as cli
 
@@ -128,3 +129,15 @@ def test_routing_that_is_not_finite_is_valid_json(monkeypatch: pytest.MonkeyPatc
         "mean": {"token_entropy": None},
         "load": [[0.5, None]],
     }
+
+
+def test_a_training_outlives_its_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    consoles = list[object]()
+
+    def trains(**given: object) -> dict[str, object]:
+        consoles.append(given["console"])
+        return {}
+
+    monkeypatch.setattr("moefx.train.story.run_training", trains)
+    assert (cli("train").returncode, cli("train", "--json").returncode) == (0, 0)
+    assert [type(c) for c in consoles] == [LastingConsole] * 2

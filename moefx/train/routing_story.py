@@ -18,17 +18,17 @@ from torch import nn
 from ..files import json_text
 from ..losses import Item, LoadBalance
 from ..routing import Routing, fit_vocabulary, vocab_size_of, vocabulary_of
-from .aside import CHECKPOINTS, RESULTS, make_room, say
-from .checkpoint import checkpoints, compare
+from .aside import CHECKPOINTS, GROUTER, LEARNED, REPORT, ROUTED, TEACHER, make_room_for_run, say
+from .checkpoint import checkpoints, compare, latest
 from .config import TrainConfig
+from .console import LastingConsole
 from .data import TokenDataset, open_dataset
 from .identity import identity
-from .loop import TrainResult, train
+from .loop import TrainResult, check_start, train
 from .models import leave_balance_out, load_model
 from .routing import closing_rows, with_choices
-from .story import REPORT, baseline, optimized, write_json
+from .story import baseline, optimized, write_json
 
-TEACHER, GROUTER, ROUTED, LEARNED = "teacher", "grouter", "routed", "learned"
 DISTILLED = "distilled"
 UNROUTED = (
     "of the routed model no layer's own router is used, and the Grouter is frozen, so that they have none to train"
@@ -75,7 +75,9 @@ def run_routing(
     Raises:
         MoefxError, TrainingInterrupted: as `run_training`.
     """
-    cfg, console = cfg or TrainConfig(), console or Console()
+    cfg, console = cfg or TrainConfig(), console or LastingConsole()
+    if resume:
+        _require_begun(cfg.out, router)
     tokens = data if isinstance(data, TokenDataset) else open_dataset(data)
     shared, wanted = {"recipe": recipe, **(options or {})}, with_choices(losses, cfg.places)
     target = _target(model, cfg.seed, tokens.vocab_size, wanted)
@@ -99,8 +101,12 @@ def run_routing(
     }
     # Both before either is trained: a Grouter that does not fit the model is no news for after the learned arm.
     arms = {arm: optimized(copy.deepcopy(targets[arm]), tokens, cfg, None, given) for arm, given in asked.items()}
-    if router != DISTILLED and not resume:
-        _make_room(cfg.out, console, [])  # the Grouter that is there may be the one that was named
+    if router != DISTILLED:
+        for opt in arms.values():
+            check_start(opt, tokens, cfg)
+        if not resume:
+            # A Grouter that was loaded already may be the one in this folder.
+            make_room_for_run(cfg.out, console, Path(router) if isinstance(router, str) else cfg.out / GROUTER)
     results, reports = {}, {}
     for arm, given in asked.items():
         opt = arms.pop(arm)  # its weights are freed when it is trained
@@ -186,8 +192,9 @@ def _distilled(
     own = replace(cfg, seed=seed)
     trained = optimized(teacher, tokens, own, None, {**shared, "losses": losses})
     _try_routing(teacher, target, tokens, cfg, losses, shared)
+    check_start(trained, tokens, own)
     if not resume:
-        _make_room(cfg.out, console, [GROUTER])
+        make_room_for_run(cfg.out, console)
     _train(trained, tokens, own, TEACHER, resume, console, known)
 
     def batches(seed: int, first: int) -> Iterator[torch.Tensor]:
@@ -258,10 +265,12 @@ def _train(
     return train(opt, tokens, own, resume=begun, label=arm, identity=known, console=console)
 
 
-def _make_room(out: Path, console: Console, more: list[str]) -> None:
-    """Not before the run can start: what lies there is worth more than a mistyped option."""
-    trained = [f"{arm}/{part}" for arm in (TEACHER, LEARNED, ROUTED) for part in RESULTS]
-    make_room(out, console, [*trained, *more, REPORT])
+def _require_begun(out: Path, router: str | Routing) -> None:
+    """Raise CheckpointError where nothing lies that resuming could go on from."""
+    arms = (TEACHER, GROUTER, LEARNED, ROUTED) if router == DISTILLED else (LEARNED, ROUTED)
+    finished = router == DISTILLED and (out / GROUTER / "config.json").exists()
+    if not finished and not any(checkpoints(out / arm / CHECKPOINTS) for arm in arms):
+        latest(out / arms[0] / CHECKPOINTS)
 
 
 def _target(model: str | nn.Module, seed: int, vocab_size: int, losses: Sequence[Item]) -> nn.Module:

@@ -18,18 +18,16 @@ from ..errors import InputError
 from ..files import json_text, replacing
 from ..losses import LoadBalance
 from ..routing import vocab_size_of
-from .aside import CHECKPOINTS, RESULTS, make_room, say
+from .aside import CHECKPOINTS, OPTIMIZED, ORIGINAL, REPORT, make_room_for_run, say
 from .checkpoint import checkpoints, latest
 from .config import TrainConfig
+from .console import LastingConsole
 from .data import TokenDataset, open_dataset, unigram_nats
 from .identity import added_losses, identity
-from .loop import TrainResult, train
+from .loop import TrainResult, check_start, train
 from .models import leave_balance_out, load_model
 from .parts import autocast, device_of, val_batches
 from .routing import closing_rows, with_choices
-
-OPTIMIZED, ORIGINAL = "optimized", "original"
-REPORT = "report.json"
 
 Optimize = Callable[..., Any]
 
@@ -66,7 +64,7 @@ def run_training(
         MoefxError: whatever is wrong with the model, the data, a checkpoint or the compilation.
         TrainingInterrupted: after SIGINT or SIGTERM, with everything saved that resuming needs.
     """
-    cfg, console = cfg or TrainConfig(), console or Console()
+    cfg, console = cfg or TrainConfig(), console or LastingConsole()
     steps = compared_steps(compare, cfg.steps)
     tokens = data if isinstance(data, TokenDataset) else open_dataset(data)
     original = load_model(model, cfg.seed, tokens.vocab_size) if isinstance(model, str) else copy.deepcopy(model)
@@ -86,10 +84,9 @@ def run_training(
     if LoadBalance.name in added and leave_balance_out(copied):
         say(console, "the balance loss of the model's own is switched off, in favour of 'lb'")
     opt = optimized(copied, tokens, cfg, optimize, given)
+    check_start(opt, tokens, outs[OPTIMIZED])
     if not resume:
-        # Only now that the run can start; and all of it: otherwise a later resume would take a finished run of another
-        # model for this one's.
-        make_room(cfg.out, console, [f"{name}/{part}" for name in outs for part in RESULTS] + [REPORT])
+        make_room_for_run(cfg.out, console)
     result = train(
         opt, tokens, outs[OPTIMIZED], resume=resume, label=OPTIMIZED, console=console,
         identity=identity(copied, spec, given),

@@ -18,7 +18,7 @@ from moefx.train.interrupt import TrainingInterrupted
 from moefx.train.metrics import read_metrics
 from moefx.train.routing_story import run_routing
 
-from .toy import VOCAB, quiet, text_of, toy_config, toy_data
+from .toy import VOCAB, ToyLM, quiet, text_of, toy_config, toy_data
 
 pytest.importorskip("transformers")
 CONFIG = {
@@ -26,6 +26,7 @@ CONFIG = {
     "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "num_experts": 4,
     "num_experts_per_tok": 2, "norm_topk_prob": True, "max_position_embeddings": 64, "intermediate_size": 16,
 }  # fmt: skip
+SIZES = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16}
 
 
 def tell(tmp_path: Path, name: str = "run", **options: Any) -> dict[str, Any]:
@@ -96,7 +97,13 @@ def test_a_new_run_moves_the_earlier_one_aside_when_it_can_start(
         raise KeyboardInterrupt
 
     out = tmp_path / "run"
-    names = ["teacher/checkpoints", "grouter/config.json", "routed/metrics.jsonl", "report.json"]
+    names = [
+        "teacher/checkpoints",
+        "grouter/config.json",
+        "routed/metrics.jsonl",
+        "optimized/checkpoints",
+        "report.json",
+    ]
     for name in names:
         (out / name).mkdir(parents=True)
     monkeypatch.setattr(routing_story, "train", stops)
@@ -109,6 +116,41 @@ def test_a_new_run_moves_the_earlier_one_aside_when_it_can_start(
         tell(tmp_path, console=console)
     assert all((out / "previous-1" / name).exists() and not (out / name).exists() for name in names)
     assert f"moved to {out / 'previous-1'}" in text_of(console)
+    # The Grouter that is used stays where it is.
+    moefx.Grouter.from_config(vocab_size=VOCAB, num_experts=4, **SIZES).save_pretrained(out / "grouter")
+    (out / "optimized" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(KeyboardInterrupt):
+        tell(tmp_path, router=str(out / "grouter"))
+    assert (out / "previous-2" / "optimized" / "checkpoints").exists()
+    assert (out / "grouter" / "config.json").exists()
+
+
+@pytest.mark.parametrize("distilled", [True, False])
+def test_traffic_that_cannot_be_counted_is_refused_before_anything_is_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, distilled: bool
+) -> None:
+    from moefx.train import routing_story
+
+    report = tmp_path / "run" / "report.json"
+    report.parent.mkdir()
+    report.write_text("mine")
+    moefx.Grouter.from_config(vocab_size=VOCAB, num_experts=4, **SIZES).save_pretrained(tmp_path / "grouter")
+    monkeypatch.setattr(routing_story, "optimized", lambda *_: ToyLM())  # measures nothing
+    with pytest.raises(moefx.InputError, match="traffic over 2 places cannot be counted"):
+        tell(
+            tmp_path, cfg=toy_config(tmp_path / "run", places=2), losses="metrics",
+            router="distilled" if distilled else str(tmp_path / "grouter"),
+        )  # fmt: skip
+    assert report.read_text() == "mine"
+
+
+def test_resume_of_nothing(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoint to resume from"):
+        tell(tmp_path, resume=True)
+    (tmp_path / "run" / "teacher" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="no checkpoint to resume from") as caught:
+        tell(tmp_path, resume=True, router=str(tmp_path / "grouter"))  # which needs no teacher
+    assert caught.value.where == str(tmp_path / "run" / "learned" / "checkpoints")
 
 
 @pytest.mark.nightly
@@ -166,9 +208,6 @@ def untrained(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     monkeypatch.setattr(routing_story, "train", trains)
     return routing_story
-
-
-SIZES = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16}
 
 
 @pytest.mark.usefixtures("untrained")

@@ -243,6 +243,24 @@ def test_a_start_that_fails_moves_nothing_and_one_that_does_not_moves_all(tmp_pa
     assert tell(old, resume=True)["train"]["original"]["losses"] == json.loads(report)["train"]["original"]["losses"]
 
 
+def test_results_of_a_run_with_router_are_moved_aside_as_well(tmp_path: Path) -> None:
+    """All that a report tells of lies beside it, whichever of both commands ran before."""
+    names = ["teacher/checkpoints", "learned/metrics.jsonl", "routed/tensorboard", "grouter/config.json", "report.json"]
+    for name in names:
+        (tmp_path / name).mkdir(parents=True)
+    tell(tmp_path, compare="none")
+    assert sorted(p.name for p in tmp_path.rglob("metrics.jsonl")) == ["metrics.jsonl"] * 2  # of learned, and the new
+    assert all((tmp_path / "previous-1" / name).exists() for name in names)
+
+
+def test_traffic_that_cannot_be_counted_is_refused_before_anything_is_moved(tmp_path: Path) -> None:
+    tell(tmp_path, compare="none")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match="traffic over 2 places cannot be counted"):
+        tell(tmp_path, cfg=toy_config(tmp_path, places=2), options={"losses": "metrics"})
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_added_losses_are_not_compared_and_lb_takes_the_place_of_the_models_own(tmp_path: Path) -> None:
     model, compiler, console = ToyLM(), FakeCompiler(), quiet()
     model.config = SimpleNamespace(output_router_logits=True)  # type: ignore[assignment]

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from ..errors import InputError, first_line
 from ..files import json_text
 from ..losses import Item, LoadBalance
 from ..routing import Routing, fit_vocabulary, vocab_size_of, vocabulary_of
@@ -33,6 +34,7 @@ DISTILLED = "distilled"
 UNROUTED = (
     "of the routed model no layer's own router is used, and the Grouter is frozen, so that they have none to train"
 )
+_SHOWN = {"distill": ("k", "kl", "exact"), "tune": ("maxvio_before", "maxvio_after")}  # in the closing table
 TEACHER_SEED, DISTILL_SEED, TUNE_SEED = 1, 2, 3  # added to the run's: none sees the targets' batches in their order
 
 
@@ -182,7 +184,7 @@ def _distilled(
     origin = {**known, **cfg.identity(), "data": tokens.fingerprint, "distill_steps": steps}
     if resume and (folder / "config.json").exists():
         made = _read(folder)
-        stored = made.get("distill", {}).get("settings", {}).get("identity")
+        stored = made["distill"]["settings"].get("identity") if made else None
         # A report has null for an infinite option, and those of earlier versions had Infinity.
         was, now = ({"identity": json.loads(json_text(side))} for side in (stored, origin))
         if not compare(folder, {} if stored is None else was, now):
@@ -253,8 +255,27 @@ def _network(target: nn.Module, vocab_size: int, experts: int) -> Any:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    found = {name: folder / name / "report.json" for name in ("distill", "tune")}
-    return {n: json.loads(p.read_text(encoding="utf-8")) for n, p in found.items()} if found["tune"].exists() else {}
+    """The reports of a finished Grouter, by what was done; empty where an earlier version of moefx wrote none."""
+    if not (folder / "tune" / "report.json").exists():
+        return {}
+    return {name: _report(folder / name / "report.json", figures) for name, figures in _SHOWN.items()}
+
+
+def _report(file: Path, figures: Sequence[str]) -> dict[str, Any]:
+    """Raises InputError where it is none, or lacks what the closing table shows."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        wrong = [name for name in figures if not isinstance(found[name], int | float | None)]
+        settings = found["settings"]
+        if wrong or not isinstance(settings, dict) or not isinstance(settings.get("identity", {}), dict):
+            raise ValueError(f"{(*wrong, 'settings')[0]} is not what moefx writes")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            "the report of a finished Grouter cannot be read", where=str(file),
+            why=f"it lacks {error}" if isinstance(error, KeyError) else first_line(error),
+            todo=f"delete {file.parents[1]}, and resume to distil again from the teacher",
+        ) from error  # fmt: skip
+    return dict(found)
 
 
 def _train(

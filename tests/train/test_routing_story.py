@@ -144,6 +144,28 @@ def test_traffic_that_cannot_be_counted_is_refused_before_anything_is_moved(
     assert report.read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("{", "Expecting property name"),
+        ("[]", "list indices"),
+        ('{"k": 2, "kl": 0.1, "settings": {}}', "it lacks 'exact'"),
+        ('{"k": 2, "kl": "none", "exact": null, "settings": {}}', "kl is not what moefx writes"),
+        ('{"k": 2, "kl": 0.1, "exact": null, "settings": {"identity": []}}', "settings is not what moefx writes"),
+    ],
+)
+def test_a_damaged_report_of_the_grouter_is_named(tmp_path: Path, content: str, why: str) -> None:
+    folder = tmp_path / "run" / "grouter"
+    moefx.Grouter.from_config(vocab_size=VOCAB, num_experts=4, **SIZES).save_pretrained(folder)
+    for name, text in (("distill", content), ("tune", '{"maxvio_before": 2.5, "maxvio_after": null, "settings": {}}')):
+        (folder / name).mkdir()
+        (folder / name / "report.json").write_text(text)
+    with pytest.raises(moefx.InputError, match="report of a finished Grouter cannot be read") as caught:
+        tell(tmp_path, resume=True)
+    assert caught.value.where == str(folder / "distill" / "report.json")
+    assert why in str(caught.value.why)
+
+
 def test_resume_of_nothing(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no checkpoint to resume from"):
         tell(tmp_path, resume=True)

@@ -14,6 +14,7 @@ import typer
 from ..errors import InputError
 from ..files import json_text, replacing
 from ..train.aside import CHECKPOINTS, make_room
+from ..train.metrics import require_folder
 from .affinity import AffinityResult
 from .affinity import affinity as count_affinity
 from .cli_training import register
@@ -26,7 +27,7 @@ from .groups import group_experts
 from .place import place as place_routing
 from .precompute import precompute as write_records
 from .records import RoutingRecords, sample_identity
-from .reports import require_folder, share, write_report
+from .reports import require_another, share, write_report
 from .traffic import max_over_mean
 from .windows import routed, sample_windows
 
@@ -116,6 +117,7 @@ def fold(
 ) -> None:
     """Fold a Grouter to fewer experts, by affinity."""
     model = load_grouter(grouter)
+    require_another(out, grouter)
     require_folder(out)
     count = _Counting(window, max_tokens, eod_id, out / CHECKPOINTS, checkpoint_every)
     if resume and affinity and target_k is None:
@@ -171,6 +173,7 @@ def expand(
 ) -> None:
     """Expand a Grouter to more experts, aimed at tokens that none claims; tune it afterwards."""
     model = load_grouter(grouter)
+    require_another(out, grouter)
     require_folder(out)
     tokens = _tokens(model, data, split)
     if not resume:

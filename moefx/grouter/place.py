@@ -88,7 +88,9 @@ class Placement:
         return relabel(self.place)
 
     def samples_of(self, n: int) -> Ints:
-        """The samples of place n, in the order of the data."""
+        """The samples of place n, in the order of the data. Raises InputError where there is no such place."""
+        if not 0 <= n < self.num_places:
+            raise InputError(f"there is no place {n}", todo=f"choose one from 0 to {self.num_places - 1}")
         return np.flatnonzero(self.home == n)
 
     def save(self, path: str | Path) -> None:
@@ -116,7 +118,7 @@ class Placement:
             raise InputError(
                 "no placement can be read from this file",
                 where=str(path),
-                why=str(error),
+                why=f"it lacks {error}" if isinstance(error, KeyError) else str(error),
                 todo="name the placement.json that moefx grouter place wrote",
             ) from error
 

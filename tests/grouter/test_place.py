@@ -201,6 +201,9 @@ def test_the_report_names_what_grouping_unbalances() -> None:
     work = np.bincount(found.place[idx].reshape(-1), minlength=4)
     assert found.report.work_after == pytest.approx(work.max() / work.mean(), rel=1e-12)
     assert found.report.samples == tuple(len(found.samples_of(n)) for n in range(4))
+    for n in (-1, 4):
+        with pytest.raises(InputError, match=f"there is no place {n}"):
+            found.samples_of(n)
     assert found.report.samples_max_over_mean == pytest.approx(max(found.report.samples) / 64)
     same = placement_report(idx, np.arange(32) // 8, np.arange(256) % 4, 4)
     assert (same.tokens_after, same.work_after) == (same.tokens_before, same.work_before)

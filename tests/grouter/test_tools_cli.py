@@ -114,6 +114,16 @@ def test_a_file_in_the_place_of_the_folder_is_seen_before_the_work(folder: Path,
     assert caught.value.where == str(folder / "file")
 
 
+@pytest.mark.parametrize("command", ["fold --targets 4", "expand --targets 12", "tune"])
+def test_the_grouter_is_not_overwritten_by_what_is_made_from_it(folder: Path, command: str) -> None:
+    before = {f.name: f.read_bytes() for f in (folder / "grouter").iterdir()}
+    name, *more = command.split()
+    again = folder / "elsewhere" / ".." / "grouter"
+    with pytest.raises(InputError, match="would overwrite the one that it is made from"):
+        run(folder, name, grouter(folder), "--k", "2", *more, "--out", str(again), window=name != "tune")
+    assert {f.name: f.read_bytes() for f in (folder / "grouter").iterdir()} == before
+
+
 def test_an_error_is_a_message_and_exit_status_2(tmp_path: Path) -> None:
     done = cli.moefx("grouter", "place", "--places", "2", "--json", str(tmp_path))
     assert done.returncode == 2, done.stdout + done.stderr

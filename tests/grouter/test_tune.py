@@ -200,6 +200,7 @@ def test_a_written_report_and_wrong_arguments(tmp_path: Path) -> None:
         ({"objective": "local"}, "unknown objective"),
         ({"method": "all"}, "unknown method"),
         ({"k": 9}, "top-9 of 8"),
+        ({"method": "bias", "anchor": 1.0}, "anchor=1 is given for method='bias'"),
         ({"steps": -1}, "steps=-1"),
         ({"steps": 2}, "ended after 1 of 2"),
     ):

@@ -149,6 +149,11 @@ def latest(directory: Path) -> Path:
     return found[-1]
 
 
+def check(path: Path) -> None:
+    """Raise CheckpointError where the checkpoint is missing or damaged, as `load` does; reads all of it, for hashes."""
+    _verify_files(path, _read_manifest(path))
+
+
 def load(path: Path, *, model: nn.Module, optimizer: Optimizer, fingerprint: Mapping[str, Any]) -> Restored:
     """Restore weights, optimizer and the random states of the process from one checkpoint directory.
 

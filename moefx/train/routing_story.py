@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from ..errors import InputError, first_line
+from ..errors import InputError, first_line, nearest
 from ..files import json_text
 from ..losses import Item, LoadBalance
 from ..routing import Routing, fit_vocabulary, vocab_size_of, vocabulary_of
@@ -26,9 +26,10 @@ from .console import LastingConsole
 from .data import TokenDataset, open_dataset
 from .identity import identity
 from .loop import TrainResult, check_start, train
+from .metrics import require_folder
 from .models import leave_balance_out, load_model
 from .routing import closing_rows, with_choices
-from .story import baseline, optimized, write_json
+from .story import baseline, check_names, check_newest, optimized, write_json
 
 DISTILLED = "distilled"
 UNROUTED = (
@@ -80,10 +81,15 @@ def run_routing(
     cfg, console = cfg or TrainConfig(), console or LastingConsole()
     if resume:
         _require_begun(cfg.out, router)
-    tokens = data if isinstance(data, TokenDataset) else open_dataset(data)
     shared, wanted = {"recipe": recipe, **(options or {})}, with_choices(losses, cfg.places)
+    check_names(shared)
+    if isinstance(router, str) and router != DISTILLED and not Path(router).is_dir():
+        known = nearest(router, ("learned", DISTILLED))
+        raise InputError("there is no such router", where=router, todo=f"name the folder of a Grouter, or: {known}")
+    tokens = data if isinstance(data, TokenDataset) else open_dataset(data)
     target = _target(model, cfg.seed, tokens.vocab_size, wanted)
     tokens.check(seq=cfg.seq, model_vocab=vocab_size_of(target))
+    require_folder(cfg.out)
     targets = {LEARNED: target, ROUTED: _routed(target)}
     left = {item.name: UNROUTED for item in wanted if item.needs_router}
     if left:
@@ -287,11 +293,12 @@ def _train(
 
 
 def _require_begun(out: Path, router: str | Routing) -> None:
-    """Raise CheckpointError where nothing lies that resuming could go on from."""
+    """Raise CheckpointError where nothing lies that resuming could go on from, or what does is damaged."""
     arms = (TEACHER, GROUTER, LEARNED, ROUTED) if router == DISTILLED else (LEARNED, ROUTED)
     finished = router == DISTILLED and (out / GROUTER / "config.json").exists()
     if not finished and not any(checkpoints(out / arm / CHECKPOINTS) for arm in arms):
         latest(out / arms[0] / CHECKPOINTS)
+    check_newest(out / arm for arm in arms)
 
 
 def _target(model: str | nn.Module, seed: int, vocab_size: int, losses: Sequence[Item]) -> nn.Module:

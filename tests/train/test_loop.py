@@ -281,6 +281,7 @@ def test_data_that_does_not_fit(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"steps": 0}, "steps=0 is out of range"),
+        ({"lr": math.inf}, "lr=inf is out of range\n.*\n.*a finite number, at least 0"),
         ({"batch": 0}, "batch=0"),
         ({"seq": 1}, "seq=1"),
         ({"lr": -1.0}, "lr=-1.0"),

@@ -144,6 +144,25 @@ def test_traffic_that_cannot_be_counted_is_refused_before_anything_is_moved(
     assert report.read_text() == "mine"
 
 
+def test_what_is_known_before_anything_is_compiled_is_said_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moefx.train import routing_story
+
+    monkeypatch.setattr(routing_story, "optimized", lambda *_: pytest.fail("something is compiled"))
+    with pytest.raises(moefx.InputError, match="there is no such router") as caught:
+        tell(tmp_path, router="distiled", data=[tmp_path / "gone.txt"])
+    assert "did you mean 'distilled'?" in str(caught.value.todo)
+    with pytest.raises(moefx.InputError, match="unknown codegen 'indcutor'"):
+        tell(tmp_path, options={"codegen": "indcutor"}, data=[tmp_path / "gone.txt"])
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(moefx.InputError, match="output directory cannot be written"):
+        tell(tmp_path, "file")
+    (tmp_path / "run" / "teacher" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="a checkpoint is damaged"):
+        tell(tmp_path, resume=True)
+
+
 @pytest.mark.parametrize(
     ("content", "why"),
     [

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from moefx.errors import InputError
-from moefx.train import story
+from moefx.errors import InputError, RecipeError
+from moefx.train import checkpoint, story
 from moefx.train.checkpoint import CheckpointError
 from moefx.train.data import TokenDataset, unigram_nats
 from moefx.train.interrupt import TrainingInterrupted
@@ -283,6 +283,30 @@ def test_resume_of_nothing(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no checkpoint to resume from"):
         tell(tmp_path, resume=True, optimize=compiler)
     assert not compiler.calls  # said before the long compilation
+
+
+def test_what_is_known_before_the_compiler_runs_is_said_before(tmp_path: Path) -> None:
+    compiler = FakeCompiler()
+    (tmp_path / "file.txt").write_text("mine")
+    with pytest.raises(InputError, match="output directory cannot be written") as refused:
+        tell(tmp_path / "file.txt", optimize=compiler)
+    assert refused.value.where == str(tmp_path / "file.txt")
+    tell(tmp_path / "run")
+    for arm in ("original", "optimized"):
+        newest = checkpoint.latest(tmp_path / "run" / arm / "checkpoints")
+        (newest / checkpoint.STATE).unlink()
+        with pytest.raises(CheckpointError, match="a checkpoint is damaged") as caught:
+            tell(tmp_path / "run", resume=True, optimize=compiler)
+        assert caught.value.where == str(newest)
+    assert not compiler.calls
+
+
+def test_names_are_looked_up_before_data_is_read(tmp_path: Path) -> None:
+    gone = {"data": [tmp_path / "gone.txt"], "optimize": None}
+    with pytest.raises(InputError, match="unknown codegen 'indcutor'"):
+        tell(tmp_path, options={"codegen": "indcutor"}, **gone)
+    with pytest.raises(RecipeError, match="unknown recipe 'fp8_flwo'"):
+        tell(tmp_path, recipe="fp8_flwo", **gone)
 
 
 def test_data_and_model_must_fit(tmp_path: Path) -> None:

@@ -233,10 +233,11 @@ def test_placement_is_saved_and_loaded(tmp_path: Path) -> None:
     np.testing.assert_array_equal(again.place, found.place)
     np.testing.assert_array_equal(again.home, found.home)
     assert (again.num_places, again.report) == (4, found.report)
-    for text in ("{}", "no json"):
+    for text, why in (("{}", "it lacks 'report'"), ("no json", "Expecting value")):
         (tmp_path / "other.json").write_text(text)
-        with pytest.raises(InputError, match="no placement"):
+        with pytest.raises(InputError, match="no placement") as caught:
             Placement.open(tmp_path / "other.json")
+        assert why in str(caught.value.why)
 
 
 def test_graph_of_coactivation() -> None:

@@ -77,6 +77,7 @@ def affinity(
 ) -> None:
     """Count which experts are chosen together: affinity.npz, for `fold`."""
     model = load_grouter(grouter)
+    _check_k("--k", k, model.num_routed)
     require_folder(out)
     count = _Counting(window, max_tokens, eod_id, out / CHECKPOINTS, checkpoint_every)
     counts = count(model, _tokens(model, data, split), k, "affinity", resume)

@@ -158,6 +158,7 @@ def place(
     """
     check_routing(idx, num_experts)
     check_kmeans(1, seed)
+    _check_places(num_experts, num_places)  # before an earlier result is moved
     origin = {
         "experts": num_experts, "places": num_places, "equal": equal, "clusters": clusters, "max_entropy": max_entropy,
         "seed": seed, "routing": _digest(idx) if checkpoint is not None else "",
@@ -205,11 +206,7 @@ def place_experts(
         int64 [E], the place of each expert.
     """
     samples, experts = phi.shape
-    if num_places < 1 or experts % num_places:
-        raise InputError(
-            f"{experts} experts cannot be placed evenly on {num_places} places",
-            todo=f"choose a divisor of {experts}",
-        )
+    _check_places(experts, num_places)
     used = phi
     if max_entropy is not None:
         bits = -(phi * np.log2(np.where(phi > 0, phi, 1.0))).sum(1)
@@ -237,6 +234,14 @@ def place_experts(
     where = np.empty(experts, dtype=np.int64)
     where[columns] = seats[rows]
     return where
+
+
+def _check_places(experts: int, num_places: int) -> None:
+    if num_places < 1 or experts % num_places:
+        raise InputError(
+            f"{experts} experts cannot be placed evenly on {num_places} places",
+            todo=f"choose a divisor of {experts}",
+        )
 
 
 def place_samples(hits: Ints, *, equal: bool = True) -> Ints:

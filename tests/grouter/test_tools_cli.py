@@ -184,6 +184,7 @@ def test_a_command_that_fails_late_writes_nothing(folder: Path) -> None:
         ("fold --targets 9 --k 2", "8 experts cannot be folded into 9"),
         ("fold --targets 4 --k 2 --method gready", "unknown method of grouping"),
         ("fold --targets 4", "no affinity to fold by"),
+        ("affinity --k 9", "--k 9: top-9 of 8"),
         ("expand --targets 12 --k 9", "--k 9: top-9 of 8 experts before"),
         ("expand --targets 8 --k 2", "8 experts cannot be expanded to 8"),
     ],

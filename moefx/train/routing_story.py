@@ -84,8 +84,8 @@ def run_routing(
     shared, wanted = {"recipe": recipe, **(options or {})}, with_choices(losses, cfg.places)
     check_names(shared)
     if isinstance(router, str) and router != DISTILLED and not Path(router).is_dir():
-        known = nearest(router, ("learned", DISTILLED))
-        raise InputError("there is no such router", where=router, todo=f"name the folder of a Grouter, or: {known}")
+        todo = f"name the folder of a Grouter, or: {nearest(router, ('learned', DISTILLED))}"
+        raise InputError("there is no such router", where=router, todo=todo)
     tokens = data if isinstance(data, TokenDataset) else open_dataset(data)
     target = _target(model, cfg.seed, tokens.vocab_size, wanted)
     tokens.check(seq=cfg.seq, model_vocab=vocab_size_of(target))

@@ -226,6 +226,13 @@ def test_relabelled_experts_compute_the_same() -> None:
     assert np.abs(moe(weights, found.slot[idx]) - moe(weights, idx)).max() > 0.1  # the negative control
 
 
+def test_places_that_do_not_divide_the_experts_leave_what_an_earlier_run_reached(tmp_path: Path) -> None:
+    (tmp_path / "places.npz").write_text("earlier")
+    with pytest.raises(InputError, match="32 experts cannot be placed evenly on 5"):
+        place(topical_routing(0, 2.0, samples=16), 32, 5, checkpoint=tmp_path)
+    assert [f.name for f in tmp_path.iterdir()] == ["places.npz"]
+
+
 def test_placement_is_saved_and_loaded(tmp_path: Path) -> None:
     found = place(topical_routing(0, 2.0, samples=16), 32, 4)
     found.save(tmp_path / "placement.json")

@@ -49,9 +49,13 @@ def train(
     router: Annotated[
         str, typer.Option(help="learned, distilled (docs/grouter.md), or a Grouter's folder.")
     ] = "learned",
-    losses: Annotated[str, typer.Option(help="Losses of routing, and metrics: sp=1e-3,cp,metrics.")] = "",
+    losses: Annotated[
+        str, typer.Option(help="Losses of routing, and metrics: sp=1e-3,cp,metrics. With --router: lb,z unless given.")
+    ] = "",
     codegen: Annotated[str, typer.Option(help="inductor or eager.")] = "inductor",
-    compare: Annotated[str, typer.Option(help="Train the original too: all, none, or a number of steps.")] = "all",
+    compare: Annotated[
+        str | None, typer.Option(help="Train the original too: all (unless given), none, or a number of steps.")
+    ] = None,
     precision_every: Annotated[int, typer.Option(help="Log what casts lose every so many steps; 0: never.")] = 0,
     places: Annotated[int | None, typer.Option(help="With metrics: traffic of experts on N places.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out.")] = False,
@@ -64,17 +68,19 @@ def train(
     --router distilled, a teacher is trained first, and the model is trained with learned routers and routed by a
     Grouter that imitates the teacher's.
     """
-    from rich.console import Console
-
     from .train import story
     from .train.config import TrainConfig
+    from .train.console import LastingConsole
     from .train.interrupt import stoppable
 
+    if router != "learned" and compare is not None:
+        todo = "leave --compare out: with --router the model is compared with itself, by learned routers"
+        raise InputError("--compare is given with --router", todo=todo)
     cfg = TrainConfig(
         steps=steps, batch=batch, seq=seq, grad_accum=grad_accum, lr=lr, seed=seed, dtype=dtype, optim=optim, out=out,
         threads=threads, precision_every=precision_every, places=places,
     )  # fmt: skip
-    console = Console(stderr=True) if as_json else Console()
+    console = LastingConsole(stderr=as_json)
     common: dict[str, Any] = {"model": model, "data": data or (), "cfg": cfg, "recipe": recipe, "resume": resume}
     with stoppable(cfg.out, resume):
         if router != "learned":
@@ -84,6 +90,7 @@ def train(
             result = run_routing(**common, router=router, losses=losses or "lb,z", options=options, console=console)
         else:
             options = {"codegen": codegen, "losses": losses}
+            compare = "all" if compare is None else compare
             result = story.run_training(**common, compare=compare, options=options, console=console)
     if as_json:
         print(json_text(result, default=str))
@@ -102,7 +109,9 @@ def inspect(
     diff: Annotated[tuple[str, str] | None, typer.Option(help="Print what changed between two stages.")] = None,
     routing: Annotated[bool, typer.Option("--routing", help="Measure routing instead: load, entropy, paths.")] = False,
     out: Annotated[Path | None, typer.Option(help="With --routing: draw PNG files and routing.html there.")] = None,
-    batches: Annotated[int, typer.Option(help="With --routing: example inputs to measure.")] = 16,
+    batches: Annotated[
+        int | None, typer.Option(help="With --routing: example inputs to measure; 16 unless given.")
+    ] = None,
     data: Annotated[list[Path] | None, typer.Option(help="With --routing: text files, or one .bin file.")] = None,
     weights: Annotated[Path | None, typer.Option(help="With --routing: .safetensors file, checkpoint or run.")] = None,
     places: Annotated[int | None, typer.Option(help="With --routing: traffic of experts on N places.")] = None,
@@ -116,6 +125,13 @@ def inspect(
     from .models.grouter import Grouter
     from .train.models import load_model
 
+    of_routing = {"out": out, "data": data or None, "weights": weights, "places": places, "batches": batches}
+    of_graphs = {"stage": stage, "diff": diff, "verify": verify or None}
+    if lone := next((n for n, v in (of_graphs if routing else of_routing).items() if v is not None), None):
+        if routing:
+            raise InputError(f"--{lone} is given with --routing", todo="give one of both: --routing shows no graphs")
+        raise InputError(f"--{lone} is given without --routing", todo="add --routing")
+    batches = 16 if batches is None else batches
     if low := next((n for n, v in {"batch": batch, "seq": seq, "batches": batches}.items() if v < 1), None):
         raise InputError(f"--{low} is out of range", todo="choose at least 1")
     grouter = None if router is None else Grouter.from_pretrained(router)
@@ -128,10 +144,6 @@ def inspect(
         )  # fmt: skip
         print(json_text(found) if as_json else said)
         return
-    if lone := next(
-        (n for n, v in {"out": out, "data": data, "weights": weights, "places": places}.items() if v), None
-    ):
-        raise InputError(f"--{lone} is given without --routing", todo="add --routing")
     module = load_model(model, 0).train()
     vocab = int(getattr(getattr(module, "config", None), "vocab_size", 256))
     ids = torch.randint(0, vocab, (batch, seq), generator=torch.Generator().manual_seed(0))

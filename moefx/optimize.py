@@ -26,7 +26,7 @@ from .manager import Pass, PassManager
 from .module import OptimizedModule, Variant
 from .passes import AddLosses, RouteByToken, as_pipeline, observing, with_losses
 from .passes.raise_experts import Block, raised, to_observe
-from .precision.recipe import Recipe
+from .precision.recipe import Recipe, get_recipe
 from .precision_metrics import Meter
 from .program import Assemblies, Program
 from .raising.calls import calls_of
@@ -39,6 +39,13 @@ from .weights import hoist_weight_casts
 
 CODEGENS = ("inductor", "eager")
 GRAPH_LEVEL = ("raise_idioms", "unbind_experts")  # passes that find experts where no module was raised
+
+
+def check_names(recipe: Any = "bf16", codegen: str = "inductor", **_: Any) -> None:
+    """Raise what `optimize` refuses of these two of its keywords; for who builds a model first."""
+    if codegen not in CODEGENS:
+        raise InputError(f"unknown codegen {codegen!r}", todo=nearest(str(codegen), CODEGENS))
+    get_recipe(recipe)
 
 
 @dataclass(frozen=True)
@@ -129,8 +136,7 @@ def optimize(
                 why="compiled graphs are no part of another graph",
                 todo="put its original in its place (`.original`) and optimize the whole, or optimize parts alone",
             )
-    if codegen not in CODEGENS:
-        raise InputError(f"unknown codegen {codegen!r}", todo=nearest(str(codegen), CODEGENS))
+    check_names(recipe, codegen)
     routing, wanted = as_routing(router), as_losses(losses)
     chain, chosen = as_pipeline(passes, recipe, codegen)
     if routing is not None and "route_by_token" not in chain.names:
@@ -291,4 +297,4 @@ def _state(opt: OptimizedModule, assemblies: Assemblies) -> dict[str, torch.Tens
     return {**opt.tensors(), **built}
 
 
-__all__ = ["CODEGENS", "Options", "PassError", "compile_variant", "optimize", "reoptimize"]
+__all__ = ["CODEGENS", "Options", "PassError", "check_names", "compile_variant", "optimize", "reoptimize"]

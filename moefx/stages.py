@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -38,17 +38,20 @@ class Stages:
         row = self.report.stages.setdefault(name, {"seconds": 0.0, "nodes": 0})
         row["seconds"], row["nodes"] = row["seconds"] + time.perf_counter() - begin, nodes[0] or row["nodes"]
         if self.total > 2:
-            print(
-                f"moefx: {self.show}: {name} {row['seconds']:.1f} s, {row['nodes']} nodes ({self.total:.1f} s so far)",
-                file=sys.stderr,
-            )
+            took = f"{row['seconds']:.1f} s, {row['nodes']} nodes ({self.total:.1f} s so far)"
+            _say(f"moefx: {self.show}: {name} {took}")
 
     def backward(self, gm: fx.GraphModule, seconds: float) -> None:
         """Add the compilation of a backward variant, which happens at the first backward."""
         row = self.report.stages.setdefault("codegen backward", {"seconds": 0.0, "nodes": 0})
         row["seconds"], row["nodes"] = row["seconds"] + seconds, len(gm.graph.nodes)
         if seconds > 2:
-            print(f"moefx: {self.show}: codegen backward {seconds:.1f} s", file=sys.stderr)
+            _say(f"moefx: {self.show}: codegen backward {seconds:.1f} s")
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # nobody reads it any more; what is compiled is worth more
+        print(text, file=sys.stderr)
 
 
 def describe(model: nn.Module, leaves: Sequence[torch.Tensor], grad: bool, seconds: float) -> dict[str, Any]:

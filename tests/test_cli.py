@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,9 @@ import pytest
 
 import moefx
 from moefx.precision.recipe import get_recipe
+from moefx.report import Report
+from moefx.stages import Stages
+from moefx.train.console import LastingConsole
 
 from .command import moefx as cli
 
@@ -56,6 +61,11 @@ def test_inspect_prints_the_report_for_people() -> None:
         (("train", "--data", "no_such_text.txt"), "no_such_text.txt"),
         (("train", "--dtype", "fp8"), "fp32"),
         (("train", "--compare", "some"), "all"),
+        (("train", "--router", "distilled", "--compare", "none"), "--compare is given with --router"),
+        (("inspect", "--routing", "--stage", "captured"), "--stage is given with --routing"),
+        (("inspect", "--routing", "--diff", "captured", "dead_code"), "--diff is given with --routing"),
+        (("inspect", "--routing", "--verify"), "--verify is given with --routing"),
+        (("inspect", "--batches", "3"), "--batches is given without --routing"),
     ],
 )
 def test_errors_name_the_culprit_and_exit_with_2(
@@ -128,3 +138,30 @@ def test_routing_that_is_not_finite_is_valid_json(monkeypatch: pytest.MonkeyPatc
         "mean": {"token_entropy": None},
         "load": [[0.5, None]],
     }
+
+
+def test_a_training_outlives_its_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    consoles = list[object]()
+
+    def trains(**given: object) -> dict[str, object]:
+        consoles.append(given["console"])
+        return {}
+
+    monkeypatch.setattr("moefx.train.story.run_training", trains)
+    assert (cli("train").returncode, cli("train", "--json").returncode) == (0, 0)
+    assert [type(c) for c in consoles] == [LastingConsole] * 2
+
+
+def test_compiling_goes_on_when_nobody_reads_how_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    nobody = os.fdopen(write, "w", buffering=1)  # as standard error is
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", nobody)
+        stages = Stages(Report("model", "bf16", "eager"), "model")
+        stages.start -= 60
+        with stages("capture") as done:
+            done(None)
+    assert "capture" in stages.report.stages
+    with contextlib.suppress(OSError):
+        nobody.close()

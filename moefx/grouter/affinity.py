@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,9 @@ class AffinityResult:
     def open(cls, path: str | Path) -> AffinityResult:
         """Read what `save` wrote. Raises InputError for another file."""
         try:
+            with open(path, "rb") as file:
+                if not zipfile.is_zipfile(file):  # numpy would suggest to read it as a pickle
+                    raise ValueError("it is no .npz archive")
             with np.load(path) as found:
                 read = cls(found["pairs"], found["chosen"], int(found["tokens"]), int(found["k"]))
             E = len(read.chosen)

@@ -14,19 +14,23 @@ import typer
 from ..errors import InputError
 from ..files import json_text, replacing
 from ..train.aside import CHECKPOINTS, make_room
+from ..train.interrupt import terminable
+from ..train.metrics import require_folder
 from .affinity import AffinityResult
 from .affinity import affinity as count_affinity
 from .cli_training import register
 from .clusters import SEEDS
-from .expand import STATES
+from .expand import STATES, check_expansion
 from .expand import expand as expand_grouter
 from .fold import fold as fold_grouter
 from .fold import fold_report, require_affinity_of
-from .groups import group_experts
+from .groups import check_grouping, group_experts
 from .place import place as place_routing
 from .precompute import precompute as write_records
-from .records import RoutingRecords, sample_identity
-from .reports import require_folder, share, write_report
+from .records import RoutingRecords, read_header, sample_identity
+from .reports import require_another, share, write_report
+from .session import tell
+from .surgery import require_unfolded
 from .traffic import max_over_mean
 from .windows import routed, sample_windows
 
@@ -73,6 +77,7 @@ def affinity(
 ) -> None:
     """Count which experts are chosen together: affinity.npz, for `fold`."""
     model = load_grouter(grouter)
+    _check_k("--k", k, model.num_routed)
     require_folder(out)
     count = _Counting(window, max_tokens, eod_id, out / CHECKPOINTS, checkpoint_every)
     counts = count(model, _tokens(model, data, split), k, "affinity", resume)
@@ -116,6 +121,7 @@ def fold(
 ) -> None:
     """Fold a Grouter to fewer experts, by affinity."""
     model = load_grouter(grouter)
+    require_another(out, grouter)
     require_folder(out)
     count = _Counting(window, max_tokens, eod_id, out / CHECKPOINTS, checkpoint_every)
     if resume and affinity and target_k is None:
@@ -123,15 +129,20 @@ def fold(
             "there is nothing to resume", why="with --affinity and without --target-k, nothing is counted",
             todo="leave --resume out",
         )  # fmt: skip
-    if not resume:
-        _clear(out, "affinity", "folded")
-    if affinity:
-        counts = sum_affinities(affinity)
-        require_affinity_of(model, counts)
+    known = sum_affinities(affinity) if affinity else None
+    if known is not None:
+        require_affinity_of(model, known)
     elif k is None:
         raise InputError("no affinity to fold by", todo="give --affinity, or the router's --k to count it from --data")
     else:
-        counts = count(model, _tokens(model, data, split), k, "affinity", resume)
+        _check_k("--k", k, model.num_routed)
+    require_unfolded(model)
+    check_grouping(len(model.score.weight), targets, method)
+    if target_k is not None:
+        _check_k("--target-k", target_k, targets)
+    if not resume:
+        _clear(out, "affinity", "folded")
+    counts = known if known is not None else count(model, _tokens(model, data, split), k or 0, "affinity", resume)
     groups = group_experts(counts, targets, method=method)
     folded = fold_grouter(model, groups, reduce=reduce)
     report = fold_report(counts, groups)
@@ -171,8 +182,11 @@ def expand(
 ) -> None:
     """Expand a Grouter to more experts, aimed at tokens that none claims; tune it afterwards."""
     model = load_grouter(grouter)
+    require_another(out, grouter)
     require_folder(out)
     tokens = _tokens(model, data, split)
+    check_expansion(model, targets)
+    _check_k("--k", k, model.num_routed, " before, at which the load is measured as well")
     if not resume:
         _clear(out, STATES, "before", "after")
     larger = expand_grouter(
@@ -216,7 +230,7 @@ def precompute(
     """Route a data set once and store ids and gates; run again after an interruption, it goes on."""
     model = load_grouter(grouter)
     tokens = _tokens(model, data, split)
-    with _progress() as progress:
+    with _kept(out), _progress() as progress:
         records = write_records(
             model, tokens, k, out, window=window, batch=batch, scale=scale, normalise=normalise, gates=gates,
             eod_id=eod_id, progress=progress,
@@ -313,6 +327,25 @@ class _Counting(NamedTuple):
     def begun(self, label: str) -> bool:
         """Whether an interrupted command had come to this count."""
         return (self.folder / f"{label}.npz").is_file()
+
+
+def _check_k(option: str, k: int, experts: int, of: str = "") -> None:
+    """Before anything is counted, or moved."""
+    if not 1 <= k <= experts:
+        raise InputError(f"{option} {k}: top-{k} of {experts} experts{of}", todo=f"choose one from 1 to {experts}")
+
+
+@contextlib.contextmanager
+def _kept(out: Path) -> Iterator[None]:
+    """Signals end the command with 130, saying which records are kept; what has begun goes on without an option."""
+    try:
+        with terminable():
+            yield
+    except KeyboardInterrupt:
+        header = read_header(out)
+        done = header.windows if header else 0
+        tell(f"precompute: interrupted; {out} keeps {done} windows; run the same again to go on")
+        raise SystemExit(130) from None
 
 
 def _clear(out: Path, *labels: str) -> None:

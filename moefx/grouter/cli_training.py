@@ -16,10 +16,11 @@ from ..routing import vocab_size_of, vocabulary_of
 from ..train.aside import CHECKPOINTS
 from ..train.config import SEEDS
 from ..train.identity import digest_of
+from ..train.metrics import require_folder
 from .check import assert_causal
 from .distill import DistillReport
 from .distill import distill as run_distill
-from .reports import require_folder
+from .reports import require_another
 from .sources import load_data, load_teacher
 from .tap import tap
 from .tune import TuneReport
@@ -128,6 +129,7 @@ def tune(
 ) -> None:
     """Balance a Grouter's load on the target's data."""
     student = Grouter.from_pretrained(grouter)
+    require_another(out, grouter)
     require_folder(out)
     tokens = load_data(data or [], student.config.vocab_size, seq)
     found = run_tune(

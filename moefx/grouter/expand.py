@@ -66,10 +66,9 @@ def expand(
             too alike for so many new experts.
         MissingPackageError: scikit-learn is not installed.
     """
-    require_unfolded(grouter)
+    check_expansion(grouter, num_targets)
     _check_options(quantile, iterations, seed)
     old = grouter.score.weight.detach()
-    require_room(old.double().cpu().numpy(), num_targets - len(old))
     sample = sample_windows(tokens, window, max_tokens)
     origin = sample_identity(grouter, sample, eod_id) if checkpoint is not None else {}
     partial = Partial(STATES, checkpoint, checkpoint_every, origin)
@@ -82,6 +81,13 @@ def expand(
     weight = torch.cat([old, torch.from_numpy(rows).to(old.device, old.dtype)])
     bias = grouter.selection_bias
     return with_score(grouter, weight, torch.cat([bias, bias.new_zeros(len(rows))]))
+
+
+def check_expansion(grouter: Grouter, num_targets: int) -> None:
+    """Raise InputError unless the Grouter can get so many experts."""
+    require_unfolded(grouter)
+    old = grouter.score.weight.detach().double().cpu().numpy()
+    require_room(old, num_targets - len(old))
 
 
 def hidden_states(

@@ -47,14 +47,7 @@ def group_experts(
     """
     matrix = affinity_matrix(P)
     experts = len(matrix)
-    if not 1 <= num_targets <= experts:
-        raise InputError(
-            f"{experts} experts cannot be folded into {num_targets}",
-            why="folding merges experts, so there are 1 to as many targets as experts",
-            todo="use expand to get more experts" if num_targets > experts else "ask for at least one expert",
-        )
-    if method not in METHODS:
-        raise InputError(f"unknown method of grouping {method!r}", todo=nearest(method, METHODS))
+    check_grouping(experts, num_targets, method)
     if method in ("refined", "greedy") and experts > 1 and not matrix.any():
         raise InputError(
             "no two experts are ever chosen together",
@@ -73,6 +66,18 @@ def group_experts(
     greedy = _greedy(matrix, sizes, np.arange(experts))
     candidates = [greedy, *(_exchange(matrix, start) for start in _starts(matrix, sizes, rng))]
     return max(candidates, key=lambda groups: retained(matrix, groups))  # the first of equals
+
+
+def check_grouping(experts: int, num_targets: int, method: str) -> None:
+    """Raise InputError unless so many experts can be grouped so."""
+    if not 1 <= num_targets <= experts:
+        raise InputError(
+            f"{experts} experts cannot be folded into {num_targets}",
+            why="folding merges experts, so there are 1 to as many targets as experts",
+            todo="use expand to get more experts" if num_targets > experts else "ask for at least one expert",
+        )
+    if method not in METHODS:
+        raise InputError(f"unknown method of grouping {method!r}", todo=nearest(method, METHODS))
 
 
 def retained(P: AffinityResult | npt.NDArray[Any] | Tensor, groups: Sequence[Sequence[int]]) -> float:

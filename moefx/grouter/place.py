@@ -88,7 +88,9 @@ class Placement:
         return relabel(self.place)
 
     def samples_of(self, n: int) -> Ints:
-        """The samples of place n, in the order of the data."""
+        """The samples of place n, in the order of the data. Raises InputError where there is no such place."""
+        if not 0 <= n < self.num_places:
+            raise InputError(f"there is no place {n}", todo=f"choose one from 0 to {self.num_places - 1}")
         return np.flatnonzero(self.home == n)
 
     def save(self, path: str | Path) -> None:
@@ -116,7 +118,7 @@ class Placement:
             raise InputError(
                 "no placement can be read from this file",
                 where=str(path),
-                why=str(error),
+                why=f"it lacks {error}" if isinstance(error, KeyError) else str(error),
                 todo="name the placement.json that moefx grouter place wrote",
             ) from error
 
@@ -156,6 +158,7 @@ def place(
     """
     check_routing(idx, num_experts)
     check_kmeans(1, seed)
+    _check_places(num_experts, num_places)  # before an earlier result is moved
     origin = {
         "experts": num_experts, "places": num_places, "equal": equal, "clusters": clusters, "max_entropy": max_entropy,
         "seed": seed, "routing": _digest(idx) if checkpoint is not None else "",
@@ -203,11 +206,7 @@ def place_experts(
         int64 [E], the place of each expert.
     """
     samples, experts = phi.shape
-    if num_places < 1 or experts % num_places:
-        raise InputError(
-            f"{experts} experts cannot be placed evenly on {num_places} places",
-            todo=f"choose a divisor of {experts}",
-        )
+    _check_places(experts, num_places)
     used = phi
     if max_entropy is not None:
         bits = -(phi * np.log2(np.where(phi > 0, phi, 1.0))).sum(1)
@@ -235,6 +234,14 @@ def place_experts(
     where = np.empty(experts, dtype=np.int64)
     where[columns] = seats[rows]
     return where
+
+
+def _check_places(experts: int, num_places: int) -> None:
+    if num_places < 1 or experts % num_places:
+        raise InputError(
+            f"{experts} experts cannot be placed evenly on {num_places} places",
+            todo=f"choose a divisor of {experts}",
+        )
 
 
 def place_samples(hits: Ints, *, equal: bool = True) -> Ints:

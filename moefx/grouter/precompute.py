@@ -23,6 +23,7 @@ from .records import (
     DIGEST,
     GATES,
     HEADER,
+    NORMALISE,
     Header,
     RoutingRecords,
     digests,
@@ -128,6 +129,8 @@ def _header(
     experts = len(grouter.selection_bias)
     if gates not in GATES:
         raise InputError(f"unknown format of gates {gates!r}", todo=nearest(gates, GATES))
+    if normalise not in NORMALISE:
+        raise InputError(f"unknown normalise={normalise!r}", todo=nearest(str(normalise), NORMALISE))
     try:  # numpy's numbers are no JSON
         k, scale = operator.index(k), float(scale)
         eod_id = None if eod_id is None else operator.index(eod_id)
@@ -139,6 +142,9 @@ def _header(
         ) from error
     if not math.isfinite(scale):
         raise InputError(f"scale={scale} is not finite", todo="choose what the gates of a token add up to, such as 1")
+    if scale <= 0:
+        todo = "choose what the gates of a token add up to, such as 1"
+        raise InputError(f"scale={scale:g} is not positive", todo=todo)
     check_eod(grouter, eod_id)
     if not 1 <= k <= experts:
         raise InputError(f"top-{k} of {experts} experts", todo=f"choose k from 1 to {experts}")

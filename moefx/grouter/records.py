@@ -34,6 +34,7 @@ FORMAT = 1
 HEADER = "header.json"
 DIGEST = 8  # bytes
 GATES = {"bf16": "bfloat16", "fp32": "float32"}
+NORMALISE = ("softmax", "sigmoid")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,7 +235,7 @@ def _impossible(header: Header) -> list[str]:
         "num_experts": known,
         "k": count(h.k, 1) and known and h.k <= h.num_experts,
         "scale": type(h.scale) in (int, float) and math.isfinite(h.scale),
-        "normalise": h.normalise in ("softmax", "sigmoid"),
+        "normalise": h.normalise in NORMALISE,
         "window": count(h.window, 1),
         "grouter": isinstance(h.grouter, str),
         "eod_id": h.eod_id is None or type(h.eod_id) is int,

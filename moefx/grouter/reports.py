@@ -6,17 +6,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..errors import InputError
 from ..files import replacing
-from ..train.metrics import unwritable
 from ..train.story import write_json
 
 
-def require_folder(out: Path) -> None:
-    """Make the folder for results. Called before the work, which would be lost. Raises InputError when it cannot be."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unwritable(out, error) from error
+def require_another(out: Path, grouter: Path) -> None:
+    """Raise InputError where the Grouter that is made would take the place of the one that it is made from."""
+    if out.resolve() == grouter.resolve():
+        raise InputError(
+            "the new Grouter would overwrite the one that it is made from",
+            where=str(out),
+            why="--out names the same folder",
+            todo="choose another --out; to begin again, or to make it otherwise, the old one is needed",
+        )
 
 
 def write_report(

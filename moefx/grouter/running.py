@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -74,8 +75,10 @@ def max_violation(load: Tensor) -> Tensor:
 
 
 def check_figures(**figures: tuple[float, float]) -> None:
-    """Raise InputError for a number below its least value."""
+    """Raise InputError for a number below its least value, or for none."""
     for name, (given, least) in figures.items():
+        if math.isnan(given):
+            raise InputError(f"{name}={given} is no number", todo=f"choose a finite number, {name} >= {least:g}")
         if not given >= least:
             raise InputError(f"{name}={given} is below {least:g}", todo=f"choose {name} >= {least:g}")
 

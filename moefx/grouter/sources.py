@@ -11,11 +11,10 @@ from torch import nn
 
 from ..errors import InputError, first_line
 from ..packages import optional
-from ..train.aside import CHECKPOINTS
+from ..train.aside import CHECKPOINTS, OPTIMIZED
 from ..train.checkpoint import MANIFEST, MODEL, latest, safetensors, safetensors_error
 from ..train.data import BYTES, TAIL, TokenDataset, open_dataset
 from ..train.models import load_model
-from ..train.story import OPTIMIZED
 
 
 def load_teacher(folder: str | Path, model: str = "default") -> nn.Module:

@@ -124,7 +124,8 @@ def tune(
             that placement lives on), "global" the batch as a whole.
         anchor: weight of KL(router before || router now) beside the balance loss.
         method: "score", or "bias": `selection_bias` -= lr * sign(load - 1/E), which leaves all logits and the gates of
-            chosen experts as they are; lr does not decay, and objective, anchor, clip and weight_decay do not apply.
+            chosen experts as they are; lr does not decay, objective, clip and weight_decay do not apply, and an anchor
+            is an error.
         eval_batches: what the report measures on, before and after; None for the first 8 batches of the data.
         checkpoint, checkpoint_every, resume, identity: as `distill` has them. A checkpoint holds what is tuned, not the
             Grouter: give the same, untuned Grouter to resume, which is checked.
@@ -144,6 +145,11 @@ def tune(
             raise InputError(f"unknown {name}={given!r}", todo=nearest(str(given), known))
     check_saving(checkpoint, checkpoint_every, resume)
     check_figures(steps=(steps, 0), lr=(lr, 0), weight_decay=(weight_decay, 0), anchor=(anchor, 0), clip=(clip, 1e-12))
+    if anchor and method == "bias":
+        raise InputError(
+            f"anchor={anchor:g} is given for method='bias'", why="a bias leaves all logits as they are",
+            todo="leave it out, or tune the score layer",
+        )  # fmt: skip
     if not 1 <= k <= grouter.num_routed:
         raise InputError(f"top-{k} of {grouter.num_routed} experts", todo="choose another k")
     settings = {

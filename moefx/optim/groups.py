@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 from ..errors import InputError, nearest
 from .heads import KINDS, splits_of
 from .roles import LITE_ROLES, ROLES, roles_of
+from .split import check_split
 
 ALGORITHMS = ("muon", "soap", "adamw")
 MATRIX_ROLES = frozenset({"router", "expert", "attention", "mlp"})
@@ -61,7 +63,7 @@ def param_groups(
 
     Raises:
         InputError: nothing to train, parameters that have no shape yet, one that is shared by two roles, an unknown
-            algorithm, role or path; a split that nothing fits.
+            algorithm, role or path; a split that nothing fits, or that does not fit its parameter.
     """
     _check("algorithm", algorithm, ALGORITHMS)
     if weight_decay is not None and not (math.isfinite(weight_decay) and weight_decay >= 0):
@@ -80,6 +82,8 @@ def param_groups(
         raise InputError("parameters have no shape yet", lazy[0], todo="run the model once, then group its parameters")
     roles = _resolved(module, dict(overrides or {}))
     splits = _splits(module, split, algorithm, {n for n, p in trained.items() if roles[id(p)] in MATRIX_ROLES})
+    for name, sizes in splits.items():
+        _require_fit(trained[name], name, sizes)
     groups = []
     for role in ROLES:
         here = [n for n, p in trained.items() if roles[id(p)] == role]
@@ -134,6 +138,16 @@ def _splits(
             todo = _nearest_path(name, matrices)
             raise InputError(f"split names {name!r}, which is no matrix that {algorithm} updates", todo=todo)
     return {n: blocks if isinstance(blocks, int) else tuple(blocks) for n, blocks in split.items()}
+
+
+def _require_fit(p: nn.Parameter, name: str, sizes: int | tuple[int, ...]) -> None:
+    """Raise InputError for blocks of neither dimension: the optimizer's layout says which has the output features."""
+    try:
+        check_split(p, name, sizes, "out_in")
+    except InputError:
+        with suppress(InputError):
+            return check_split(p, name, sizes, "in_out")
+        raise
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:

@@ -12,6 +12,9 @@ from .metrics import FILE, unwritable
 
 CHECKPOINTS = "checkpoints"
 RESULTS = (CHECKPOINTS, FILE, "tensorboard")  # of one training
+OPTIMIZED, ORIGINAL = "optimized", "original"
+TEACHER, LEARNED, ROUTED, GROUTER = "teacher", "learned", "routed", "grouter"
+REPORT = "report.json"
 
 
 def set_aside(out: Path, names: Sequence[str] = RESULTS) -> Path | None:
@@ -44,6 +47,20 @@ def make_room(out: Path, console: Console, names: Sequence[str] = RESULTS) -> No
     """`set_aside`, saying where things went."""
     if moved := set_aside(out, names):
         say(console, f"results of an earlier run were moved to {moved}")
+
+
+def make_room_for_run(out: Path, console: Console, router: Path | None = None) -> None:
+    """`make_room` of all that a `moefx train` leaves, with `--router` or without: one may follow the other in a folder.
+
+    Not before the run can start: what lies there is worth more than a mistyped option. And all of it: otherwise a later
+    resume would take a finished run of another model for this one's.
+
+    Args:
+        router: the Grouter that the run uses; where it lies in the folder, it stays.
+    """
+    trained = [f"{arm}/{part}" for arm in (OPTIMIZED, ORIGINAL, TEACHER, LEARNED, ROUTED) for part in RESULTS]
+    used = router is not None and router.resolve().is_relative_to((out / GROUTER).resolve())
+    make_room(out, console, [*trained, *([] if used else [GROUTER]), REPORT])
 
 
 def say(console: Console, text: str) -> None:

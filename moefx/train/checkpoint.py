@@ -34,6 +34,7 @@ MODEL, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
 IDENTITY = ("model", "recipe", "losses", "router", "passes", "identity")  # see `compare`
 _SHOWN = 8  # differences; another kind of model has dozens
 _PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes))  # exactly: numpy's float64 is a float, too
+_KINDS = {"step": int, "fingerprint": dict, "files": dict, "tensors": dict, "aliases": dict}  # of a manifest
 _NAME = re.compile(r"step-(\d{8,})(\.old)?")
 
 
@@ -148,6 +149,11 @@ def latest(directory: Path) -> Path:
     return found[-1]
 
 
+def check(path: Path) -> None:
+    """Raise CheckpointError where the checkpoint is missing or damaged, as `load` does; reads all of it, for hashes."""
+    _verify_files(path, _read_manifest(path))
+
+
 def load(path: Path, *, model: nn.Module, optimizer: Optimizer, fingerprint: Mapping[str, Any]) -> Restored:
     """Restore weights, optimizer and the random states of the process from one checkpoint directory.
 
@@ -229,9 +235,16 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             "a checkpoint has another format", where=str(path), why=f"format {found!r}, expected {FORMAT}", todo=todo
         )
-    absent = {"step", "fingerprint", "files", "tensors", "aliases"} - set(manifest)
+    absent = set(_KINDS) - set(manifest)
     if absent:
         raise _damaged(path, f"{MANIFEST} lacks {', '.join(sorted(absent))}")
+    for name, kind in _KINDS.items():
+        if type(manifest[name]) is not kind:
+            why = f"{name} is a {type(manifest[name]).__name__}, not a {kind.__name__}"
+            raise _damaged(path, f"{MANIFEST}: {why}")
+    unknown = [a for a, n in manifest["aliases"].items() if not isinstance(n, str) or n not in manifest["tensors"]]
+    if unknown:
+        raise _damaged(path, f"{MANIFEST}: {unknown[0]} is tied to no tensor")
     return manifest
 
 

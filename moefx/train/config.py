@@ -88,9 +88,8 @@ class TrainConfig:
         for name, bound in least.items():
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= bound):
-                raise InputError(
-                    f"{name}={value!r} is out of range", where="TrainConfig", todo=f"choose at least {bound}"
-                )
+                todo = f"choose a finite number, at least {bound}"
+                raise InputError(f"{name}={value!r} is out of range", where="TrainConfig", todo=todo)
         if self.seed >= SEEDS:
             raise InputError(f"seed={self.seed} is out of range", where="TrainConfig", todo="choose one below 2**63")
         for name in ("threads", "places"):

@@ -78,10 +78,9 @@ def stoppable(out: Path, resume: bool) -> Iterator[None]:
         resume: whether the command goes on with what lies there; otherwise that is an earlier run's, and not counted.
     """
     before = {} if resume else _kept(out)
-    main = threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGTERM, _interrupt) if main else None
     try:
-        yield
+        with terminable():
+            yield
     except (KeyboardInterrupt, TrainingInterrupted):
         names = [name for name, written in _kept(out).items() if before.get(name) != written]
         told = (
@@ -91,6 +90,15 @@ def stoppable(out: Path, resume: bool) -> Iterator[None]:
         )
         sys.stderr.write(f"\nmoefx: interrupted; {told}\n")
         raise SystemExit(130) from None
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Context in which SIGTERM raises KeyboardInterrupt, as Ctrl-C does; in other threads it does what it did."""
+    main = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, _interrupt) if main else None
+    try:
+        yield
     finally:
         if main:
             signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)

@@ -25,6 +25,7 @@ from ..view.routing_numbers import RoutingSum, scalars
 from . import checkpoint
 from .aside import CHECKPOINTS, make_room, say
 from .config import TrainConfig, learning_rate
+from .console import LastingConsole
 from .data import TokenDataset
 from .interrupt import StopRequest, TrainingInterrupted
 from .metrics import Metrics
@@ -110,11 +111,8 @@ def train(
         DivergedError: loss or gradient is not finite.
         TrainingInterrupted: after SIGINT or SIGTERM; a checkpoint was saved (exit code 130).
     """
-    console = console or Console()
-    data.check(seq=cfg.seq, model_vocab=None)
-    check_measurable(model, cfg)
-    checkpoint.safetensors()  # missing, it would be noticed at the first checkpoint, after work that is then lost
-    check_places(model, data, cfg)
+    console = console or LastingConsole()
+    check_start(model, data, cfg)
     run = _Run(model, data, cfg, (make_optimizer or default_optimizer)(model, cfg), identity or {})
     with ExitStack() as stack:
         stack.enter_context(cpu_threads(cfg.threads))
@@ -138,6 +136,14 @@ def train(
             saved = checkpoint.checkpoints(run.directory)
             raise _interrupted(run, display, saved[-1] if saved else None) from None
     return run.result()
+
+
+def check_start(model: nn.Module, data: TokenDataset, cfg: TrainConfig) -> None:
+    """Raise what `train` refuses of these three; for who gives something up before it is called."""
+    data.check(seq=cfg.seq, model_vocab=None)
+    check_measurable(model, cfg)
+    checkpoint.safetensors()  # missing, it would be noticed at the first checkpoint, after work that is then lost
+    check_places(model, data, cfg)
 
 
 def _loop(run: _Run, end: int, metrics: Metrics, display: Display, stop: StopRequest, on_step: OnStep | None) -> None:

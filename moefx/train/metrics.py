@@ -112,6 +112,14 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     return records
 
 
+def require_folder(out: Path) -> None:
+    """Make the folder for results. Called before the work, which would be lost. Raises InputError when it cannot be."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(out, error) from error
+
+
 def unwritable(directory: Path, error: OSError) -> InputError:
     """The error for a run's directory that the system does not let us write."""
     why, todo = error.strerror or str(error), "choose another output directory"

@@ -15,24 +15,27 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from ..errors import InputError, first_line, nearest
 from ..files import json_text
-from ..losses import Item
+from ..losses import Item, LoadBalance
 from ..routing import Routing, fit_vocabulary, vocab_size_of, vocabulary_of
-from .aside import CHECKPOINTS, RESULTS, make_room, say
-from .checkpoint import checkpoints, compare
+from .aside import CHECKPOINTS, GROUTER, LEARNED, REPORT, ROUTED, TEACHER, make_room_for_run, say
+from .checkpoint import checkpoints, compare, latest
 from .config import TrainConfig
+from .console import LastingConsole
 from .data import TokenDataset, open_dataset
 from .identity import identity
-from .loop import TrainResult, train
+from .loop import TrainResult, check_start, train
+from .metrics import require_folder
 from .models import leave_balance_out, load_model
 from .routing import closing_rows, with_choices
-from .story import REPORT, baseline, optimized, write_json
+from .story import baseline, check_names, check_newest, optimized, write_json
 
-TEACHER, GROUTER, ROUTED, LEARNED = "teacher", "grouter", "routed", "learned"
 DISTILLED = "distilled"
 UNROUTED = (
     "of the routed model no layer's own router is used, and the Grouter is frozen, so that they have none to train"
 )
+_SHOWN = {"distill": ("k", "kl", "exact"), "tune": ("maxvio_before", "maxvio_after")}  # in the closing table
 TEACHER_SEED, DISTILL_SEED, TUNE_SEED = 1, 2, 3  # added to the run's: none sees the targets' batches in their order
 
 
@@ -60,8 +63,9 @@ def run_routing(
         router: "distilled": a teacher is trained first (other weights, other order of data), and a causal Grouter
             distilled from its first MoE layer and tuned. Or the folder of a Grouter, or a `moefx.Routing` around one
             (with `causal=False` for one that sees later tokens: validation then reports prefix-only routing, too).
-        losses: short names of `moefx.losses`, for the teacher and the target with learned routers; the routed target
-            gets those of them that need no router of a layer.
+        losses: short names of `moefx.losses`, for the teacher and the target with learned routers, whose own balance
+            loss (`output_router_logits`) "lb" switches off; the routed target has none, and gets those of them that
+            need no router of a layer.
         distill_steps: None for as many as `cfg.steps`; a fifth as many for tuning.
         resume: go on with what was interrupted; model, recipe, losses and settings must be its own. Otherwise earlier
             results are moved to `previous-N` once the first model is compiled.
@@ -74,11 +78,19 @@ def run_routing(
     Raises:
         MoefxError, TrainingInterrupted: as `run_training`.
     """
-    cfg, console = cfg or TrainConfig(), console or Console()
-    tokens = data if isinstance(data, TokenDataset) else open_dataset(data)
-    target = _target(model, cfg.seed, tokens.vocab_size)
-    tokens.check(seq=cfg.seq, model_vocab=vocab_size_of(target))
+    cfg, console = cfg or TrainConfig(), console or LastingConsole()
+    if resume:
+        _require_begun(cfg.out, router)
     shared, wanted = {"recipe": recipe, **(options or {})}, with_choices(losses, cfg.places)
+    check_names(shared)
+    if isinstance(router, str) and router != DISTILLED and not Path(router).is_dir():
+        todo = f"name the folder of a Grouter, or: {nearest(router, ('learned', DISTILLED))}"
+        raise InputError("there is no such router", where=router, todo=todo)
+    tokens = data if isinstance(data, TokenDataset) else open_dataset(data)
+    target = _target(model, cfg.seed, tokens.vocab_size, wanted)
+    tokens.check(seq=cfg.seq, model_vocab=vocab_size_of(target))
+    require_folder(cfg.out)
+    targets = {LEARNED: target, ROUTED: _routed(target)}
     left = {item.name: UNROUTED for item in wanted if item.needs_router}
     if left:
         say(console, f"{ROUTED}: without the losses {', '.join(left)}: {UNROUTED}")
@@ -96,13 +108,17 @@ def run_routing(
         ROUTED: {**shared, "router": grouter, "losses": _unrouted(wanted)},
     }
     # Both before either is trained: a Grouter that does not fit the model is no news for after the learned arm.
-    arms = {arm: optimized(copy.deepcopy(target), tokens, cfg, None, given) for arm, given in asked.items()}
-    if router != DISTILLED and not resume:
-        _make_room(cfg.out, console, [])  # the Grouter that is there may be the one that was named
+    arms = {arm: optimized(copy.deepcopy(targets[arm]), tokens, cfg, None, given) for arm, given in asked.items()}
+    if router != DISTILLED:
+        for opt in arms.values():
+            check_start(opt, tokens, cfg)
+        if not resume:
+            # A Grouter that was loaded already may be the one in this folder.
+            make_room_for_run(cfg.out, console, Path(router) if isinstance(router, str) else cfg.out / GROUTER)
     results, reports = {}, {}
     for arm, given in asked.items():
         opt = arms.pop(arm)  # its weights are freed when it is trained
-        known = identity(target, model if isinstance(model, str) else None, given)
+        known = identity(targets[arm], model if isinstance(model, str) else None, given)
         results[arm] = _train(opt, tokens, cfg, arm, resume, console, known)
         reports[arm] = opt.report.to_dict()
     content = {
@@ -174,18 +190,19 @@ def _distilled(
     origin = {**known, **cfg.identity(), "data": tokens.fingerprint, "distill_steps": steps}
     if resume and (folder / "config.json").exists():
         made = _read(folder)
-        stored = made.get("distill", {}).get("settings", {}).get("identity")
+        stored = made["distill"]["settings"].get("identity") if made else None
         # A report has null for an infinite option, and those of earlier versions had Infinity.
         was, now = ({"identity": json.loads(json_text(side))} for side in (stored, origin))
         if not compare(folder, {} if stored is None else was, now):
             say(console, f"{folder} does not say how it was made (an earlier version of moefx wrote it); it is used")
         return Grouter.from_pretrained(folder), made
-    teacher = _target(model, seed, tokens.vocab_size)
+    teacher = _target(model, seed, tokens.vocab_size, losses)
     own = replace(cfg, seed=seed)
     trained = optimized(teacher, tokens, own, None, {**shared, "losses": losses})
     _try_routing(teacher, target, tokens, cfg, losses, shared)
+    check_start(trained, tokens, own)
     if not resume:
-        _make_room(cfg.out, console, [GROUTER])
+        make_room_for_run(cfg.out, console)
     _train(trained, tokens, own, TEACHER, resume, console, known)
 
     def batches(seed: int, first: int) -> Iterator[torch.Tensor]:
@@ -228,7 +245,7 @@ def _try_routing(
     ids = next(tokens.batches("train", cfg.batch, cfg.seq, cfg.seed))
     grouter = _network(target, vocabulary_of(target) or tokens.vocab_size, tap(teacher, ids)(ids).shape[-1])
     given = {**shared, "codegen": "eager", "router": grouter, "losses": _unrouted(losses)}
-    optimized(copy.deepcopy(target), tokens, cfg, None, given)
+    optimized(_routed(target), tokens, cfg, None, given)
 
 
 def _network(target: nn.Module, vocab_size: int, experts: int) -> Any:
@@ -244,8 +261,27 @@ def _network(target: nn.Module, vocab_size: int, experts: int) -> Any:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    found = {name: folder / name / "report.json" for name in ("distill", "tune")}
-    return {n: json.loads(p.read_text(encoding="utf-8")) for n, p in found.items()} if found["tune"].exists() else {}
+    """The reports of a finished Grouter, by what was done; empty where an earlier version of moefx wrote none."""
+    if not (folder / "tune" / "report.json").exists():
+        return {}
+    return {name: _report(folder / name / "report.json", figures) for name, figures in _SHOWN.items()}
+
+
+def _report(file: Path, figures: Sequence[str]) -> dict[str, Any]:
+    """Raises InputError where it is none, or lacks what the closing table shows."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        wrong = [name for name in figures if not isinstance(found[name], int | float | None)]
+        settings = found["settings"]
+        if wrong or not isinstance(settings, dict) or not isinstance(settings.get("identity", {}), dict):
+            raise ValueError(f"{(*wrong, 'settings')[0]} is not what moefx writes")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            "the report of a finished Grouter cannot be read", where=str(file),
+            why=f"it lacks {error}" if isinstance(error, KeyError) else first_line(error),
+            todo=f"delete {file.parents[1]}, and resume to distil again from the teacher",
+        ) from error  # fmt: skip
+    return dict(found)
 
 
 def _train(
@@ -256,17 +292,31 @@ def _train(
     return train(opt, tokens, own, resume=begun, label=arm, identity=known, console=console)
 
 
-def _make_room(out: Path, console: Console, more: list[str]) -> None:
-    """Not before the run can start: what lies there is worth more than a mistyped option."""
-    trained = [f"{arm}/{part}" for arm in (TEACHER, LEARNED, ROUTED) for part in RESULTS]
-    make_room(out, console, [*trained, *more, REPORT])
+def _require_begun(out: Path, router: str | Routing) -> None:
+    """Raise CheckpointError where nothing lies that resuming could go on from, or what does is damaged."""
+    arms = (TEACHER, GROUTER, LEARNED, ROUTED) if router == DISTILLED else (LEARNED, ROUTED)
+    finished = router == DISTILLED and (out / GROUTER / "config.json").exists()
+    if not finished and not any(checkpoints(out / arm / CHECKPOINTS) for arm in arms):
+        latest(out / arms[0] / CHECKPOINTS)
+    check_newest(out / arm for arm in arms)
 
 
-def _target(model: str | nn.Module, seed: int, vocab_size: int) -> nn.Module:
-    """The model in train mode, a copy of a given one; it leaves the losses of its routers to `moefx.losses`."""
+def _target(model: str | nn.Module, seed: int, vocab_size: int, losses: Sequence[Item]) -> nn.Module:
+    """The model in train mode, a copy of a given one; with "lb" it leaves the balance of its routers to `moefx.losses`.
+
+    Without, it keeps a balance loss of its own, as in a plain `moefx train`: nothing else would balance it.
+    """
     built = load_model(model, seed, vocab_size) if isinstance(model, str) else copy.deepcopy(model).train()
-    leave_balance_out(built)
+    if any(isinstance(item, LoadBalance) for item in losses):
+        leave_balance_out(built)
     return built
+
+
+def _routed(target: nn.Module) -> nn.Module:
+    """A copy of the target for the Grouter: without a balance loss, which would be of routers that it does not use."""
+    copied = copy.deepcopy(target)
+    leave_balance_out(copied)
+    return copied
 
 
 def _unrouted(losses: Sequence[Item]) -> list[Item]:

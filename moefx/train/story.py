@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,17 @@ from ..errors import InputError
 from ..files import json_text, replacing
 from ..losses import LoadBalance
 from ..routing import vocab_size_of
-from .aside import CHECKPOINTS, RESULTS, make_room, say
-from .checkpoint import checkpoints, latest
+from .aside import CHECKPOINTS, OPTIMIZED, ORIGINAL, REPORT, make_room_for_run, say
+from .checkpoint import check, checkpoints, latest
 from .config import TrainConfig
+from .console import LastingConsole
 from .data import TokenDataset, open_dataset, unigram_nats
 from .identity import added_losses, identity
-from .loop import TrainResult, train
+from .loop import TrainResult, check_start, train
+from .metrics import require_folder
 from .models import leave_balance_out, load_model
 from .parts import autocast, device_of, val_batches
 from .routing import closing_rows, with_choices
-
-OPTIMIZED, ORIGINAL = "optimized", "original"
-REPORT = "report.json"
 
 Optimize = Callable[..., Any]
 
@@ -66,30 +65,33 @@ def run_training(
         MoefxError: whatever is wrong with the model, the data, a checkpoint or the compilation.
         TrainingInterrupted: after SIGINT or SIGTERM, with everything saved that resuming needs.
     """
-    cfg, console = cfg or TrainConfig(), console or Console()
-    steps = compared_steps(compare, cfg.steps)
+    cfg, console = cfg or TrainConfig(), console or LastingConsole()
+    steps, given = compared_steps(compare, cfg.steps), {"recipe": recipe, **(options or {})}
+    if optimize is None:
+        check_names(given)
     tokens = data if isinstance(data, TokenDataset) else open_dataset(data)
     original = load_model(model, cfg.seed, tokens.vocab_size) if isinstance(model, str) else copy.deepcopy(model)
     original.train()
     tokens.check(seq=cfg.seq, model_vocab=vocab_size_of(original))
-    given = {"recipe": recipe, **(options or {})}
     if cfg.places is not None:
         given["losses"] = with_choices(given.get("losses"), cfg.places)
     added = [item.name for item in added_losses(given)]
     outs = {name: replace(cfg, out=cfg.out / name) for name in (OPTIMIZED, ORIGINAL)}
     outs[ORIGINAL] = replace(outs[ORIGINAL], precision_every=0, places=None)  # it has no casts, and measures nothing
+    # Before the compiler runs, not after.
+    require_folder(cfg.out)
     if resume:
-        latest(outs[OPTIMIZED].out / CHECKPOINTS)  # nothing there: say so before the compiler runs, not after
+        latest(outs[OPTIMIZED].out / CHECKPOINTS)
+        check_newest(own.out for own in outs.values())
 
     # Copied before either is trained: both start from the same bits.
     copied, spec = copy.deepcopy(original), model if isinstance(model, str) else None
     if LoadBalance.name in added and leave_balance_out(copied):
         say(console, "the balance loss of the model's own is switched off, in favour of 'lb'")
     opt = optimized(copied, tokens, cfg, optimize, given)
+    check_start(opt, tokens, outs[OPTIMIZED])
     if not resume:
-        # Only now that the run can start; and all of it: otherwise a later resume would take a finished run of another
-        # model for this one's.
-        make_room(cfg.out, console, [f"{name}/{part}" for name in outs for part in RESULTS] + [REPORT])
+        make_room_for_run(cfg.out, console)
     result = train(
         opt, tokens, outs[OPTIMIZED], resume=resume, label=OPTIMIZED, console=console,
         identity=identity(copied, spec, given),
@@ -109,6 +111,20 @@ def run_training(
     console.print(table(content))
     say(console, f"written to {cfg.out / REPORT}")
     return content
+
+
+def check_names(options: dict[str, Any]) -> None:
+    """Raise what `moefx.optimize` refuses of its options by name."""
+    from ..optimize import check_names as check  # not at the top: data and checkpoints work without the compiler
+
+    check(**options)
+
+
+def check_newest(runs: Iterable[Path]) -> None:
+    """Raise CheckpointError where the newest checkpoint of any of these runs is damaged."""
+    for run in runs:
+        for path in checkpoints(run / CHECKPOINTS)[-1:]:
+            check(path)
 
 
 def compared_steps(compare: str | int, steps: int) -> int:

@@ -201,6 +201,9 @@ def test_the_report_names_what_grouping_unbalances() -> None:
     work = np.bincount(found.place[idx].reshape(-1), minlength=4)
     assert found.report.work_after == pytest.approx(work.max() / work.mean(), rel=1e-12)
     assert found.report.samples == tuple(len(found.samples_of(n)) for n in range(4))
+    for n in (-1, 4):
+        with pytest.raises(InputError, match=f"there is no place {n}"):
+            found.samples_of(n)
     assert found.report.samples_max_over_mean == pytest.approx(max(found.report.samples) / 64)
     same = placement_report(idx, np.arange(32) // 8, np.arange(256) % 4, 4)
     assert (same.tokens_after, same.work_after) == (same.tokens_before, same.work_before)
@@ -223,6 +226,13 @@ def test_relabelled_experts_compute_the_same() -> None:
     assert np.abs(moe(weights, found.slot[idx]) - moe(weights, idx)).max() > 0.1  # the negative control
 
 
+def test_places_that_do_not_divide_the_experts_leave_what_an_earlier_run_reached(tmp_path: Path) -> None:
+    (tmp_path / "places.npz").write_text("earlier")
+    with pytest.raises(InputError, match="32 experts cannot be placed evenly on 5"):
+        place(topical_routing(0, 2.0, samples=16), 32, 5, checkpoint=tmp_path)
+    assert [f.name for f in tmp_path.iterdir()] == ["places.npz"]
+
+
 def test_placement_is_saved_and_loaded(tmp_path: Path) -> None:
     found = place(topical_routing(0, 2.0, samples=16), 32, 4)
     found.save(tmp_path / "placement.json")
@@ -230,10 +240,11 @@ def test_placement_is_saved_and_loaded(tmp_path: Path) -> None:
     np.testing.assert_array_equal(again.place, found.place)
     np.testing.assert_array_equal(again.home, found.home)
     assert (again.num_places, again.report) == (4, found.report)
-    for text in ("{}", "no json"):
+    for text, why in (("{}", "it lacks 'report'"), ("no json", "Expecting value")):
         (tmp_path / "other.json").write_text(text)
-        with pytest.raises(InputError, match="no placement"):
+        with pytest.raises(InputError, match="no placement") as caught:
             Placement.open(tmp_path / "other.json")
+        assert why in str(caught.value.why)
 
 
 def test_graph_of_coactivation() -> None:

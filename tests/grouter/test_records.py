@@ -251,6 +251,8 @@ def test_options_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
         ({"k": 2.5}, "k=2.5"),
         ({"scale": float("nan")}, "scale=nan is not finite"),
         ({"scale": "one"}, "scale='one'"),
+        ({"scale": -1}, "scale=-1 is not positive"),
+        ({"normalise": "foo"}, "unknown normalise='foo'"),
         ({"eod_id": -1}, "eod_id -1 is outside"),
         ({"batch": 0}, "0 windows per forward"),
         ({"batch": -1}, "-1 windows per forward"),

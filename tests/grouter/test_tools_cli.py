@@ -114,6 +114,16 @@ def test_a_file_in_the_place_of_the_folder_is_seen_before_the_work(folder: Path,
     assert caught.value.where == str(folder / "file")
 
 
+@pytest.mark.parametrize("command", ["fold --targets 4", "expand --targets 12", "tune"])
+def test_the_grouter_is_not_overwritten_by_what_is_made_from_it(folder: Path, command: str) -> None:
+    before = {f.name: f.read_bytes() for f in (folder / "grouter").iterdir()}
+    name, *more = command.split()
+    again = folder / "elsewhere" / ".." / "grouter"
+    with pytest.raises(InputError, match="would overwrite the one that it is made from"):
+        run(folder, name, grouter(folder), "--k", "2", *more, "--out", str(again), window=name != "tune")
+    assert {f.name: f.read_bytes() for f in (folder / "grouter").iterdir()} == before
+
+
 def test_an_error_is_a_message_and_exit_status_2(tmp_path: Path) -> None:
     done = cli.moefx("grouter", "place", "--places", "2", "--json", str(tmp_path))
     assert done.returncode == 2, done.stdout + done.stderr
@@ -160,9 +170,60 @@ def test_a_router_of_one_expert_per_token_is_folded_by_its_load(folder: Path) ->
 
 def test_a_command_that_fails_late_writes_nothing(folder: Path) -> None:
     fold = ("fold", grouter(folder), "--targets", "4", "--k", "3", "--out", str(folder / "f"))
-    with pytest.raises(InputError, match="top-5 of 4"):
-        run(folder, *fold, "--target-k", "5")
+    with pytest.raises(InputError, match="unknown way to reduce"):
+        run(folder, *fold, "--reduce", "product")
     assert [f.name for f in (folder / "f").iterdir()] == ["checkpoints"]  # of the count, to go on from
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("fold --targets 4 --k 9", "--k 9: top-9 of 8 experts"),
+        ("fold --targets 4 --k 0", "--k 0: top-0 of 8"),
+        ("fold --targets 4 --k 2 --target-k 5", "--target-k 5: top-5 of 4"),
+        ("fold --targets 9 --k 2", "8 experts cannot be folded into 9"),
+        ("fold --targets 4 --k 2 --method gready", "unknown method of grouping"),
+        ("fold --targets 4", "no affinity to fold by"),
+        ("affinity --k 9", "--k 9: top-9 of 8"),
+        ("expand --targets 12 --k 9", "--k 9: top-9 of 8 experts before"),
+        ("expand --targets 8 --k 2", "8 experts cannot be expanded to 8"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_counted_or_moved(folder: Path, command: str, said: str) -> None:
+    kept = [folder / "o" / "checkpoints" / f"{label}.npz" for label in ("affinity", "folded", "states", "before")]
+    kept[0].parent.mkdir(parents=True)
+    for file in kept:
+        file.write_text("earlier")
+    name, *more = command.split()
+    with pytest.raises(InputError, match=said):
+        run(folder, name, grouter(folder), *more, "--out", str(folder / "o"))
+    assert all(file.read_text() == "earlier" for file in kept)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_records_go_on_when_they_are_computed_again(
+    folder: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, route = itertools.count(1), Grouter.route
+
+    def stopped(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == 3:
+            os.kill(os.getpid(), number)
+        return route(*args, **kwargs)
+
+    monkeypatch.setattr(Grouter, "route", stopped)
+    command = ["precompute", grouter(folder), "--k", "2", "--out", str(folder / "r")]
+    text = ("--data", str(folder / "text.txt"), "--window", str(LENGTH))
+    done = CliRunner().invoke(moefx.cli.app, ["grouter", *command, *text])
+    assert done.exit_code == 130, done.output
+    assert f"precompute: interrupted; {folder / 'r'} keeps 16 windows; run the same again to go on" in done.stderr
+    with pytest.raises(InputError, match="incomplete") as caught:
+        run(folder, "place", str(folder / "r"), "--places", "4", "--out", str(folder / "p"), window=False)
+    assert "run precompute again" in str(caught.value.todo)
+    before = next(calls)
+    run(folder, *command)
+    windows = len(RoutingRecords.open(folder / "r"))
+    assert next(calls) - before - 1 == -(-(windows - 16) // 8)
 
 
 @pytest.mark.parametrize(

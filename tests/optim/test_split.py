@@ -226,6 +226,9 @@ def test_by_path_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
         ({"split": {"a.wieght": 4}}, "did you mean 'a.weight'"),
         ({"split": {"a.bias": 4}}, "no matrix that muon updates"),
         ({"split": "kvq"}, "unknown split"),
+        ({"split": {"a.weight": 5}}, "24 output features are not blocks of 5"),
+        ({"split": {"a.weight": [16, 4]}}, "the blocks do not add up to 24"),
+        ({"split": {"a.weight": 0}}, "split=0 is no size"),
         ({"split": "qkv", "algorithm": "adamw"}, "element by element"),
     ]
     for options, match in cases:

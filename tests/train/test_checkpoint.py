@@ -233,6 +233,15 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
+def put(**entries: Any) -> Any:
+    """Other entries of a manifest."""
+
+    def harm(file: Path) -> None:
+        file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
+
+    return harm
+
+
 @pytest.mark.parametrize(
     ("name", "harm", "why"),
     [
@@ -246,6 +255,15 @@ def flip(file: Path) -> None:
         (checkpoint.MANIFEST, cut, "manifest.json: "),
         (checkpoint.MANIFEST, lambda f: f.write_text('{"format": 1, "step": 3}'), "lacks aliases, files"),
         (checkpoint.MANIFEST, lambda f: f.write_text(f.read_text().replace("sha256", "sha1")), "SHA-256"),
+        (checkpoint.MANIFEST, put(step="x"), "step is a str, not a int"),
+        (checkpoint.MANIFEST, put(step=True), "step is a bool"),
+        (checkpoint.MANIFEST, put(fingerprint=None), "fingerprint is a NoneType, not a dict"),
+        (checkpoint.MANIFEST, put(files=[]), "files is a list"),
+        (checkpoint.MANIFEST, put(files={checkpoint.MODEL: 3}), "model.safetensors has .* bytes, an unknown number"),
+        (checkpoint.MANIFEST, put(tensors=None), "tensors is a NoneType"),
+        (checkpoint.MANIFEST, put(aliases=None), "aliases is a NoneType"),
+        (checkpoint.MANIFEST, put(aliases={"head.weight": ["embed.weight"]}), "head.weight is tied to no tensor"),
+        (checkpoint.MANIFEST, put(aliases={"head.weight": "gone"}), "head.weight is tied to no tensor"),
     ],
 )
 def test_damage_is_named_and_nothing_is_changed(tmp_path: Path, name: str, harm: Any, why: str) -> None:

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from moefx.errors import InputError, MissingPackageError
 from moefx.train import checkpoint, metrics
 from moefx.train import loop as loop_module
 from moefx.train.config import TrainConfig, learning_rate
+from moefx.train.console import LastingConsole
 from moefx.train.data import TokenDataset
 from moefx.train.loop import DivergedError, train
 from moefx.train.metrics import read_metrics
@@ -28,6 +30,25 @@ from .runs import run
 from .toy import Output, ToyLM, quiet, same_bits, text_of, toy_config, toy_data, weights
 
 # Training
+
+
+def test_training_goes_on_when_nobody_reads_what_it_says(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as nobody:  # whose closing flushes, as the interpreter does at its exit
+        _, result = run(toy_config(tmp_path), console=LastingConsole(file=nobody))
+    assert len(result.losses) == 12
+    assert checkpoint.latest(tmp_path / "checkpoints").name == "step-00000012"
+    assert capfd.readouterr().err.count("nobody reads the output any more") == 1
+
+
+def test_training_goes_on_when_nobody_reads_warnings_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as nobody, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", nobody)
+        _, result = run(toy_config(tmp_path), console=LastingConsole(stderr=True))
+    assert len(result.losses) == 12
 
 
 def test_training_learns(tmp_path: Path) -> None:
@@ -260,6 +281,7 @@ def test_data_that_does_not_fit(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"steps": 0}, "steps=0 is out of range"),
+        ({"lr": math.inf}, "lr=inf is out of range\n.*\n.*a finite number, at least 0"),
         ({"batch": 0}, "batch=0"),
         ({"seq": 1}, "seq=1"),
         ({"lr": -1.0}, "lr=-1.0"),

@@ -18,7 +18,7 @@ from moefx.train.interrupt import TrainingInterrupted
 from moefx.train.metrics import read_metrics
 from moefx.train.routing_story import run_routing
 
-from .toy import VOCAB, quiet, text_of, toy_config, toy_data
+from .toy import VOCAB, ToyLM, quiet, text_of, toy_config, toy_data
 
 pytest.importorskip("transformers")
 CONFIG = {
@@ -26,6 +26,7 @@ CONFIG = {
     "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "num_experts": 4,
     "num_experts_per_tok": 2, "norm_topk_prob": True, "max_position_embeddings": 64, "intermediate_size": 16,
 }  # fmt: skip
+SIZES = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16}
 
 
 def tell(tmp_path: Path, name: str = "run", **options: Any) -> dict[str, Any]:
@@ -96,7 +97,13 @@ def test_a_new_run_moves_the_earlier_one_aside_when_it_can_start(
         raise KeyboardInterrupt
 
     out = tmp_path / "run"
-    names = ["teacher/checkpoints", "grouter/config.json", "routed/metrics.jsonl", "report.json"]
+    names = [
+        "teacher/checkpoints",
+        "grouter/config.json",
+        "routed/metrics.jsonl",
+        "optimized/checkpoints",
+        "report.json",
+    ]
     for name in names:
         (out / name).mkdir(parents=True)
     monkeypatch.setattr(routing_story, "train", stops)
@@ -109,6 +116,82 @@ def test_a_new_run_moves_the_earlier_one_aside_when_it_can_start(
         tell(tmp_path, console=console)
     assert all((out / "previous-1" / name).exists() and not (out / name).exists() for name in names)
     assert f"moved to {out / 'previous-1'}" in text_of(console)
+    # The Grouter that is used stays where it is.
+    moefx.Grouter.from_config(vocab_size=VOCAB, num_experts=4, **SIZES).save_pretrained(out / "grouter")
+    (out / "optimized" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(KeyboardInterrupt):
+        tell(tmp_path, router=str(out / "grouter"))
+    assert (out / "previous-2" / "optimized" / "checkpoints").exists()
+    assert (out / "grouter" / "config.json").exists()
+
+
+@pytest.mark.parametrize("distilled", [True, False])
+def test_traffic_that_cannot_be_counted_is_refused_before_anything_is_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, distilled: bool
+) -> None:
+    from moefx.train import routing_story
+
+    report = tmp_path / "run" / "report.json"
+    report.parent.mkdir()
+    report.write_text("mine")
+    moefx.Grouter.from_config(vocab_size=VOCAB, num_experts=4, **SIZES).save_pretrained(tmp_path / "grouter")
+    monkeypatch.setattr(routing_story, "optimized", lambda *_: ToyLM())  # measures nothing
+    with pytest.raises(moefx.InputError, match="traffic over 2 places cannot be counted"):
+        tell(
+            tmp_path, cfg=toy_config(tmp_path / "run", places=2), losses="metrics",
+            router="distilled" if distilled else str(tmp_path / "grouter"),
+        )  # fmt: skip
+    assert report.read_text() == "mine"
+
+
+def test_what_is_known_before_anything_is_compiled_is_said_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moefx.train import routing_story
+
+    monkeypatch.setattr(routing_story, "optimized", lambda *_: pytest.fail("something is compiled"))
+    with pytest.raises(moefx.InputError, match="there is no such router") as caught:
+        tell(tmp_path, router="distiled", data=[tmp_path / "gone.txt"])
+    assert "did you mean 'distilled'?" in str(caught.value.todo)
+    with pytest.raises(moefx.InputError, match="unknown codegen 'indcutor'"):
+        tell(tmp_path, options={"codegen": "indcutor"}, data=[tmp_path / "gone.txt"])
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(moefx.InputError, match="output directory cannot be written"):
+        tell(tmp_path, "file")
+    (tmp_path / "run" / "teacher" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="a checkpoint is damaged"):
+        tell(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("{", "Expecting property name"),
+        ("[]", "list indices"),
+        ('{"k": 2, "kl": 0.1, "settings": {}}', "it lacks 'exact'"),
+        ('{"k": 2, "kl": "none", "exact": null, "settings": {}}', "kl is not what moefx writes"),
+        ('{"k": 2, "kl": 0.1, "exact": null, "settings": {"identity": []}}', "settings is not what moefx writes"),
+    ],
+)
+def test_a_damaged_report_of_the_grouter_is_named(tmp_path: Path, content: str, why: str) -> None:
+    folder = tmp_path / "run" / "grouter"
+    moefx.Grouter.from_config(vocab_size=VOCAB, num_experts=4, **SIZES).save_pretrained(folder)
+    for name, text in (("distill", content), ("tune", '{"maxvio_before": 2.5, "maxvio_after": null, "settings": {}}')):
+        (folder / name).mkdir()
+        (folder / name / "report.json").write_text(text)
+    with pytest.raises(moefx.InputError, match="report of a finished Grouter cannot be read") as caught:
+        tell(tmp_path, resume=True)
+    assert caught.value.where == str(folder / "distill" / "report.json")
+    assert why in str(caught.value.why)
+
+
+def test_resume_of_nothing(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoint to resume from"):
+        tell(tmp_path, resume=True)
+    (tmp_path / "run" / "teacher" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="no checkpoint to resume from") as caught:
+        tell(tmp_path, resume=True, router=str(tmp_path / "grouter"))  # which needs no teacher
+    assert caught.value.where == str(tmp_path / "run" / "learned" / "checkpoints")
 
 
 @pytest.mark.nightly
@@ -168,9 +251,6 @@ def untrained(monkeypatch: pytest.MonkeyPatch) -> Any:
     return routing_story
 
 
-SIZES = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16}
-
-
 @pytest.mark.usefixtures("untrained")
 @pytest.mark.filterwarnings("ignore::moefx.grouter.FutureTokensWarning")
 def test_a_grouter_that_does_not_fit_is_refused_before_anything_is_trained(
@@ -188,6 +268,30 @@ def test_a_grouter_that_does_not_fit_is_refused_before_anything_is_trained(
     made.save_pretrained(tmp_path / "both")
     with pytest.raises(moefx.InputError, match="depends on tokens behind it"):
         tell(tmp_path, "both-run", router=str(tmp_path / "both"))
+
+
+@pytest.mark.parametrize(("losses", "kept"), [("metrics", True), ("z", True), ("lb,z", False)])
+def test_the_models_own_balance_loss_goes_only_where_lb_takes_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, losses: str, kept: bool
+) -> None:
+    """Of the teacher and the learned arm; the routed one, which uses no router, never has it."""
+    from moefx.train import routing_story
+
+    balanced: list[bool] = []
+
+    def optimized(model: Any, *_: Any) -> None:
+        balanced.append(model.config.output_router_logits)
+
+    def stops(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(routing_story, "optimized", optimized)
+    monkeypatch.setattr(routing_story, "train", stops)
+    moefx.Grouter.from_config(vocab_size=VOCAB, num_experts=4, **SIZES).save_pretrained(tmp_path / "grouter")
+    for router in ("distilled", str(tmp_path / "grouter")):  # the teacher and what it will route; both arms
+        with pytest.raises(KeyboardInterrupt):
+            tell(tmp_path, router=router, losses=losses)
+    assert balanced == [kept, False] * 2
 
 
 def test_a_model_that_cannot_be_routed_is_refused_before_the_teacher_is_trained(

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from moefx.errors import InputError
-from moefx.train import story
+from moefx.errors import InputError, RecipeError
+from moefx.train import checkpoint, story
 from moefx.train.checkpoint import CheckpointError
 from moefx.train.data import TokenDataset, unigram_nats
 from moefx.train.interrupt import TrainingInterrupted
@@ -243,6 +243,24 @@ def test_a_start_that_fails_moves_nothing_and_one_that_does_not_moves_all(tmp_pa
     assert tell(old, resume=True)["train"]["original"]["losses"] == json.loads(report)["train"]["original"]["losses"]
 
 
+def test_results_of_a_run_with_router_are_moved_aside_as_well(tmp_path: Path) -> None:
+    """All that a report tells of lies beside it, whichever of both commands ran before."""
+    names = ["teacher/checkpoints", "learned/metrics.jsonl", "routed/tensorboard", "grouter/config.json", "report.json"]
+    for name in names:
+        (tmp_path / name).mkdir(parents=True)
+    tell(tmp_path, compare="none")
+    assert sorted(p.name for p in tmp_path.rglob("metrics.jsonl")) == ["metrics.jsonl"] * 2  # of learned, and the new
+    assert all((tmp_path / "previous-1" / name).exists() for name in names)
+
+
+def test_traffic_that_cannot_be_counted_is_refused_before_anything_is_moved(tmp_path: Path) -> None:
+    tell(tmp_path, compare="none")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match="traffic over 2 places cannot be counted"):
+        tell(tmp_path, cfg=toy_config(tmp_path, places=2), options={"losses": "metrics"})
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_added_losses_are_not_compared_and_lb_takes_the_place_of_the_models_own(tmp_path: Path) -> None:
     model, compiler, console = ToyLM(), FakeCompiler(), quiet()
     model.config = SimpleNamespace(output_router_logits=True)  # type: ignore[assignment]
@@ -265,6 +283,30 @@ def test_resume_of_nothing(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no checkpoint to resume from"):
         tell(tmp_path, resume=True, optimize=compiler)
     assert not compiler.calls  # said before the long compilation
+
+
+def test_what_is_known_before_the_compiler_runs_is_said_before(tmp_path: Path) -> None:
+    compiler = FakeCompiler()
+    (tmp_path / "file.txt").write_text("mine")
+    with pytest.raises(InputError, match="output directory cannot be written") as refused:
+        tell(tmp_path / "file.txt", optimize=compiler)
+    assert refused.value.where == str(tmp_path / "file.txt")
+    tell(tmp_path / "run")
+    for arm in ("original", "optimized"):
+        newest = checkpoint.latest(tmp_path / "run" / arm / "checkpoints")
+        (newest / checkpoint.STATE).unlink()
+        with pytest.raises(CheckpointError, match="a checkpoint is damaged") as caught:
+            tell(tmp_path / "run", resume=True, optimize=compiler)
+        assert caught.value.where == str(newest)
+    assert not compiler.calls
+
+
+def test_names_are_looked_up_before_data_is_read(tmp_path: Path) -> None:
+    gone = {"data": [tmp_path / "gone.txt"], "optimize": None}
+    with pytest.raises(InputError, match="unknown codegen 'indcutor'"):
+        tell(tmp_path, options={"codegen": "indcutor"}, **gone)
+    with pytest.raises(RecipeError, match="unknown recipe 'fp8_flwo'"):
+        tell(tmp_path, recipe="fp8_flwo", **gone)
 
 
 def test_data_and_model_must_fit(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import typer
 from ..errors import InputError
 from ..files import json_text, replacing
 from ..train.aside import CHECKPOINTS, make_room
+from ..train.console import LastingConsole
 from ..train.interrupt import terminable
 from ..train.metrics import require_folder
 from .affinity import AffinityResult
@@ -350,17 +351,14 @@ def _kept(out: Path) -> Iterator[None]:
 
 def _clear(out: Path, *labels: str) -> None:
     """Move what earlier runs of this command reached aside: of all stages, since a later one is not begun anew yet."""
-    from rich.console import Console
-
-    make_room(out / CHECKPOINTS, Console(stderr=True), [f"{label}.npz" for label in labels])
+    make_room(out / CHECKPOINTS, LastingConsole(stderr=True), [f"{label}.npz" for label in labels])
 
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[int, int | None], None]]:
-    from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    with Progress(console=LastingConsole(stderr=True), transient=True) as bar:
         task = bar.add_task("windows")
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from torch import Tensor, nn
 
 from ..errors import InputError
 from ..models.grouter import Grouter
 from ..optim.schedule import WarmupCosine
+from ..train.console import LastingConsole
 from ..train.loop import DivergedError
 from ..train.modes import modes_kept
 from .reports import write_report
@@ -151,7 +151,7 @@ def distill(
         "layer": source.layer if isinstance(source, Tap) else None, "k": k, "score_only": score_only,
         "grouter": asdict(grouter.config), **({"identity": dict(identity)} if identity else {}),
     }  # fmt: skip
-    found, console = DistillReport(steps, k, settings), Console(stderr=True, quiet=not progress)
+    found, console = DistillReport(steps, k, settings), LastingConsole(stderr=True, quiet=not progress)
     with _trainable(grouter, score_only) as parameters:
         optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
         session = Session("distill", steps, grouter, optimizer, settings, found, KEPT, checkpoint, checkpoint_every)

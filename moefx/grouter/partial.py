@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from rich.console import Console
 
 from ..errors import InputError, first_line
 from ..files import replacing
 from ..train.aside import make_room
 from ..train.checkpoint import compare
+from ..train.console import LastingConsole
 from ..train.interrupt import TrainingInterrupted
 from .running import bar
 from .session import HOW, check_saving, stopping, tell
@@ -49,7 +49,7 @@ class Partial:
         if self.file is None:
             return {}
         if not resume:
-            make_room(self.file.parent, Console(stderr=True), [self.file.name])
+            make_room(self.file.parent, LastingConsole(stderr=True), [self.file.name])
             return {}
         if not self.file.is_file():
             todo = "start without resuming, or name the folder of what was interrupted"
@@ -116,7 +116,7 @@ class Partial:
 @contextmanager
 def stage(text: str, show: bool) -> Iterator[None]:
     """Say, on a terminal, what is going on while it cannot say how far it is."""
-    console = Console(stderr=True)
+    console = LastingConsole(stderr=True)
     if not (show and console.is_terminal):
         yield
         return

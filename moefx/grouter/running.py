@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from ..errors import InputError
 from ..models.grouter import Grouter
+from ..train.console import LastingConsole
 from .check import top_set
 
 Batch = Tensor | Mapping[str, Tensor]
@@ -89,7 +89,7 @@ def bar(label: str, total: int | None, done: int, show: bool) -> Iterator[Callab
 
     `total` is None where it is not known.
     """
-    console = Console(stderr=True)
+    console = LastingConsole(stderr=True)
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn())
     off = not (show and console.is_terminal)
     with Progress(TextColumn("{task.description}"), *columns, console=console, disable=off) as progress:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from ..errors import InputError
 from ..train import checkpoint as store
 from ..train.aside import make_room, say
+from ..train.console import LastingConsole
 from ..train.interrupt import StopRequest, TrainingInterrupted
 from .running import bar, check_figures
 
@@ -112,7 +113,7 @@ HOW = "; run the same again with --resume (in Python resume=True) to go on"
 
 def tell(text: str) -> None:
     """A line on standard error: of an interruption it is said what is kept, whether progress is shown or not."""
-    say(Console(stderr=True), text)
+    say(LastingConsole(stderr=True), text)
 
 
 @contextmanager

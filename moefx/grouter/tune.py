@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from ..errors import InputError, nearest
 from ..models.grouter import Grouter
 from ..optim.schedule import WarmupCosine
+from ..train.console import LastingConsole
 from ..train.loop import DivergedError
 from ..train.modes import modes_kept
 from .check import top_set
@@ -160,7 +160,7 @@ def tune(
     # With the Grouter before: another one would be tuned to other weights, and measured against itself.
     origin = {**settings, "steps": steps, "k": k, "grouter": fingerprint(grouter) if checkpoint is not None else ""}
     session = Session("tune", steps, tuned, tuned.optimizer, origin, found, ("losses",), checkpoint, checkpoint_every)
-    session.begin(resume, Console(stderr=True, quiet=not progress))
+    session.begin(resume, LastingConsole(stderr=True, quiet=not progress))
     before = found.seconds
     if eval_batches is None:
         stream = batches_from(batches, 0)

@@ -1,4 +1,4 @@
-"""The console of a training: the training outlives whoever reads it."""
+"""The console of long work: it outlives whoever reads it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class LastingConsole(Console):
         self.quiet = True
         _discard(self.file)
         try:
-            # One write, as everywhere where a training is in the middle of something.
-            sys.stderr.write("\nmoefx: warning: nobody reads the output any more; the training goes on without\n")
+            # One write, as everywhere where work is in the middle of something.
+            sys.stderr.write("\nmoefx: warning: nobody reads the output any more; the work goes on without\n")
             sys.stderr.flush()
         except BrokenPipeError:  # the same pipe, or the same reader
             _discard(sys.stderr)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moefx.errors import InputError
@@ -82,16 +82,19 @@ def test_every_routing(r: Routing, arm: str) -> None:
     E=st.integers(1, 5),
     seed=st.integers(0, 999),
 )
+@example(kind="plain relu2", layout="nk", bias=False, T=4, k=1, E=1, seed=281)
 def test_any_spec(kind: str, layout: str, bias: bool, T: int, k: int, E: int, seed: int) -> None:
     idx = torch.randint(-1, E + 1, (T, k), generator=torch.Generator().manual_seed(seed))
     r = oracles.routing(idx, E)
     x, w = randn(T, H, seed=seed), randn(T, k, seed=seed + 1)
     weights, projections = bank(E, kind, layout, bias, seed=seed + 2)
     want = experts(x, r, w, projections, kind)
+    # What cancels keeps the roundings of its terms, which are of about that size.
+    scale = want.abs().max().clamp_min(0.1) if want.numel() else None
     for arm in ARMS:
         with running(arm):
             y = ops.experts(x, idx, w, weights, f"{kind} | {layout}{' bias' if bias else ''}")
-        check(y, want, roundings=60)
+        check(y, want, roundings=60, scale=scale)
 
 
 @each_arm

@@ -23,6 +23,7 @@ COMPOSITE = ("experts", "expert_choice", "route")
 # The identity needs no kernel; codes and scales have their definition, on any device; on a CPU, a row that is gathered
 # for a product is moved first.
 REFERENCE_ONLY = (
+    "glu_backward_again",
     "token_route",
     "topk_route",
     "topk_route_backward",

@@ -154,8 +154,8 @@ EXPECTED: dict[str, Callable[[tuple[Any, ...]], list[Tensor | None]]] = {
         op: _in_float64(op)
         for op in (
             "grouped_mm", "grouped_wgrad", "permute_grouped_mm", "permute_grouped_mm_glu", "permute_grouped_wgrad",
-            "gram", "quadratic", "glu", "glu_backward", "unpermute", "unpermute_backward", "overlap",
-            "overlap_backward", "topk_route", "topk_route_backward",
+            "gram", "quadratic", "glu", "glu_backward", "glu_backward_again", "unpermute", "unpermute_backward",
+            "overlap", "overlap_backward", "topk_route", "topk_route_backward",
         )
     },
     "quantize": lambda args: [_live(args[0].double(), args[1])] * len(args[2]),

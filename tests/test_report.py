@@ -61,11 +61,12 @@ def test_json_gives_back_the_same(opt: moefx.OptimizedModule) -> None:
 def test_data_is_a_copy(opt: moefx.OptimizedModule) -> None:
     """Who edits what `to_dict` gave does not edit the report."""
     first = opt.report.to_dict()
+    passes = len(first["passes"])
     for rows in (first["passes"], first["blocks"], first["signatures"], first["casts"]["rows"]):
         rows.clear()
     first["stages"].clear()
     again = opt.report.to_dict()
-    assert len(again["passes"]) == 14
+    assert len(again["passes"]) == passes > 10
     assert again["blocks"]
     assert again["stages"]
     assert again["signatures"]

@@ -232,7 +232,9 @@ OPS: dict[str, Op] = {
     "scatter_weights": Op(lambda o: Call(ops.scatter_weights, (o.w_rows, o.order, o.T, o.k), 16 * o.P)),
     "glu": Op(lambda o: Call(ops.glu, (o.h, o.w_rows, "silu"), 6 * o.P * o.I)),
     "glu_backward": Op(lambda o: Call(ops.glu_backward, (o.da, o.h, o.w_rows, "silu"), 10 * o.P * o.I)),
-    "glu_backward_again": Op(lambda o: Call(ops.glu_backward_again, (o.da, o.h, o.w_rows, "silu"), 12 * o.P * o.I)),
+    "glu_backward_again": Op(
+        lambda o: Call(ops.glu_backward_again, (o.da, o.h, o.w_rows, "silu"), 12 * o.P * o.I), decisive=True
+    ),
     "overlap": Op(lambda o: Call(ops.overlap, (o.da, o.slot, 1e-12), 2 * o.P * o.I, 2 * o.P * o.k * o.I)),
     "overlap_backward": Op(
         lambda o: Call(

@@ -201,8 +201,9 @@ def passes(as_json: AsJson = False) -> None:
     if as_json:
         print(json_text(rows))
     else:
+        width = max(len(r["name"]) for r in rows) + 2
         for r in rows:
-            print(f"{r['name']:<20}{r['level']:<10}{r['numerics']:<10}{r['about']}")
+            print(f"{r['name']:<{width}}{r['level']:<10}{r['numerics']:<10}{r['about']}")
 
 
 def main() -> None:

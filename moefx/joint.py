@@ -20,7 +20,7 @@ from . import compat
 from .capture import Captured
 from .errors import CaptureError, first_line
 from .graph.checkpointed import recompute_checkpointed
-from .graph.edit import copy_graph, source_line
+from .graph.edit import copy_graph, size_node, source_line
 
 Tensor = torch.Tensor
 Compiler = Callable[[fx.GraphModule], Callable[[list[Any]], Sequence[Any]]]
@@ -186,7 +186,7 @@ def _carry_sizes(fw: fx.GraphModule, bw: fx.GraphModule) -> None:
             needed |= dict.fromkeys(sorted(s.node.expr.free_symbols, key=str) if isinstance(s, torch.SymInt) else ())
     out, first = fw.graph.output_node(), next(iter(bw.graph.nodes))
     for symbol in [s for s in needed if s not in carried]:
-        found = _size_node(fw.graph, symbol)
+        found = size_node(fw.graph, symbol)
         if found is None:
             continue
         source, axis, val = found
@@ -200,16 +200,6 @@ def _carry_sizes(fw: fx.GraphModule, bw: fx.GraphModule) -> None:
         out.args = ((*out.args[0], size),)  # type: ignore[misc]
     fw.recompile()
     bw.recompile()
-
-
-def _size_node(graph: fx.Graph, symbol: Any) -> tuple[fx.Node, int, torch.SymInt] | None:
-    """An input of the graph one of whose axes has exactly this symbol as its size."""
-    for node in graph.find_nodes(op="placeholder"):
-        val = node.meta.get("val")
-        for axis, s in enumerate(val.shape if isinstance(val, Tensor) else ()):
-            if isinstance(s, torch.SymInt) and s.node.expr == symbol:
-                return node, axis, s
-    return None
 
 
 def compiler(

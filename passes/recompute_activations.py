@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
 from moefx.graph.edit import arguments, find, inheriting, is_backward, outputs, replace, unpack, value
 from moefx.graph.effects import writers
-from moefx.graph.removal import downstream
 from moefx.manager import Context, Pass
 
 ops = torch.ops.moefx
@@ -35,15 +35,15 @@ class RecomputeActivations(Pass):
     numerics: ClassVar[str] = "rounding"
 
     def run(self, graph: fx.Graph, ctx: Context) -> None:
-        gradients = find(graph, ops.glu_backward)
+        gradients, written = find(graph, ops.glu_backward), writers(graph)
         for act in ctx.at(find(graph, ops.glu)):
             readers = sorted(u for u in act.users if is_backward(u))
             val = value(act)
             if is_backward(act) or not readers or val.device.type not in self.devices or val.dtype not in self.dtypes:
                 continue
-            same = [arguments(act)[name] for name in ("h", "w", "kind")]
-            found = [b for b in gradients if [arguments(b)[name] for name in ("h", "w", "kind")] == same]
-            if len(found) == 1 and _wait(graph, readers, found[0]):
+            same = _operands(act)
+            found = [b for b in gradients if _operands(b) == same]
+            if len(found) == 1 and _wait(readers, found[0], written):
                 again = _with_gradients(graph, found[0])
                 gradients.remove(found[0])
             else:  # no gradient of the pre-activations is wanted, or it depends on what reads the activation
@@ -54,15 +54,24 @@ class RecomputeActivations(Pass):
             ctx.matched(again)
 
 
-def _wait(graph: fx.Graph, readers: list[fx.Node], gradient: fx.Node) -> bool:
+def _operands(node: fx.Node) -> list[Any]:
+    return [arguments(node)[name] for name in ("h", "w", "kind")]
+
+
+def _wait(readers: list[fx.Node], gradient: fx.Node, written: Callable[[fx.Node], list[fx.Node]]) -> bool:
     """Move the readers, and what depends on them, behind the gradient of the pre-activations. False if it cannot be."""
-    behind = downstream(graph, readers)
-    early = sorted(n for n in behind if n < gradient)
-    written = writers(graph)
-    if gradient in behind or any(n < w < gradient for n in early for x in n.all_input_nodes for w in written(x)):
+    early = {n: None for n in readers if n < gradient}
+    node = min(early, default=gradient)
+    while node is not gradient:
+        if any(i in early for i in node.all_input_nodes):
+            early[node] = None
+        node = node.next
+    if any(i in early for i in gradient.all_input_nodes):
+        return False
+    if any(n < w < gradient for n in early for x in n.all_input_nodes for w in written(x)):
         return False
     last = max([gradient, *outputs(gradient).values()])
-    for n in early:
+    for n in sorted(early):
         last.append(n)
         last = n
     return True

@@ -198,11 +198,15 @@ def _glu_double_backward(ctx: Any, ddh: Tensor, ddw: Tensor) -> tuple[Any, ...]:
     return *grads, *(None,) * (4 - len(given))
 
 
+def _gradients_fake(da: Tensor, h: Tensor, w: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
+    return h.new_empty(h.shape), da.new_empty(0) if w is None else w.new_empty(w.shape)
+
+
 glu_backward = define(
     "glu_backward",
     "(Tensor da, Tensor h, Tensor? w, str kind) -> (Tensor, Tensor)",
     reference=glu_backward_reference,
-    fake=lambda da, h, w, kind: (h.new_empty(h.shape), da.new_empty(0) if w is None else w.new_empty(w.shape)),
+    fake=_gradients_fake,
     check=lambda da, h, w, kind: _check(h, w, kind),
     setup=_glu_backward_setup,
     backward=_glu_double_backward,
@@ -213,11 +217,6 @@ def _again_reference(da: Tensor, h: Tensor, w_S: Tensor | None, kind: str) -> tu
     """Definition of `glu_backward_again`: the gradients, and the activation that they are those of."""
     dh, dw = torch.ops.moefx.glu_backward(da, h, w_S, kind)
     return dh, dw, torch.ops.moefx.glu(h, w_S, kind)
-
-
-def _again_fake(da: Tensor, h: Tensor, w: Tensor | None, kind: str) -> tuple[Tensor, Tensor, Tensor]:
-    dw = da.new_empty(0) if w is None else w.new_empty(w.shape)
-    return h.new_empty(h.shape), dw, _glu_fake(h, w, kind)
 
 
 def _again_backward(ctx: Any, ddh: Tensor, ddw: Tensor, d_again: Tensor) -> tuple[Any, ...]:
@@ -234,7 +233,7 @@ glu_backward_again = define(
     "glu_backward_again",
     "(Tensor da, Tensor h, Tensor? w, str kind) -> (Tensor, Tensor, Tensor)",
     reference=_again_reference,
-    fake=_again_fake,
+    fake=lambda da, h, w, kind: (*_gradients_fake(da, h, w, kind), _glu_fake(h, w, kind)),
     check=lambda da, h, w, kind: _check(h, w, kind),
     setup=_glu_backward_setup,
     backward=_again_backward,

@@ -36,6 +36,16 @@ def value(node: fx.Node) -> Any:
     return node.meta.get("val", node.meta.get("example_value"))
 
 
+def size_node(graph: fx.Graph, symbol: Any) -> tuple[fx.Node, int, torch.SymInt] | None:
+    """An input of the graph one of whose axes has exactly this symbol as its size."""
+    for node in graph.find_nodes(op="placeholder"):
+        val = value(node)
+        for axis, s in enumerate(val.shape if isinstance(val, torch.Tensor) else ()):
+            if isinstance(s, torch.SymInt) and s.node.expr == symbol:
+                return node, axis, s
+    return None
+
+
 def set_value(node: fx.Node, val: Any, level: str) -> None:
     """Store a node's fake value under the key of its graph level."""
     node.meta["val"] = val

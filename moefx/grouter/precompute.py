@@ -19,11 +19,11 @@ import numpy.typing as npt
 import torch
 
 from ..errors import InputError, nearest
+from ..routing import NORMALISERS
 from .records import (
     DIGEST,
     GATES,
     HEADER,
-    NORMALISE,
     Header,
     RoutingRecords,
     digests,
@@ -129,8 +129,8 @@ def _header(
     experts = len(grouter.selection_bias)
     if gates not in GATES:
         raise InputError(f"unknown format of gates {gates!r}", todo=nearest(gates, GATES))
-    if normalise not in NORMALISE:
-        raise InputError(f"unknown normalise={normalise!r}", todo=nearest(str(normalise), NORMALISE))
+    if normalise not in NORMALISERS:
+        raise InputError(f"unknown normalise={normalise!r}", todo=nearest(str(normalise), NORMALISERS))
     try:  # numpy's numbers are no JSON
         k, scale = operator.index(k), float(scale)
         eod_id = None if eod_id is None else operator.index(eod_id)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..routing import NORMALISERS
 from ..train.identity import state_digest
 from .windows import Tokens, window_batches
 
@@ -34,7 +35,6 @@ FORMAT = 1
 HEADER = "header.json"
 DIGEST = 8  # bytes
 GATES = {"bf16": "bfloat16", "fp32": "float32"}
-NORMALISE = ("softmax", "sigmoid")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +235,7 @@ def _impossible(header: Header) -> list[str]:
         "num_experts": known,
         "k": count(h.k, 1) and known and h.k <= h.num_experts,
         "scale": type(h.scale) in (int, float) and math.isfinite(h.scale),
-        "normalise": h.normalise in NORMALISE,
+        "normalise": h.normalise in NORMALISERS,
         "window": count(h.window, 1),
         "grouter": isinstance(h.grouter, str),
         "eod_id": h.eod_id is None or type(h.eod_id) is int,

@@ -12,7 +12,7 @@ from .. import compat
 from ..capture import Captured, as_call, capture, check_call, distinct, warm_up
 from ..dialect.route import RouteSpec
 from ..errors import CaptureError, InputError
-from ..graph.edit import arguments, copy_plain, find, module_path, value
+from ..graph.edit import arguments, copy_plain, find, module_path, size_node, value
 from ..manager import PassManager
 from ..passes import get_pass
 from ..passes.raise_experts import Block, raised, to_observe
@@ -50,9 +50,8 @@ class Tap:
         # A size of 1 cannot stand for others in a capture: one sequence is run twice.
         self._doubles = {name for name, s in zip(inputs.values(), self._sizes, strict=True) if s and s[0] is None}
         # torch 2.11 gives sizes as inputs of their own.
-        axes = [(s, name, a) for f, name in zip(fakes, inputs.values(), strict=True) for a, s in enumerate(f.shape)]
         self._size_of = {
-            n.name: next((name, a) for s, name, a in axes if compat.is_symbol(s) and s.node.expr == v.node.expr)
+            n.name: self._shown(v.node.expr)
             for n in gm.graph.find_nodes(op="placeholder")
             if compat.is_symbol(v := value(n))
         }
@@ -62,6 +61,16 @@ class Tap:
     def graph(self) -> fx.Graph:
         """The cut graph."""
         return self._gm.graph
+
+    def _shown(self, symbol: Any) -> tuple[str, int]:
+        """The input and axis that have a size."""
+        if (found := size_node(self.graph, symbol)) is None:
+            raise CaptureError(
+                f"the captured teacher needs the size {symbol}, which is that of no input in front of the router",
+                where=self.path,
+                todo="tap it with dynamic=False, for batches of one shape",
+            )
+        return self._inputs[found[0].name], found[1]
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:

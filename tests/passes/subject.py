@@ -79,12 +79,22 @@ def route(m: nn.Module, x: Tensor, k: int = K) -> tuple[Tensor, Tensor, Tensor]:
     return logits, w, idx
 
 
-def experts(m: nn.Module, x: Tensor, idx: Tensor, w: Tensor) -> Tensor:
-    """One bank of SwiGLU experts as the dialect ops that `expand_experts` makes."""
+def experts(m: nn.Module, x: Tensor, idx: Tensor, w: Tensor, kind: str = "silu") -> Tensor:
+    """One bank of experts as the dialect ops that `expand_experts` makes."""
     token, order, slot, offsets = ops.plan(idx, E, 1)
     h = ops.grouped_mm(ops.permute(x, token, slot), m.up, offsets)
-    y: Tensor = ops.unpermute(ops.grouped_mm(ops.glu(h, None, "silu"), m.down, offsets), token, order, slot, w)
+    y: Tensor = ops.unpermute(ops.grouped_mm(ops.glu(h, None, kind), m.down, offsets), token, order, slot, w)
     return y
+
+
+def bank(kind: str = "silu") -> Callable[[Any, Tensor], Tensor]:
+    """The forward of a router and one bank."""
+
+    def fn(m: Any, x: Tensor) -> Tensor:
+        _, w, idx = route(m, x)
+        return experts(m, x, idx, w, kind)
+
+    return fn
 
 
 @dataclass

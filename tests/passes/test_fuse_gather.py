@@ -18,8 +18,8 @@ from tests.passes.subject import (
     Rewritten,
     Subject,
     T,
+    bank,
     count,
-    experts,
     nodes,
     ops,
     rand,
@@ -36,12 +36,6 @@ COUNTED = ("permute", "plan_permute", "plan", "grouped_mm", "grouped_wgrad", "gl
 ))  # fmt: skip
 
 
-def bank(m: Any, x: Tensor) -> Tensor:
-    """Router and bank."""
-    _, w, idx = route(m, x)
-    return experts(m, x, idx, w)
-
-
 def fuse(fn: Callable[[Any, Tensor], Any], passes: Any = (), layout: str = "nk", **kw: Any) -> Rewritten:
     """Fuse in a training graph; results and gradients are equal to the last bit."""
     return rewrite(ANYWHERE, training_graph(Made(fn, **weights(layout, **kw)), rand(T, H), passes=passes), "exact")
@@ -53,7 +47,7 @@ def counts(done: Rewritten) -> dict[str, int]:
 
 
 def test_product_activation_and_gradient() -> None:
-    done = fuse(bank)
+    done = fuse(bank())
     # Left: the down product and its gradients. The tokens need no gradient.
     assert counts(done) == {
         "plan": 1, "grouped_mm": 2, "grouped_wgrad": 1, "permute_grouped_mm_glu": 1, "permute_grouped_wgrad": 1,
@@ -62,7 +56,7 @@ def test_product_activation_and_gradient() -> None:
 
 
 def test_weighted_activation_and_a_plan_made_with_the_rows() -> None:
-    done = fuse(bank, passes=(FoldCombine(), FusePlanPermute()))
+    done = fuse(bank(), passes=(FoldCombine(), FusePlanPermute()))
     assert count(done.graph, "plan_permute") == 0
     assert count(done.graph, "plan") == 1
     (fused,) = nodes(done.graph, "permute_grouped_mm_glu")
@@ -103,19 +97,9 @@ def test_a_bias_keeps_the_activation_apart() -> None:
     assert count(done.graph, "permute") == 0
 
 
-def activated(kind: str, gated: bool) -> Callable[[Any, Tensor], Tensor]:
-    def fn(m: Any, x: Tensor) -> Tensor:
-        _, w, idx = route(m, x)
-        token, order, slot, offsets = ops.plan(idx, E, 1)
-        a = ops.glu(ops.grouped_mm(ops.permute(x, token, slot), m.up, offsets), None, kind)
-        return ops.unpermute(ops.grouped_mm(a, m.down, offsets), token, order, slot, w)  # type: ignore[no-any-return]
-
-    return fn
-
-
 @pytest.mark.parametrize(("kind", "gated"), [("plain relu2", False), ("interleaved silu", True)])
 def test_activations_without_halves_stay(kind: str, gated: bool) -> None:
-    done = fuse(activated(kind, gated), gated=gated)
+    done = fuse(bank(kind), gated=gated)
     assert count(done.graph, "permute_grouped_mm") == 1
     assert count(done.graph, "permute_grouped_mm_glu") == 0
 
@@ -164,7 +148,7 @@ def test_pre_activations_that_are_read_before_the_activation() -> None:
 @pytest.fixture(scope="module")
 def plain() -> Subject:
     """Training graph of one bank."""
-    return training_graph(Made(bank, **weights()), rand(T, H))
+    return training_graph(Made(bank(), **weights()), rand(T, H))
 
 
 def test_on_a_cpu_rows_are_moved(plain: Subject) -> None:

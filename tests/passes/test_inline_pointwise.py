@@ -11,17 +11,15 @@ from moefx.manager import Context
 from moefx.passes import DropNoops, FoldCombine, InlinePointwise
 from moefx.report import PassRow
 from tests.passes.subject import (
-    E,
     H,
     Made,
     Subject,
     T,
+    bank,
     count,
     nodes,
-    ops,
     rand,
     rewrite,
-    route,
     training_graph,
     weights,
 )
@@ -29,18 +27,12 @@ from tests.passes.subject import (
 Tensor = torch.Tensor
 
 
-def bank(kind: str, dtype: torch.dtype = torch.float32, weighted: bool = False) -> Subject:
+def training(kind: str, dtype: torch.dtype = torch.float32, weighted: bool = False) -> Subject:
     """Training graph of experts with an activation of the given kind."""
-
-    def fn(m: Any, x: Tensor) -> Tensor:
-        _, w, idx = route(m, x)
-        token, order, slot, offsets = ops.plan(idx, E, 1)
-        h = ops.grouped_mm(ops.permute(x, token, slot), m.up, offsets)
-        y = ops.grouped_mm(ops.glu(h, None, kind), m.down, offsets)
-        return ops.unpermute(y, token, order, slot, w)  # type: ignore[no-any-return]
-
     given = {k: v.to(dtype) for k, v in weights(gated=not kind.startswith("plain")).items()}
-    return training_graph(Made(fn, **given), rand(T, H, dtype=dtype), passes=(FoldCombine(),) if weighted else ())
+    return training_graph(
+        Made(bank(kind), **given), rand(T, H, dtype=dtype), passes=(FoldCombine(),) if weighted else ()
+    )
 
 
 @pytest.mark.parametrize(
@@ -48,7 +40,7 @@ def bank(kind: str, dtype: torch.dtype = torch.float32, weighted: bool = False) 
     [("silu", True), ("gelu_tanh", False), ("interleaved gelu", True), ("plain relu2", False), ("clamp(1,1.5)", True)],
 )
 def test_forward_and_backward_are_inlined(kind: str, weighted: bool) -> None:
-    done = rewrite(InlinePointwise(), bank(kind, weighted=weighted))
+    done = rewrite(InlinePointwise(), training(kind, weighted=weighted))
     assert done.row.matched == 2
     assert count(done.graph, "glu") + count(done.graph, "glu_backward") == 0
     assert done.new()
@@ -61,7 +53,7 @@ def test_forward_and_backward_are_inlined(kind: str, weighted: bool) -> None:
 @pytest.fixture(scope="module")
 def silu() -> Subject:
     """Without row weights."""
-    return bank("silu")
+    return training("silu")
 
 
 def test_every_new_node_has_a_reader(silu: Subject) -> None:
@@ -79,7 +71,7 @@ def test_backward_nodes_are_tagged_for_the_partitioner(silu: Subject) -> None:
 
 
 def test_bf16_is_computed_in_fp32_and_rounded_once() -> None:
-    done = rewrite(InlinePointwise(), bank("silu", torch.bfloat16))
+    done = rewrite(InlinePointwise(), training("silu", torch.bfloat16))
     wide = [n for n in done.new() if getattr(n.meta["val"], "dtype", None) is torch.float32]
     assert len(wide) > 5
     returned: Any = done.graph.output_node().args[0]

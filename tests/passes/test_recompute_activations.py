@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,19 +13,16 @@ from moefx.manager import Context
 from moefx.passes import DropNoops, FoldCombine, FuseGather, LowerWires, RecomputeActivations
 from moefx.report import PassRow
 from tests.passes.subject import (
-    E,
     H,
     Made,
     Rewritten,
     Subject,
     T,
+    bank,
     count,
-    experts,
     nodes,
-    ops,
     rand,
     rewrite,
-    route,
     training_graph,
     weights,
 )
@@ -35,24 +31,8 @@ Tensor = torch.Tensor
 ANYWHERE = RecomputeActivations(("cpu", "cuda"))
 
 
-def bank(m: Any, x: Tensor) -> Tensor:
-    """Router and bank."""
-    _, w, idx = route(m, x)
-    return experts(m, x, idx, w)
-
-
-def subject(fn: Callable[[Any, Tensor], Any] = bank, passes: Any = (), **kw: Any) -> Subject:
-    return training_graph(Made(fn, **weights(**kw)), rand(T, H), passes=passes)
-
-
-def activated(kind: str) -> Callable[[Any, Tensor], Tensor]:
-    def fn(m: Any, x: Tensor) -> Tensor:
-        _, w, idx = route(m, x)
-        token, order, slot, offsets = ops.plan(idx, E, 1)
-        a = ops.glu(ops.grouped_mm(ops.permute(x, token, slot), m.up, offsets), None, kind)
-        return ops.unpermute(ops.grouped_mm(a, m.down, offsets), token, order, slot, w)  # type: ignore[no-any-return]
-
-    return fn
+def subject(kind: str = "silu", passes: Any = (), **kw: Any) -> Subject:
+    return training_graph(Made(bank(kind), **weights(**kw)), rand(T, H), passes=passes)
 
 
 def assert_made_once_more(done: Rewritten, times: int = 1) -> None:
@@ -71,7 +51,7 @@ def assert_made_once_more(done: Rewritten, times: int = 1) -> None:
 )
 def test_one_reading_gives_activation_and_gradients(kind: str, gated: bool) -> None:
     """On a CPU the op is the two that it stands for: results are equal to the last bit."""
-    assert_made_once_more(rewrite(ANYWHERE, subject(activated(kind), gated=gated), "exact"))
+    assert_made_once_more(rewrite(ANYWHERE, subject(kind, gated=gated), "exact"))
 
 
 def test_row_weights() -> None:
@@ -113,7 +93,7 @@ def test_a_gradient_that_waits_for_the_activation_stays_apart() -> None:
 
 def test_experts_whose_first_weight_is_frozen() -> None:
     """No gradient of h, and yet one of the next weight, which reads the activation."""
-    module = Made(bank, **weights())
+    module = Made(bank(), **weights())
     module.up.requires_grad_(False)  # type: ignore[union-attr, operator]
     module.router.requires_grad_(False)  # type: ignore[union-attr, operator]
     done = rewrite(ANYWHERE, training_graph(module, rand(T, H)), "exact")
